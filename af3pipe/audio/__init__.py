@@ -1,0 +1,1 @@
+"""Bytes to PCM. Takes file objects, never URIs."""

@@ -1,0 +1,160 @@
+"""The engine contract, and the only door to torch: an engine is opened by its name, on the machine that runs it."""
+
+import importlib
+import threading
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
+
+from af3pipe.schemas import Reply, Request
+
+ENGINES = {"transformers": "af3pipe.models.transformers_engine:TransformersEngine"}
+
+
+class ModelError(Exception):
+    """The model cannot be loaded or does not fit this job. Ends the job; never a dead letter per recording."""
+
+
+class EngineFailed(Exception):
+    """The engine can answer nothing more (closed, or its device is lost). The runner must retry elsewhere."""
+
+
+class EngineOptions(NamedTuple):
+    """What an engine is opened with. Equal options share one engine in a process.
+
+    Attributes:
+        model: Hub id, local directory, or `demo` for the small checkpoint that ships with the package.
+        engine: A name from `ENGINES`.
+        revision: Branch, tag or commit on the hub; None for the default branch.
+        dtype: `auto` (bfloat16 on CUDA, float32 on CPU), or `float32`, `bfloat16`, `float16`.
+        device: `auto` (CUDA when there is one), or as torch names it.
+        batch_size: Most prompts (a request has one per task) decoded together.
+        batch_audio_s: Most seconds of audio, summed over those prompts, decoded together.
+    """
+
+    model: str
+    engine: str = "transformers"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int = 16
+    batch_audio_s: float = 1200.0
+
+
+class EngineInfo(NamedTuple):
+    """What was opened: lands in every answer and in the run's record."""
+
+    model_id: str
+    model_revision: str
+    family: str
+    licence: str
+    engine: str
+    dtype: str
+    device: str
+
+
+class EngineStats(NamedTuple):
+    """What the engine did since it was last asked. Times are wall seconds of its thread.
+
+    Attributes:
+        windows: 30 s windows through the audio encoder.
+        rows: Prompts decoded; `row_capacity` is what the batches could have held.
+        idle_s: Waiting with nothing to do, from the first request on.
+    """
+
+    requests: int = 0
+    windows: int = 0
+    audio_tokens: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    batches: int = 0
+    rows: int = 0
+    row_capacity: int = 0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    idle_s: float = 0.0
+
+
+class Engine(Protocol):
+    """Turns requests into replies. One thread of its own; shared by all threads of the process."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was opened."""
+        ...
+
+    def submit(self, request: Request) -> "Future[list[Reply]]":
+        """Queues a request; blocks while the queue is full.
+
+        The future gives one reply per task, in order. It fails alone: with `Rejected` for a request that cannot
+        be answered, with `EngineFailed` when the engine itself is lost. A cancelled future is not worked on.
+
+        Raises:
+            EngineFailed: The engine is closed or lost.
+        """
+        ...
+
+    def take_stats(self) -> EngineStats:
+        """What was done since the last call; each piece of work is told once, whoever asks."""
+        ...
+
+    def close(self) -> None:
+        """Stops the thread and frees the model. Requests not yet answered fail with `EngineFailed`."""
+        ...
+
+
+def open_engine(options: EngineOptions) -> Engine:
+    """Loads a model into a new engine.
+
+    Raises:
+        ModelError: Unknown engine, or the model cannot be loaded here.
+    """
+    if options.engine not in ENGINES:
+        raise ModelError(f"engine {options.engine!r} is not known; choose from {', '.join(sorted(ENGINES))}")
+    module, name = ENGINES[options.engine].split(":")
+    try:
+        engine_class = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ModelError(
+            f"engine {options.engine!r} needs {error.name or error}, which is not installed on this worker"
+        ) from error
+    engine: Engine = engine_class(options)
+    return engine
+
+
+class _Shared:
+    """An engine in use, and by how many."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.engine: Engine | None = None
+        self.users = 0
+
+
+_shared: dict[EngineOptions, _Shared] = {}
+_shared_lock = threading.Lock()
+
+
+def acquire_engine(options: EngineOptions) -> Engine:
+    """The process's one engine for these options; the first caller loads it while the others wait.
+
+    Pair each call with one `release_engine`.
+    """
+    with _shared_lock:
+        shared = _shared.setdefault(options, _Shared())
+    with shared.lock:
+        if shared.engine is None:
+            shared.engine = open_engine(options)
+        shared.users += 1
+        return shared.engine
+
+
+def release_engine(options: EngineOptions) -> None:
+    """Gives back what `acquire_engine` gave; the last one closes the engine and frees the model."""
+    with _shared_lock:
+        shared = _shared[options]
+    with shared.lock:
+        shared.users -= 1
+        if shared.users == 0 and shared.engine is not None:
+            shared.engine.close()
+            shared.engine = None

@@ -1,0 +1,47 @@
+"""Every row type, once: what flows between the stages, and the Arrow schema of what lands."""
+
+from af3pipe.schemas.answer import (
+    ANSWER_SCHEMA,
+    Answer,
+    Decoding,
+    Reply,
+    Request,
+    Task,
+    TimedText,
+    answer_key,
+)
+from af3pipe.schemas.dead_letter import DEAD_LETTER_SCHEMA, DeadLetter, Reason, Rejected, Stage
+from af3pipe.schemas.recording import (
+    RECORDING_SCHEMA,
+    AudioInfo,
+    Question,
+    Recording,
+    RecordingResult,
+    Segment,
+    TerminalState,
+    make_recording_id,
+)
+
+__all__ = [
+    "ANSWER_SCHEMA",
+    "DEAD_LETTER_SCHEMA",
+    "RECORDING_SCHEMA",
+    "Answer",
+    "AudioInfo",
+    "DeadLetter",
+    "Decoding",
+    "Question",
+    "Reason",
+    "Recording",
+    "RecordingResult",
+    "Rejected",
+    "Reply",
+    "Request",
+    "Segment",
+    "Stage",
+    "Task",
+    "TerminalState",
+    "TimedText",
+    "answer_key",
+    "make_recording_id",
+]

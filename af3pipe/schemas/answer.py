@@ -1,0 +1,219 @@
+"""What is asked and what comes back: tasks, requests, replies, and the answer row."""
+
+import hashlib
+import json
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from af3pipe.schemas.recording import Recording
+
+
+class Decoding(NamedTuple):
+    """How the reply is chosen, token by token. The defaults are greedy, whatever the checkpoint's own are.
+
+    The released checkpoints default to sampling (temperature 0.7, top_p 0.8, repetition_penalty 1.05).
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 50
+    repetition_penalty: float = 1.0
+
+    def to_json(self) -> str:
+        """The `decoding` column: sorted keys, so that equal parameters give equal text."""
+        return json.dumps(self._asdict(), sort_keys=True)
+
+
+class Task(NamedTuple):
+    """What is asked of a segment. Built by `af3pipe.models.tasks`, or by hand for a task of your own.
+
+    Attributes:
+        name: The `task` column; `caption` and `transcript` have tables of their own.
+        prompt: The user turn's text; None takes the family's own prompt for this name.
+        question_id: Names the question across runs, where there is one.
+        question: As the user wrote it, without the choices.
+        choices: The answers allowed; empty for free text.
+        decoding: How the reply is chosen.
+        parser: How the reply is read: a name from `models.tasks.PARSERS`, or `module:function`.
+        strip_prefix: Whether the checkpoint's framing sentence is removed by its processor.
+        stitch: Whether the replies of a long recording's segments make one answer.
+    """
+
+    name: str
+    prompt: str | None = None
+    question_id: str | None = None
+    question: str | None = None
+    choices: tuple[str, ...] = ()
+    decoding: Decoding = Decoding()
+    parser: str = "text"
+    strip_prefix: bool = False
+    stitch: bool = False
+
+
+class Request(NamedTuple):
+    """One segment and the tasks asked of it, as an engine takes it.
+
+    Attributes:
+        samples: float32 mono PCM at the model's sampling rate, shape (n,).
+        tasks: At least one; every prompt filled in.
+    """
+
+    samples: npt.NDArray[np.float32]
+    tasks: tuple[Task, ...]
+
+    def __repr__(self) -> str:
+        return f"Request(samples={self.samples.shape}, tasks={[task.name for task in self.tasks]})"
+
+
+class Reply(NamedTuple):
+    """What the model said to one task.
+
+    Attributes:
+        text: Decoded, without special tokens, stripped as the task asks.
+        tokens: The new token ids, the end-of-sequence token included where it was produced.
+        finish_reason: `stop` when the model ended its reply, `length` when `max_new_tokens` did.
+        audio_tokens: Placeholders the audio took in the prompt.
+        prompt_tokens: Length of the whole prompt, `audio_tokens` included.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    audio_tokens: int
+    prompt_tokens: int
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens were produced."""
+        return len(self.tokens)
+
+
+class TimedText(NamedTuple):
+    """A piece of a transcript and where in the recording it was heard, in seconds."""
+
+    start_s: float
+    end_s: float
+    text: str
+
+
+class Answer(NamedTuple):
+    """One reply, parsed: one row of `captions/`, `transcripts/` or `answers/`.
+
+    Attributes:
+        segment_index: Of the segment asked about; 0 for an answer stitched over all of them.
+        start_s: Of what was heard, in seconds from the start of the object.
+        end_s: End of what was heard, exclusive.
+        duration_s: Of the whole object, in seconds; None when it was never learnt.
+        choice: The choice that the reply names; None for free text.
+        segments: The pieces of a transcript with their times; empty for other tasks.
+        decoding: JSON of `Decoding`.
+        answer_key: See `answer_key`.
+        created_at: Microseconds since 1970-01-01 UTC.
+    """
+
+    recording_id: str
+    uri: str
+    size_bytes: int | None
+    etag: str | None
+    mtime: str | None
+    segment_index: int
+    start_s: float
+    end_s: float
+    duration_s: float | None
+    sample_rate: int
+    channels: int
+    codec: str
+    task: str
+    prompt: str
+    question_id: str | None
+    question: str | None
+    choices: tuple[str, ...]
+    text: str
+    choice: str | None
+    segments: tuple[TimedText, ...]
+    finish_reason: str
+    audio_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+    model_id: str
+    model_revision: str
+    family: str
+    engine: str
+    dtype: str
+    decoding: str
+    answer_key: str
+    metadata: tuple[tuple[str, str], ...]
+    run_id: str
+    created_at: int
+
+
+ANSWER_SCHEMA = pa.schema(
+    [
+        pa.field("recording_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("mtime", pa.string()),
+        pa.field("segment_index", pa.int32(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        ("duration_s", pa.float64()),
+        pa.field("sample_rate", pa.int32(), nullable=False),
+        pa.field("channels", pa.int32(), nullable=False),
+        pa.field("codec", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        ("question_id", pa.string()),
+        ("question", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        pa.field("text", pa.string(), nullable=False),
+        ("choice", pa.string()),
+        (
+            "segments",
+            pa.list_(
+                pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("text", pa.string())])
+            ),
+        ),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("audio_tokens", pa.int32(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("new_tokens", pa.int32(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("model_revision", pa.string(), nullable=False),
+        pa.field("family", pa.string(), nullable=False),
+        pa.field("engine", pa.string(), nullable=False),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("decoding", pa.string(), nullable=False),
+        pa.field("answer_key", pa.string(), nullable=False),
+        ("metadata", pa.map_(pa.string(), pa.string())),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+
+def answer_key(
+    recording: Recording, start_s: float, end_s: float, task: Task, model_id: str, model_revision: str
+) -> str:
+    """Names a piece of work: the same work has the same key on every run, so a rerun can skip it.
+
+    sha256 over the content's identity, the segment's bounds, the task, its prompt, the model and the decoding.
+    """
+    parts = [
+        recording.uri,
+        recording.content_identity,
+        f"{start_s:.6f}-{end_s:.6f}",
+        task.name,
+        task.question_id,
+        task.prompt,
+        task.parser,
+        model_id,
+        model_revision,
+        task.decoding.to_json(),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""What could not be answered: stages, reasons, the row, and the one exception that bad input raises."""
+
+from enum import Enum
+from typing import NamedTuple
+
+import pyarrow as pa
+
+
+class Stage(str, Enum):
+    """Where on its way from URI to Parquet a recording was stopped."""
+
+    LIST = "list"
+    READ = "read"
+    PROBE = "probe"
+    DECODE = "decode"
+    WINDOW = "window"
+    GENERATE = "generate"
+    PARSE = "parse"
+    WRITE = "write"
+
+
+class Reason(str, Enum):
+    """Why a recording could not be answered. docs/dead-letters.md says of each what to do."""
+
+    NOT_FOUND = "not_found"
+    PERMISSION_DENIED = "permission_denied"
+    UNREADABLE = "unreadable"
+    EMPTY_FILE = "empty_file"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    NO_AUDIO_STREAM = "no_audio_stream"
+    DECODE_ERROR = "decode_error"
+    DECODE_SHORT = "decode_short"
+    DECODE_TIMEOUT = "decode_timeout"
+    DECODER_CRASHED = "decoder_crashed"
+    TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
+    SILENT = "silent"
+    OUT_OF_MEMORY = "out_of_memory"
+    ENGINE_ERROR = "engine_error"
+    GENERATE_TIMEOUT = "generate_timeout"
+    OUTPUT_INVALID = "output_invalid"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same input may succeed another time, without anybody changing it."""
+        return self in _RETRYABLE
+
+
+_RETRYABLE = frozenset(
+    {
+        Reason.UNREADABLE,
+        Reason.DECODE_TIMEOUT,
+        Reason.DECODER_CRASHED,
+        Reason.OUT_OF_MEMORY,
+        Reason.ENGINE_ERROR,
+        Reason.GENERATE_TIMEOUT,
+    }
+)
+
+
+class Rejected(Exception):
+    """This input cannot be answered, and why. Becomes a dead letter; never ends the job.
+
+    Raised by storage, audio and models; caught in `transforms/outcome.py` only.
+
+    Attributes:
+        stage: Where it happened.
+        reason: The class of failure, from a fixed list.
+        detail: One sentence for the person who reads the dead letter: what was wrong, with its numbers.
+        decoder: The decoder in use, where one was.
+        position_s: How far into the recording, in seconds, where that is known.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        reason: Reason,
+        detail: str,
+        *,
+        decoder: str | None = None,
+        position_s: float | None = None,
+    ) -> None:
+        super().__init__(f"{stage.value}: {reason.value}: {detail}")
+        self.stage = stage
+        self.reason = reason
+        self.detail = detail
+        self.decoder = decoder
+        self.position_s = position_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exception pickles its args, which here are one formatted string; the fields cross processes instead.
+        return _rebuild, (self.stage, self.reason, self.detail, self.decoder, self.position_s)
+
+
+def _rebuild(
+    stage: Stage, reason: Reason, detail: str, decoder: str | None, position_s: float | None
+) -> Rejected:
+    return Rejected(stage, reason, detail, decoder=decoder, position_s=position_s)
+
+
+class DeadLetter(NamedTuple):
+    """One row of `dead_letters/`: a recording, or one request of it, that could not be answered.
+
+    Attributes:
+        detail: One sentence: what was wrong.
+        retryable: Whether the same input may succeed another time.
+        position_s: How far into the recording, in seconds.
+        attempts: How often it was tried in this run.
+        traceback: Of an unexpected exception; None for input that was rejected knowingly.
+        input: JSON: the recording, and the segment and tasks where it got so far; all that a redrive needs.
+        created_at: Microseconds since 1970-01-01 UTC.
+    """
+
+    recording_id: str
+    uri: str
+    stage: Stage
+    reason: Reason
+    detail: str
+    retryable: bool
+    size_bytes: int | None
+    decoder: str | None
+    position_s: float | None
+    attempts: int
+    traceback: str | None
+    input: str
+    run_id: str
+    created_at: int
+
+
+DEAD_LETTER_SCHEMA = pa.schema(
+    [
+        pa.field("recording_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("retryable", pa.bool_(), nullable=False),
+        ("size_bytes", pa.int64()),
+        ("decoder", pa.string()),
+        ("position_s", pa.float64()),
+        pa.field("attempts", pa.int32(), nullable=False),
+        ("traceback", pa.string()),
+        pa.field("input", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)

@@ -1,0 +1,162 @@
+"""What flows before the model: a recording, what its header says, and its segments of PCM."""
+
+import hashlib
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+
+class TerminalState(str, Enum):
+    """How a recording ended. Every recording that was matched ends in exactly one of these."""
+
+    OK = "ok"
+    OK_PARTIAL = "ok_partial"
+    SKIPPED_DONE = "skipped_done"
+    DEAD_LETTER = "dead_letter"
+
+
+class Question(NamedTuple):
+    """A question about one recording, as a manifest row states it."""
+
+    question_id: str
+    text: str
+    choices: tuple[str, ...] = ()
+
+
+class Recording(NamedTuple):
+    """One input: an audio object, or a time range of it, with what is known before it is opened.
+
+    Attributes:
+        recording_id: Stable name of the recording; one terminal state each. See `make_recording_id`.
+        uri: Any URL that fsspec opens, or a local path.
+        size_bytes: Size of the object, None when the listing did not state it.
+        etag: The store's content tag, None when it has none (local files).
+        mtime: Modification time of the object, ISO 8601 UTC, None when the listing did not state it.
+        offset_s: Where to begin, in seconds from the start of the object.
+        duration_s: How much to take, in seconds; None takes all that follows.
+        questions: Asked of this recording beside the job's own tasks.
+        metadata: Further manifest columns; they ride along to the output.
+    """
+
+    recording_id: str
+    uri: str
+    size_bytes: int | None = None
+    etag: str | None = None
+    mtime: str | None = None
+    offset_s: float = 0.0
+    duration_s: float | None = None
+    questions: tuple[Question, ...] = ()
+    metadata: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def content_identity(self) -> str:
+        """Changes when the bytes change: the store's etag, or size and modification time where it has none."""
+        return self.etag or f"{self.size_bytes}:{self.mtime}"
+
+
+def make_recording_id(uri: str, offset_s: float = 0.0, duration_s: float | None = None) -> str:
+    """Names a recording by what it is: 20 hex digits over the URI and the time range taken from it."""
+    text = "\x00".join((uri, repr(float(offset_s)), repr(None if duration_s is None else float(duration_s))))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+class AudioInfo(NamedTuple):
+    """What a container states about its audio stream.
+
+    Attributes:
+        duration_s: Length in seconds; None where only decoding tells.
+        sample_rate: In Hz, as stored.
+        channels: As stored.
+        codec: For example `flac`, `pcm_16`, `mp3`, `aac`.
+        decoder: The library that reads it: `soundfile` or `pyav`.
+    """
+
+    duration_s: float | None
+    sample_rate: int
+    channels: int
+    codec: str
+    decoder: str
+
+
+class Segment(NamedTuple):
+    """A contiguous part of a recording, given to the model as one sample.
+
+    Attributes:
+        recording: Where it comes from.
+        info: The container's statement; `duration_s` is what decoding found once the end has been reached.
+        index: 0, 1, 2, ... along the recording.
+        start_s: First sample's time in seconds from the start of the object.
+        end_s: End of the last sample, exclusive.
+        is_last: Whether the recording ends with this segment.
+        sample_rate: Of `samples`, in Hz: the model's.
+        samples: float32 mono PCM in [-1, 1], shape (n,).
+    """
+
+    recording: Recording
+    info: AudioInfo
+    index: int
+    start_s: float
+    end_s: float
+    is_last: bool
+    sample_rate: int
+    samples: npt.NDArray[np.float32]
+
+    @property
+    def audio_s(self) -> float:
+        """Length of `samples` in seconds."""
+        return len(self.samples) / self.sample_rate
+
+    def __repr__(self) -> str:
+        where = f"{self.start_s:.2f}-{self.end_s:.2f} s"
+        return f"Segment({self.recording.uri!r}, index={self.index}, {where}, samples={self.samples.shape})"
+
+
+class RecordingResult(NamedTuple):
+    """One row of `recordings/`: how a recording ended, and how much of it was covered.
+
+    Attributes:
+        duration_s: Of the object, in seconds; None when it was never learnt.
+        covered_s: Seconds for which every task has an answer.
+        reasons: Of the recording's dead letters, sorted, without repeats.
+        created_at: Microseconds since 1970-01-01 UTC, as Arrow's timestamp stores it.
+    """
+
+    recording_id: str
+    uri: str
+    terminal_state: TerminalState
+    duration_s: float | None
+    covered_s: float
+    answers: int
+    dead_letters: int
+    reasons: tuple[str, ...]
+    size_bytes: int | None
+    etag: str | None
+    mtime: str | None
+    offset_s: float
+    metadata: tuple[tuple[str, str], ...]
+    run_id: str
+    created_at: int
+
+
+RECORDING_SCHEMA = pa.schema(
+    [
+        pa.field("recording_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("terminal_state", pa.string(), nullable=False),
+        ("duration_s", pa.float64()),
+        pa.field("covered_s", pa.float64(), nullable=False),
+        pa.field("answers", pa.int32(), nullable=False),
+        pa.field("dead_letters", pa.int32(), nullable=False),
+        ("reasons", pa.list_(pa.string())),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("mtime", pa.string()),
+        pa.field("offset_s", pa.float64(), nullable=False),
+        ("metadata", pa.map_(pa.string(), pa.string())),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
