@@ -1,0 +1,315 @@
+"""The batch pipeline: recordings in, Parquet out, and the books of it."""
+
+import json
+import platform
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+from af3pipe import storage
+from af3pipe.models.engine import ModelError
+from af3pipe.models.family import Checkpoint, open_checkpoint
+from af3pipe.models.tasks import resolve, table_of
+from af3pipe.pipelines.accounting import (
+    RunCounts,
+    count_run,
+    fill_empty_tables,
+    found_uri,
+    run_files,
+    write_found,
+)
+from af3pipe.pipelines.job import JobConfig, JobError, beam_options
+from af3pipe.schemas import Stage
+from af3pipe.transforms import (
+    AnswerRecordings,
+    AskAudioFlamingo,
+    DecodeAudio,
+    Outcome,
+    ReadRecordings,
+    ReconcileRecordings,
+    WriteAnswers,
+    WriteDeadLetters,
+    WriteRecordings,
+    metrics,
+)
+from af3pipe.transforms.read import list_recordings
+from af3pipe.transforms.write import new_run_id
+
+_IN_PROCESS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
+_PACKAGES = ("apache-beam", "torch", "transformers", "pyarrow", "soundfile", "av", "soxr", "fsspec")
+
+
+class RunFailed(Exception):
+    """The pipeline itself failed: what ended it, for the person who started it."""
+
+
+class Progress(NamedTuple):
+    """How far a run is, as far as this process can see."""
+
+    found: int
+    done: int
+    dead_letters: int
+    audio_s: float
+    elapsed_s: float
+
+
+class RunReport(NamedTuple):
+    """What a run did."""
+
+    run_id: str
+    counts: RunCounts
+    wall_s: float
+    metrics: dict[str, int]
+
+
+def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
+    """Lays the job's graph. Needs neither torch nor the model's weights.
+
+    Returns:
+        The outcome before it is written: answers, and all dead letters.
+    """
+    tasks = job.all_tasks()
+    decode = DecodeAudio(
+        model=job.model, revision=job.revision, over_length=job.over_length, threads=job.decode_threads
+    )
+    ask = AskAudioFlamingo(
+        model=job.model,
+        tasks=tasks,
+        revision=job.revision,
+        engine=job.engine,
+        dtype=job.dtype,
+        device=job.device,
+        batch_size=job.batch_size,
+        batch_audio_s=job.batch_audio_s,
+    )
+    recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs)
+    answers = recordings | "AnswerRecordings" >> AnswerRecordings(decode, ask, accelerator=job.accelerator)
+    results = {
+        "recordings": recordings.good,
+        "answers": answers.good,
+        "dead_letters": answers.dead_letters,
+    } | "ReconcileRecordings" >> ReconcileRecordings()
+    _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, run_id=run_id)
+    _ = answers.dead_letters | "WriteDeadLetters" >> WriteDeadLetters(job.output, run_id=run_id)
+    _ = results | "WriteRecordings" >> WriteRecordings(job.output, run_id=run_id)
+    _ = recordings | "CountFound" >> _CountFound(job.output, run_id)
+    return answers
+
+
+class _CountFound(beam.PTransform):
+    """Leaves the number of recordings found beside the run's tables; those rejected while listing count too."""
+
+    def __init__(self, output: str, run_id: str) -> None:
+        super().__init__()
+        self._output = output
+        self._run_id = run_id
+
+    def expand(self, recordings: Outcome) -> Any:
+        rejected = recordings.dead_letters | "ListedOnly" >> beam.Filter(
+            lambda letter: letter.stage is Stage.LIST
+        )
+        ids = [
+            recordings.good | "FoundId" >> beam.Map(lambda found: found.recording_id).with_output_types(str),
+            rejected | "RejectedId" >> beam.Map(lambda letter: letter.recording_id).with_output_types(str),
+        ]
+        return (
+            ids
+            | "AllIds" >> beam.Flatten()
+            | "DistinctIds" >> beam.Distinct()
+            | "CountIds" >> beam.combiners.Count.Globally()
+            | "WriteFound" >> beam.Map(write_found, output=self._output, run_id=self._run_id)
+        )
+
+
+def preflight(job: JobConfig) -> Checkpoint:
+    """What can be known to fail is found before a worker starts or a model is loaded.
+
+    Raises:
+        JobError: No input matches, or the output cannot be written.
+        ModelError: The checkpoint cannot be found or is of a family that is not supported.
+    """
+    if not any(True for name in job.inputs for _ in list_recordings(name)):
+        raise JobError(
+            f"no input matched: {', '.join(job.inputs)}. Check the spelling; quote globs, so that the shell "
+            "leaves them alone; a folder is searched for audio files only"
+        )
+    try:
+        storage.check_writable(job.output)
+    except storage.StorageError as error:
+        raise JobError(f"output: {error}") from error
+    return open_checkpoint(job.model, job.revision)
+
+
+def run(
+    job: JobConfig,
+    beam_flags: Iterable[str] = (),
+    *,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    progress_every_s: float = 0.5,
+) -> RunReport:
+    """Runs a job to its end and reads its books back.
+
+    Args:
+        job: What to do.
+        beam_flags: Options for Beam, as on its command line.
+        on_progress: Called now and then on the calling thread, with what this process has counted.
+        progress_every_s: How often.
+
+    Raises:
+        JobError, ModelError: Found before anything was started.
+        RunFailed: The pipeline failed.
+    """
+    checkpoint = preflight(job)
+    options = beam_options(job, list(beam_flags))
+    run_id = new_run_id()
+    pipeline = beam.Pipeline(options=options)
+    build(pipeline, job, run_id)
+    started = time.monotonic()
+    before = metrics.tally()
+    background = _Background(pipeline)
+    while not background.wait(progress_every_s):
+        on_progress(_progress(metrics.tally() - before, time.monotonic() - started))
+    result = background.result()
+    wall_s = time.monotonic() - started
+    on_progress(_progress(metrics.tally() - before, wall_s))
+    counted = _counters(result)
+    counts = count_run(job.output, run_id)
+    tasks = [resolve(task, checkpoint.family) for task in job.all_tasks()]
+    fill_empty_tables(
+        job.output, sorted({"recordings", "dead_letters", *(table_of(task.name) for task in tasks)}), run_id
+    )
+    report = RunReport(run_id, counts, wall_s, counted)
+    _write_record(job, checkpoint, options, report)
+    return report
+
+
+class _Background:
+    """A pipeline run on a thread of its own: Beam's in-process runner blocks until the job is done."""
+
+    def __init__(self, pipeline: beam.Pipeline) -> None:
+        self._pipeline = pipeline
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="af3pipe-run", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._pipeline.run()
+            self._result.wait_until_finish()
+        except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
+            self._error = error
+
+    def wait(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise RunFailed(explain_failure(self._error)) from self._error
+        state = str(self._result.state)
+        if state != "DONE":
+            raise RunFailed(f"the runner ended the job in state {state}; see its log above")
+        return self._result
+
+
+_FAULT = re.compile(r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError): (.+?)(?= \[while running|\n|$)")
+
+
+def explain_failure(error: BaseException) -> str:
+    """The line that matters: runners wrap a worker's exception into a text of their whole traceback."""
+    faults: list[tuple[str, str]] = _FAULT.findall(f"{type(error).__name__}: {error}")
+    if faults:
+        return faults[-1][1].strip()
+    return f"{type(error).__name__}: {error}"
+
+
+def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
+    return Progress(
+        found=counted["recordings_found"],
+        done=counted["recordings_asked"],
+        dead_letters=sum(n for name, n in counted.items() if name.startswith("dead_letters_")),
+        audio_s=counted["audio_ms"] / 1000,
+        elapsed_s=elapsed_s,
+    )
+
+
+def _counters(result: Any) -> dict[str, int]:
+    """Beam's counters of this package, over all steps; a runner without metrics gives none."""
+    total: Counter[str] = Counter()
+    for counter in result.metrics().query()["counters"]:
+        if counter.key.metric.namespace == metrics.NAMESPACE:
+            total[counter.key.metric.name] += counter.result
+    return dict(sorted(total.items()))
+
+
+def _write_record(
+    job: JobConfig, checkpoint: Checkpoint, options: PipelineOptions, report: RunReport
+) -> None:
+    """The run's own record, written last: who finds it knows that the run is complete."""
+    counts = report.counts
+    record = {
+        "run_id": report.run_id,
+        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "wall_s": round(report.wall_s, 3),
+        "job": job.model_dump(mode="json"),
+        "runner": options.view_as(StandardOptions).runner,
+        "model": {
+            "id": checkpoint.model_id,
+            "revision": checkpoint.revision,
+            "family": checkpoint.family,
+            "licence": checkpoint.licence,
+        },
+        "versions": _versions(),
+        "recordings_found": counts.found,
+        "recordings": counts.states,
+        "answers": counts.answers,
+        "dead_letters": counts.dead_letters,
+        "audio_s": round(counts.audio_s, 3),
+        "reconciled": counts.reconciled,
+        "problems": list(counts.problems),
+        "counters": report.metrics,
+        "files": run_files(job.output, report.run_id),
+    }
+    uri = storage.join(job.output, "_runs", f"{report.run_id}.json")
+    storage.write_atomic(uri, json.dumps(record, indent=1, ensure_ascii=False).encode())
+    storage.delete(found_uri(job.output, report.run_id))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "af3pipe": version("af3pipe")}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a launcher needs no torch
+            found[name] = "not installed"
+    return found
+
+
+def is_in_process(options: PipelineOptions) -> bool:
+    """Whether the run counts in this process, so that its progress can be shown live."""
+    return (
+        options.view_as(StandardOptions).runner in _IN_PROCESS
+        and options.get_all_options().get("direct_running_mode") != "multi_processing"
+    )
+
+
+__all__ = [
+    "ModelError",
+    "Progress",
+    "RunFailed",
+    "RunReport",
+    "build",
+    "explain_failure",
+    "is_in_process",
+    "preflight",
+    "run",
+]

@@ -1,0 +1,287 @@
+"""A job: what to read, ask and write. The one place where YAML, flags and Beam's options meet."""
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from apache_beam.options.pipeline_options import PipelineOptions
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from af3pipe.models.engine import ENGINES
+from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.models.tasks import answer, caption, prompt, transcript
+from af3pipe.schemas import Decoding, Task
+from af3pipe.transforms.decode import OverLength
+
+
+class JobError(Exception):
+    """The job as it was written cannot run: the message names the key, the value and what is allowed."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Mapping)) else value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskConfig(_Strict):
+    """A task with settings of its own; a plain name in the job file stands for `{name: ...}`."""
+
+    name: str
+    prompt: str | None = None
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    do_sample: bool = False
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 50
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    parser: str | None = None
+
+    @model_validator(mode="after")
+    def _own_task_has_a_prompt(self) -> "TaskConfig":
+        if self.name not in _FACTORIES and self.prompt is None:
+            raise ValueError(
+                f"task {self.name!r} is not known; choose from {', '.join(_FACTORIES)}, "
+                "or give your own task a prompt"
+            )
+        return self
+
+    def to_task(self) -> Task:
+        """The task as the transforms take it."""
+        if self.name in _FACTORIES:
+            task = _FACTORIES[self.name](prompt=self.prompt)
+        else:
+            task = prompt(self.name, self.prompt or "")
+        decoding = Decoding(
+            max_new_tokens=self.max_new_tokens or task.decoding.max_new_tokens,
+            do_sample=self.do_sample,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+        )
+        return task._replace(decoding=decoding, parser=self.parser or task.parser)
+
+
+_FACTORIES: dict[str, Any] = {"caption": caption, "transcript": transcript}
+
+
+class QuestionConfig(_Strict):
+    """A question asked of every recording; a plain string stands for `{question: ...}`."""
+
+    question: str
+    choices: tuple[str, ...] = ()
+    id: str | None = None
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+
+    def to_task(self) -> Task:
+        """The question as a task."""
+        task = answer(self.question, choices=self.choices, question_id=self.id)
+        if self.max_new_tokens:
+            task = task._replace(decoding=task.decoding._replace(max_new_tokens=self.max_new_tokens))
+        return task
+
+
+def _task_configs(value: Any) -> Any:
+    return [{"name": item} if isinstance(item, str) else item for item in _as_list(value)]
+
+
+def _question_configs(value: Any) -> Any:
+    return [{"question": item} if isinstance(item, str) else item for item in _as_list(value)]
+
+
+class JobConfig(_Strict):
+    """All of a job but Beam's own options.
+
+    Attributes:
+        inputs: Files, folders, globs or manifests, on any fsspec URL.
+        output: Folder for the Parquet tables.
+        model: Hub id, local directory, or `demo`.
+        tasks: What is asked of every recording.
+        questions: Asked beside the tasks.
+        over_length: What becomes of recordings longer than the model takes.
+        accelerator: Beam's accelerator hint for the workers that hold the model.
+        fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
+        beam: Beam's pipeline options.
+    """
+
+    inputs: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    output: Annotated[str, Field(min_length=1)]
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    engine: str = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    tasks: Annotated[tuple[TaskConfig, ...], BeforeValidator(_task_configs)] = ()
+    questions: Annotated[tuple[QuestionConfig, ...], BeforeValidator(_question_configs)] = ()
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    over_length: OverLength = "dead-letter"
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
+    decode_threads: Annotated[int, Field(gt=0)] | None = None
+    accelerator: str | None = None
+    fail_on_dead_letters: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%?$")] | None = None
+    beam: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_may_be_a_number(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("fail_on_dead_letters"), (int, float)):
+            return values | {"fail_on_dead_letters": str(values["fail_on_dead_letters"])}
+        return values
+
+    @model_validator(mode="after")
+    def _engine_is_known(self) -> "JobConfig":
+        if self.engine not in ENGINES:
+            raise ValueError(
+                f"engine is {self.engine!r}, which is not known; choose from {', '.join(ENGINES)}"
+            )
+        return self
+
+    def all_tasks(self) -> list[Task]:
+        """What is asked of every recording; a caption where the job names nothing."""
+        asked = [config.to_task() for config in (*self.tasks, *self.questions)] or [caption()]
+        if self.max_new_tokens:
+            limit = self.max_new_tokens
+            asked = [task._replace(decoding=task.decoding._replace(max_new_tokens=limit)) for task in asked]
+        return asked
+
+    def dead_letters_allowed(self, recordings: int) -> float:
+        """How many dead letters the run may have."""
+        if self.fail_on_dead_letters is None:
+            return float("inf")
+        if self.fail_on_dead_letters.endswith("%"):
+            return float(self.fail_on_dead_letters[:-1]) / 100 * recordings
+        return float(self.fail_on_dead_letters)
+
+
+def make_job(values: Mapping[str, Any], source: str = "command line") -> JobConfig:
+    """Validates a job.
+
+    Raises:
+        JobError: Names each wrong key, its value, and what is allowed.
+    """
+    try:
+        return JobConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise JobError("\n".join(f"{source}: {_explain(dict(found))}" for found in error.errors())) from error
+
+
+def load_job_values(path: str) -> dict[str, Any]:
+    """The keys of a YAML job file, not yet validated, so that flags can go on top.
+
+    Raises:
+        JobError: There is no such file, or it is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise JobError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise JobError(f"{path}: must hold keys and values, for example `inputs: [archive/]`")
+    return values
+
+
+def _explain(found: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in found["loc"])
+    if found["type"] == "extra_forbidden":
+        allowed = _allowed_keys(found["loc"])
+        near = difflib.get_close_matches(str(found["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
+        return f"{key} is not a key of a job; {hint}"
+    if found["type"] == "missing":
+        return f"{key} is missing"
+    message = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "value_error":
+        return f"{key}: {message}" if key else str(message)
+    return f"{key} is {found['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _allowed_keys(loc: Sequence[Any]) -> list[str]:
+    nested: dict[Any, type[BaseModel]] = {"tasks": TaskConfig, "questions": QuestionConfig}
+    owner = nested.get(loc[0], JobConfig) if len(loc) > 1 else JobConfig
+    return list(owner.model_fields)
+
+
+def beam_options(job: JobConfig, flags: Sequence[str] = ()) -> PipelineOptions:
+    """The job's `beam` keys and the command line's flags for Beam; flags win.
+
+    The default runner is Beam's in-process one, by name: `DirectRunner` first looks for another to download.
+
+    Raises:
+        JobError: A setting that loses elements.
+    """
+    listed = [flag for key, value in job.beam.items() for flag in _beam_flags(key, value)]
+    options = PipelineOptions([*listed, *flags])
+    found = options.get_all_options()
+    if found.get("runner") is None:
+        options = PipelineOptions(["--runner=FnApiRunner", *listed, *flags])
+    if found.get("direct_running_mode") == "multi_threading" and (
+        found.get("direct_num_workers") or 0
+    ) not in (0, 1):
+        raise JobError(
+            "direct_running_mode is 'multi_threading' with several workers, which loses elements in Beam's "
+            "in-process runner; use multi_processing"
+        )
+    return options
+
+
+def _beam_flags(key: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{key}"]
+    if value is False or value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}={item}" for item in value]
+    return [f"--{key}={value}"]
+
+
+def split_beam_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is left of a command line: the inputs, and the flags that are Beam's.
+
+    Raises:
+        JobError: A flag that neither knows, so that a misspelt one is not taken for an input.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for options in PipelineOptions.__subclasses__():
+        options._add_argparse_args(_Tolerant(parser))  # type: ignore[arg-type]
+    names = {name for action in parser._actions for name in action.option_strings}
+    unknown = next((token for token in tokens if _is_flag(token) and token.split("=")[0] not in names), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown.split("=")[0], sorted(names), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise JobError(f"{unknown} is neither an option of af3pipe nor of Beam{hint}")
+    _, inputs = parser.parse_known_args(list(tokens))
+    left = list(inputs)
+    flags = []
+    for token in tokens:
+        if left and token == left[0]:
+            left.pop(0)
+        else:
+            flags.append(token)
+    return inputs, flags
+
+
+def _is_flag(token: str) -> bool:
+    return token.startswith("--")
+
+
+class _Tolerant:
+    """Beam's option classes may add the same flag twice; the first one counts here."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parser = parser
+
+    def add_argument(self, *names: str, **settings: Any) -> None:
+        if not any(name in self._parser._option_string_actions for name in names):
+            self._parser.add_argument(*names, **(settings | {"required": False}))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)

@@ -1,0 +1,276 @@
+"""Segments to answers, on the process's one engine."""
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import apache_beam as beam
+
+from af3pipe.models.engine import (
+    EngineFailed,
+    EngineInfo,
+    EngineOptions,
+    acquire_engine,
+    release_engine,
+)
+from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.models.tasks import answer, parse, resolve, stitch
+from af3pipe.schemas import (
+    Answer,
+    DeadLetter,
+    Recording,
+    Reply,
+    Request,
+    Segment,
+    Stage,
+    Task,
+    TimedText,
+    answer_key,
+)
+from af3pipe.transforms import metrics
+from af3pipe.transforms.decode import DecodeAudio
+from af3pipe.transforms.outcome import (
+    DEAD_LETTERS,
+    Outcome,
+    join_dead_letters,
+    now_us,
+    outcomes,
+    split_input,
+    to_dead_letter,
+)
+from af3pipe.transforms.overlap import OverlapDoFn
+
+_PARTS = "parts"
+
+
+def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) -> Answer:
+    """The row for one reply.
+
+    Raises:
+        Rejected: The reply is not what the task allows.
+    """
+    text, choice = parse(task, reply.text)
+    recording = segment.recording
+    prompt = task.prompt or ""
+    return Answer(
+        recording_id=recording.recording_id,
+        uri=recording.uri,
+        size_bytes=recording.size_bytes,
+        etag=recording.etag,
+        mtime=recording.mtime,
+        segment_index=segment.index,
+        start_s=segment.start_s,
+        end_s=segment.end_s,
+        duration_s=segment.info.duration_s,
+        sample_rate=segment.info.sample_rate,
+        channels=segment.info.channels,
+        codec=segment.info.codec,
+        task=task.name,
+        prompt=prompt,
+        question_id=task.question_id,
+        question=task.question,
+        choices=task.choices,
+        text=text,
+        choice=choice,
+        segments=(TimedText(segment.start_s, segment.end_s, text),) if task.stitch else (),
+        finish_reason=reply.finish_reason,
+        audio_tokens=reply.audio_tokens,
+        prompt_tokens=reply.prompt_tokens,
+        new_tokens=reply.new_tokens,
+        model_id=info.model_id,
+        model_revision=info.model_revision,
+        family=info.family,
+        engine=info.engine,
+        dtype=info.dtype,
+        decoding=task.decoding.to_json(),
+        answer_key=answer_key(
+            recording, segment.start_s, segment.end_s, task, info.model_id, info.model_revision
+        ),
+        metadata=recording.metadata,
+        run_id="",
+        created_at=now_us(),
+    )
+
+
+class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
+    """Emits `Answer`; pieces of answers to be stitched to the tag `parts`; `DeadLetter` to `dead_letters`.
+
+    The engine is held once per process, whatever the number of instances, threads and bundles. What is pending is
+    bounded by count and by seconds of audio: one runner gives a whole stage as one bundle.
+    """
+
+    def __init__(self, options: EngineOptions, tasks: Sequence[Task]) -> None:
+        # Two batches: one that the engine works on, one that it finds when it is done.
+        super().__init__(2 * options.batch_size, 2 * options.batch_audio_s)
+        self._options = options
+        self._asked = tuple(tasks)
+
+    def setup(self) -> None:
+        self._engine = acquire_engine(self._options)
+        self._info = self._engine.info
+        self._tasks = tuple(resolve(task, self._info.family) for task in self._asked)
+
+    def teardown(self) -> None:
+        super().teardown()
+        release_engine(self._options)
+
+    def weigh(self, segment: Segment) -> float:
+        return segment.audio_s
+
+    def tasks_of(self, recording: Recording) -> tuple[Task, ...]:
+        """The job's tasks and the recording's own questions."""
+        own = (answer(q.text, choices=q.choices, question_id=q.question_id) for q in recording.questions)
+        return self._tasks + tuple(resolve(task, self._info.family) for task in own)
+
+    def submit(self, segment: Segment) -> "Future[list[Reply]]":
+        return self._engine.submit(Request(segment.samples, self.tasks_of(segment.recording)))
+
+    def emit(self, segment: Segment, future: "Future[list[Reply]]") -> Iterator[Any]:
+        metrics.count("segments_asked")
+        metrics.count_seconds("audio", segment.audio_s)
+        for outcome in self._answers(segment, self.tasks_of(segment.recording), future):
+            if isinstance(outcome, DeadLetter):
+                metrics.count(f"dead_letters_{outcome.reason.value}")
+                yield beam.pvalue.TaggedOutput(DEAD_LETTERS, outcome)
+                continue
+            metrics.count("answers")
+            is_part = outcome.segments and not (segment.index == 0 and segment.is_last)
+            yield beam.pvalue.TaggedOutput(_PARTS, outcome) if is_part else outcome
+        self._count_engine()
+
+    def _answers(
+        self, segment: Segment, tasks: tuple[Task, ...], future: "Future[list[Reply]]"
+    ) -> Iterator[Answer | DeadLetter]:
+        """One outcome per task; one dead letter for all of them where the request as a whole failed."""
+
+        def lost(error: Exception) -> DeadLetter:
+            return to_dead_letter(error, segment.recording, stage=Stage.GENERATE, segment=segment, tasks=tasks)
+
+        for replies in outcomes(iter_result(future), lost):
+            if isinstance(replies, DeadLetter):
+                yield replies
+                continue
+            if len(replies) != len(tasks):
+                raise EngineFailed(f"the engine gave {len(replies)} replies to {len(tasks)} tasks")
+            for task, reply in zip(tasks, replies, strict=True):
+                yield from self._answer(segment, task, reply)
+
+    def _answer(self, segment: Segment, task: Task, reply: Reply) -> Iterator[Answer | DeadLetter]:
+        def invalid(error: Exception) -> DeadLetter:
+            return to_dead_letter(error, segment.recording, stage=Stage.PARSE, segment=segment, tasks=(task,))
+
+        return outcomes((make_answer(segment, task, reply, self._info) for _ in range(1)), invalid)
+
+    def _count_engine(self) -> None:
+        """Beam drops what is counted on the engine's thread, so a bundle's thread collects it."""
+        stats = self._engine.take_stats()
+        for name in ("windows", "audio_tokens", "prompt_tokens", "new_tokens", "batches", "rows"):
+            metrics.count(name, getattr(stats, name))
+        for name in ("encode", "prefill", "decode", "idle"):
+            metrics.count_seconds(name, getattr(stats, f"{name}_s"))
+        if stats.row_capacity:
+            metrics.observe("batch_fill_percent", round(100 * stats.rows / stats.row_capacity))
+
+
+def iter_result(future: "Future[list[Reply]]") -> Iterator[list[Reply]]:
+    """The future's result, raised inside the iteration, where `outcomes` catches it."""
+    yield future.result()
+
+
+class _Stitch(beam.PTransform):
+    """Segments of one recording meet again, as text: their transcripts become one answer."""
+
+    def expand(self, parts: Any) -> Any:
+        return (
+            parts
+            | "ByRecordingAndTask" >> beam.WithKeys(_stitch_key).with_output_types(tuple[str, Answer])
+            | "GroupParts" >> beam.GroupByKey()
+            | "Join" >> beam.MapTuple(_stitch_group).with_output_types(Answer)
+        )
+
+
+def _stitch_key(part: Answer) -> str:
+    return f"{part.recording_id}/{part.task}/{part.question_id}"
+
+
+def _stitch_group(_: str, parts: Iterable[Answer]) -> Answer:
+    return stitch(sorted(parts, key=operator.attrgetter("segment_index")))
+
+
+class AskAudioFlamingo(beam.PTransform):
+    """Asks Audio Flamingo 3 or Music Flamingo about segments of audio.
+
+    Takes `Segment` (a PCollection, or the Outcome of `DecodeAudio`); gives an `Outcome` of `Answer`. A recording
+    of several segments gives one transcript, stitched with its times, and an answer per segment to other tasks.
+    A request that fails is a dead letter and costs no other; a model that cannot be loaded ends the job.
+
+    Args:
+        model: Hub id, local directory, or `demo`. The released weights are for non-commercial use.
+        tasks: What is asked of every segment; a recording's own questions are asked beside them.
+        revision: Branch, tag or commit of the model on the hub.
+        engine: What turns requests into replies: `transformers`.
+        dtype: `auto` is bfloat16 on CUDA and float32 on CPU.
+        device: `auto` is CUDA where there is one.
+        batch_size: Most prompts decoded together.
+        batch_audio_s: Most seconds of audio in them.
+
+    Raises:
+        ValueError: No task, or two of the same name and question.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = DEFAULT_MODEL,
+        tasks: Sequence[Task],
+        revision: str | None = None,
+        engine: str = "transformers",
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_size: int = EngineOptions._field_defaults["batch_size"],
+        batch_audio_s: float = EngineOptions._field_defaults["batch_audio_s"],
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise ValueError("tasks is empty; ask at least one, for example tasks=[caption()]")
+        names = [(task.name, task.question_id) for task in tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"task {name[0]!r} is asked twice; give the second one another name")
+        options = EngineOptions(model, engine, revision, dtype, device, batch_size, batch_audio_s)
+        self._dofn = AskDoFn(options, tasks)
+
+    def expand(self, inputs: Any) -> Outcome:
+        segments, before = split_input(inputs)
+        asked = segments | "Ask" >> beam.ParDo(self._dofn).with_output_types(
+            Answer, **{DEAD_LETTERS: DeadLetter, _PARTS: Answer}
+        ).with_outputs(DEAD_LETTERS, _PARTS, main="whole")
+        stitched = asked[_PARTS] | "Stitch" >> _Stitch()
+        good = (asked.whole, stitched) | "AllAnswers" >> beam.Flatten()
+        return Outcome(good, join_dead_letters(asked[DEAD_LETTERS], before))
+
+
+class AnswerRecordings(beam.PTransform):
+    """`DecodeAudio` and `AskAudioFlamingo` as one step, so that a runner keeps both on the same worker.
+
+    Takes `Recording`; gives an `Outcome` of `Answer`. PCM then never crosses a shuffle or the network.
+
+    Args:
+        decode: How recordings are decoded.
+        ask: What is asked.
+        accelerator: Beam's accelerator resource hint, for example
+            `type:nvidia-l4;count:1;install-nvidia-driver`. It is set on this step and not on its parts: a hint on
+            one of them would put them into different worker environments.
+    """
+
+    def __init__(self, decode: DecodeAudio, ask: AskAudioFlamingo, *, accelerator: str | None = None) -> None:
+        super().__init__()
+        self._decode = decode
+        self._ask = ask
+        if accelerator:
+            self.with_resource_hints(accelerator=accelerator)
+
+    def expand(self, inputs: Any) -> Outcome:
+        answers: Outcome = inputs | "DecodeAudio" >> self._decode | "AskAudioFlamingo" >> self._ask
+        return answers

@@ -1,0 +1,137 @@
+"""Rows of a manifest to recordings. A bad row is rejected with its number; the others go on."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from typing import Any
+
+import pyarrow.csv
+import pyarrow.parquet
+
+from af3pipe import storage
+from af3pipe.schemas import Question, Reason, Recording, Rejected, Stage, make_recording_id
+
+MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_URI_COLUMNS = ("uri", "audio_filepath", "path")
+_ID_COLUMNS = ("id", "recording_id")
+
+
+def is_manifest(uri: str) -> bool:
+    """Whether a name is a manifest's, by its suffix."""
+    return uri.lower().endswith(MANIFEST_SUFFIXES)
+
+
+def read_manifest(uri: str) -> Iterator[Recording | Rejected]:
+    """A manifest's recordings, in order; a bad row gives the `Rejected` that says what is wrong with it.
+
+    Columns: `uri` (or NeMo's `audio_filepath`, or `path`; relative names start from the manifest's folder), and if
+    wanted `id`, `offset` and `duration` in seconds, `question` with `choices` (a list, or text split at `|`),
+    `questions` (a list). All other columns ride along as metadata.
+
+    Args:
+        uri: A `.jsonl`, `.csv`, `.tsv` or `.parquet` file on any fsspec URL.
+
+    Raises:
+        Rejected: The manifest itself cannot be read.
+    """
+    for number, row in enumerate(_rows(uri), start=1):
+        where = f"row {number} of {uri}"
+        try:
+            yield _recording(_checked(row, where), uri, where)
+        except Rejected as rejected:
+            yield rejected
+
+
+def manifest_row_uri(uri: str, number: int) -> str:
+    """Names a manifest's row where the row itself names no audio."""
+    return f"{uri}#row={number}"
+
+
+def _rows(uri: str) -> Iterator[Any]:
+    data = storage.read_bytes(uri)
+    suffix = uri.lower().rsplit(".", 1)[-1]
+    if suffix in ("jsonl", "ndjson"):
+        yield from (_json(line) for line in data.decode("utf-8-sig").splitlines() if line.strip())
+        return
+    try:
+        if suffix == "parquet":
+            table = pyarrow.parquet.read_table(BytesIO(data))
+        else:
+            options = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == "tsv" else ",")
+            table = pyarrow.csv.read_csv(BytesIO(data), parse_options=options)
+    except pyarrow.ArrowInvalid as error:
+        raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"manifest {uri}: {error}") from error
+    yield from table.to_pylist()
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return error
+
+
+def _checked(row: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(row, ValueError):
+        raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where} is not JSON: {row}")
+    if not isinstance(row, dict):
+        raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where} is not an object with columns")
+    return {name: value for name, value in row.items() if value is not None and value != ""}
+
+
+def _recording(row: Mapping[str, Any], manifest: str, where: str) -> Recording:
+    left = dict(row)
+    named = next((left.pop(name) for name in _URI_COLUMNS if name in left), None)
+    if not isinstance(named, str):
+        raise Rejected(
+            Stage.LIST,
+            Reason.UNSUPPORTED_FORMAT,
+            f"{where} names no audio; it needs one of the columns {', '.join(_URI_COLUMNS)}",
+        )
+    offset_s = _seconds(left.pop("offset", 0.0), "offset", where)
+    duration = left.pop("duration", None)
+    duration_s = None if duration is None else _seconds(duration, "duration", where)
+    uri = storage.resolve(named, storage.parent(manifest))
+    named_id = next((str(left.pop(name)) for name in _ID_COLUMNS if name in left), None)
+    return Recording(
+        recording_id=named_id or make_recording_id(uri, offset_s, duration_s),
+        uri=uri,
+        offset_s=offset_s,
+        duration_s=duration_s,
+        questions=tuple(_questions(left)),
+        metadata=tuple(sorted((name, _text(value)) for name, value in left.items())),
+    )
+
+
+def _seconds(value: Any, name: str, where: str) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = float("nan")
+    if not 0 <= seconds < float("inf"):
+        raise Rejected(
+            Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where}: {name} is {value!r}; it must be seconds, 0 or more"
+        )
+    return seconds
+
+
+def _questions(row: dict[str, Any]) -> Iterator[Question]:
+    choices = row.pop("choices", ())
+    if isinstance(choices, str):
+        choices = choices.split("|")
+    asked = [row.pop("question")] if "question" in row else []
+    asked += row.pop("questions", [])
+    for text in asked:
+        options = tuple(str(choice).strip() for choice in choices)
+        yield make_question(str(text), options)
+
+
+def make_question(text: str, choices: tuple[str, ...] = ()) -> Question:
+    """A question, named by its own text and choices, so that it has the same id in every run."""
+    digest = hashlib.sha256("\x00".join((text, *choices)).encode()).hexdigest()
+    return Question(digest[:12], text, choices)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

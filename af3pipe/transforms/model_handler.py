@@ -1,0 +1,63 @@
+"""The same engine behind Beam's RunInference, for pipelines that are built around it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+
+from af3pipe.models.engine import Engine, EngineOptions, open_engine
+from af3pipe.models.tasks import resolve
+from af3pipe.schemas import DeadLetter, Request, Segment, Stage, Task
+from af3pipe.transforms.ask import iter_result
+from af3pipe.transforms.outcome import outcomes, to_dead_letter
+
+
+class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, Engine]):
+    """RunInference over `Segment`; `PredictionResult.inference` is a list of `Reply`, one per task.
+
+    A request that fails gives its `DeadLetter` as `inference`, so that it never costs its batch. `AskAudioFlamingo`
+    is the better choice where you are free: it keeps timestamps, overlaps bundles with the engine, and counts.
+
+    Args:
+        options: Which model, on what.
+        tasks: What is asked of every segment.
+
+    Raises:
+        ValueError: No task.
+    """
+
+    def __init__(self, options: EngineOptions, tasks: Sequence[Task]) -> None:
+        super().__init__(max_batch_size=options.batch_size)
+        if not tasks:
+            raise ValueError("tasks is empty; ask at least one, for example tasks=[caption()]")
+        self._options = options
+        self._tasks = tuple(tasks)
+
+    def load_model(self) -> Engine:
+        return open_engine(self._options)
+
+    def run_inference(
+        self, batch: Sequence[Segment], model: Engine, inference_args: dict[str, Any] | None = None
+    ) -> Iterator[PredictionResult]:
+        info = model.info
+        tasks = tuple(resolve(task, info.family) for task in self._tasks)
+        futures = [model.submit(Request(segment.samples, tasks)) for segment in batch]
+        for segment, future in zip(batch, futures, strict=True):
+
+            def lost(error: Exception, segment: Segment = segment) -> DeadLetter:
+                return to_dead_letter(
+                    error, segment.recording, stage=Stage.GENERATE, segment=segment, tasks=tasks
+                )
+
+            for inference in outcomes(iter_result(future), lost):
+                yield PredictionResult(segment, inference, info.model_id)
+
+    def get_num_bytes(self, batch: Sequence[Segment]) -> int:
+        return sum(segment.samples.nbytes for segment in batch)  # Beam's own way pickles the batch to see its size
+
+    def get_metrics_namespace(self) -> str:
+        return "af3pipe"
+
+    def validate_inference_args(self, inference_args: Mapping[str, Any] | None) -> None:
+        if inference_args:
+            raise ValueError(f"inference_args {sorted(inference_args)} are not used; set them on the tasks")

@@ -1,0 +1,129 @@
+"""Good elements and dead letters, side by side. The only place where an exception becomes a dead letter."""
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import apache_beam as beam
+
+from af3pipe.models.engine import EngineFailed, ModelError
+from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage, Task
+
+T = TypeVar("T")
+DEAD_LETTERS = "dead_letters"
+"""Tag of the output that carries dead letters, in every transform here."""
+
+_FATAL = (ModelError, EngineFailed)
+"""These say that the worker is unfit, not the recording: the runner has to see them."""
+
+
+class Outcome(NamedTuple):
+    """What a transform gives: what went well, and all dead letters so far.
+
+    It can be piped on as it is: the next transform takes `good` and adds its own dead letters to those that came
+    before, so that nothing is lost on the way.
+    """
+
+    good: Any
+    dead_letters: Any
+
+
+def split_input(inputs: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A transform's input, whether a PCollection or an Outcome: the elements, and the dead letters before it."""
+    if isinstance(inputs, Outcome):
+        return inputs.good, (inputs.dead_letters,)
+    return inputs, ()
+
+
+def join_dead_letters(own: Any, before: tuple[Any, ...]) -> Any:
+    """This step's dead letters and those of the steps before it, as one PCollection."""
+    return (own, *before) | "AllDeadLetters" >> beam.Flatten() if before else own
+
+
+def outcomes(
+    items: Iterator[T], to_dead_letter: Callable[[Exception], DeadLetter]
+) -> Iterator[T | DeadLetter]:
+    """The items; where producing one raises, a dead letter in its place, and the end.
+
+    Raises:
+        ModelError, EngineFailed: As they are: no recording is to blame.
+    """
+    try:
+        yield from items
+    except _FATAL:
+        raise
+    except Exception as error:  # noqa: BLE001 - a recording may fail in any way; none may end the job
+        yield to_dead_letter(error)
+
+
+def now_us() -> int:
+    """Microseconds since 1970-01-01 UTC."""
+    return time.time_ns() // 1000
+
+
+def to_dead_letter(
+    error: Exception,
+    recording: Recording,
+    *,
+    stage: Stage,
+    segment: Segment | None = None,
+    tasks: tuple[Task, ...] = (),
+    attempts: int = 1,
+) -> DeadLetter:
+    """The row for a recording, or a request of it, that raised.
+
+    Args:
+        error: `Rejected` names its own stage and reason; anything else is unexpected and brings its traceback.
+        recording: What could not be answered.
+        stage: Where an unexpected error happened.
+        segment: The part of the recording, where it got so far.
+        tasks: What was asked of it, where it got so far.
+        attempts: How often it was tried.
+    """
+    if isinstance(error, Rejected):
+        stage, reason, detail, trace = error.stage, error.reason, error.detail, None
+        decoder, position_s = error.decoder, error.position_s
+    else:
+        reason = Reason.ENGINE_ERROR if stage is Stage.GENERATE else Reason.DECODE_ERROR
+        detail = f"{type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(error))
+        decoder = position_s = None
+    if segment is not None:
+        decoder = decoder or segment.info.decoder
+        position_s = segment.start_s if position_s is None else position_s
+    return DeadLetter(
+        recording_id=recording.recording_id,
+        uri=recording.uri,
+        stage=stage,
+        reason=reason,
+        detail=detail,
+        retryable=reason.retryable,
+        size_bytes=recording.size_bytes,
+        decoder=decoder,
+        position_s=position_s,
+        attempts=attempts,
+        traceback=trace,
+        input=_input_json(recording, segment, tasks),
+        run_id="",
+        created_at=now_us(),
+    )
+
+
+def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task, ...]) -> str:
+    """All that it takes to try again, readable without this package."""
+    found: dict[str, Any] = {"recording": _plain(recording)}
+    if segment is not None:
+        found["segment"] = {"index": segment.index, "start_s": segment.start_s, "end_s": segment.end_s}
+    if tasks:
+        found["tasks"] = [_plain(task) for task in tasks]
+    return json.dumps(found, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return {name: _plain(field) for name, field in value._asdict().items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
