@@ -1,4 +1,4 @@
-"""What becomes of samples, prompts and replies, by the checkpoint's own processor: the model's inputs and back."""
+"""The checkpoint's own processor and model, and what goes in and out: samples, prompts, decoding, replies."""
 
 import inspect
 from collections.abc import Sequence
@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from transformers import AutoProcessor, GenerationConfig
 
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint
-from af3pipe.schemas import Decoding, Reason, Rejected, Reply, Stage
+from af3pipe.schemas import Decoding, Reason, Rejected, Reply, Stage, Task
 
 
 class Windows(NamedTuple):
@@ -55,9 +56,9 @@ class Inputs:
             ModelError: It cannot be loaded here.
         """
         try:
-            return cls(checkpoint, AutoProcessor.from_pretrained(checkpoint.source, **revision_of(checkpoint)))
+            return cls(checkpoint, AutoProcessor.from_pretrained(checkpoint.source, **_revision(checkpoint)))
         except Exception as error:
-            raise load_error(checkpoint, "its processor", error) from error
+            raise _load_error(checkpoint, "its processor", error) from error
 
     @property
     def audio_token_id(self) -> int:
@@ -68,7 +69,8 @@ class Inputs:
         """Whether a segment fits the model: at least one audio token, and nothing that would be cut off.
 
         Raises:
-            Rejected: `too_short` or `too_long`.
+            Rejected: `too_short`, `too_long`, or `decode_error` for samples that are no numbers: the model would
+                answer those, too.
         """
         limits, n = self.checkpoint.limits, len(samples)
         if self.checkpoint.audio_tokens(n) == 0:
@@ -77,6 +79,9 @@ class Inputs:
         if n > limits.max_samples:
             detail = f"{n} samples are more than the {limits.max_samples} ({limits.max_s:g} s) the model takes"
             raise Rejected(Stage.WINDOW, Reason.TOO_LONG, detail)
+        if not np.isfinite(samples).all():
+            detail = f"{int((~np.isfinite(samples)).sum())} of {n} samples are not finite"
+            raise Rejected(Stage.WINDOW, Reason.DECODE_ERROR, detail)
 
     def windows(self, samples: npt.NDArray[np.float32], device: str = "cpu") -> Windows:
         """Cuts a checked segment into windows and computes their log-mel features on `device`."""
@@ -112,26 +117,51 @@ class Inputs:
         ids: torch.Tensor = processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
         return ids
 
-    def reply(
-        self, tokens: Sequence[int], ids: torch.Tensor, eos_token_ids: Sequence[int], strip_prefix: bool
-    ) -> Reply:
-        """What the model said, from its new tokens; `stop` means that it ended its reply itself.
+    def reply(self, tokens: Sequence[int], ids: torch.Tensor, task: Task, released: GenerationConfig) -> Reply:
+        """What the model said to a task.
 
         Args:
-            tokens: The new tokens, cut behind the first end-of-sequence token and at `max_new_tokens`.
+            tokens: The new tokens; what follows the reply's end, or the task's limit, is cut off.
             ids: The prompt, shape (length,).
-            eos_token_ids: Those that end a reply.
-            strip_prefix: Whether the family's framing sentence is removed, where its processor knows one.
+            task: What was asked.
+            released: The checkpoint's own config, for the tokens that end a reply.
         """
-        options = {"strip_prefix": True} if strip_prefix and self._strips_prefix else {}
+        ends = _eos_token_ids(released)
+        tokens = tokens[: task.decoding.max_new_tokens]
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens if end is None else tokens[: end + 1]
+        options = {"strip_prefix": True} if task.strip_prefix and self._strips_prefix else {}
         texts = self.processor.batch_decode([list(tokens)], skip_special_tokens=True, **options)
         return Reply(
             text=texts[0].strip(),
             tokens=tuple(tokens),
-            finish_reason="stop" if tokens and tokens[-1] in eos_token_ids else "length",
+            finish_reason="length" if end is None else "stop",
             audio_tokens=int((ids == self.audio_token_id).sum()),
             prompt_tokens=len(ids),
         )
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+    """The family's class with all of its weights, on the device, for inference.
+
+    Raises:
+        ModelError: It cannot be loaded here, or weights are missing.
+    """
+    try:
+        model_class = getattr(transformers, f"{checkpoint.family}ForConditionalGeneration")
+        model, report = model_class.from_pretrained(
+            checkpoint.source, dtype=dtype, output_loading_info=True, **_revision(checkpoint)
+        )
+        model = model.to(device).eval()
+    except Exception as error:
+        raise _load_error(checkpoint, "its weights", error) from error
+    # transformers fills in missing weights at random and only warns.
+    if missing := sorted(report["missing_keys"]):
+        some = ", ".join(missing[:3])
+        raise ModelError(
+            f"model {checkpoint.model_id!r}: {len(missing)} weights are missing from {checkpoint.source} ({some})"
+        )
+    return model
 
 
 def conversation(prompt: str, audio: npt.NDArray[np.float32] | None = None) -> list[dict[str, Any]]:
@@ -162,18 +192,18 @@ def generation_config(decoding: Decoding, released: GenerationConfig) -> Generat
     )
 
 
-def eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:
+def _eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:
     """The checkpoint's end-of-sequence tokens; there may be several."""
     ids = released.eos_token_id
     return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
-def revision_of(checkpoint: Checkpoint) -> dict[str, str]:
+def _revision(checkpoint: Checkpoint) -> dict[str, str]:
     """What pins `from_pretrained` to the commit the JSON files came from; nothing for a directory."""
     return {} if checkpoint.path else {"revision": checkpoint.revision}
 
 
-def load_error(checkpoint: Checkpoint, part: str, error: Exception) -> ModelError:
+def _load_error(checkpoint: Checkpoint, part: str, error: Exception) -> ModelError:
     """One sentence about a part of a checkpoint that does not load."""
     reason = " ".join(str(error).split())[:500]
     return ModelError(

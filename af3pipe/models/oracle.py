@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 
 from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.inputs import Inputs, conversation, eos_token_ids, generation_config, revision_of
+from af3pipe.models.inputs import Inputs, conversation, generation_config, load_model
 from af3pipe.schemas import Reply, Task
 
 
@@ -31,12 +30,11 @@ class Oracle:
         """Loads a checkpoint in float32.
 
         Raises:
-            ModelError: There is no such checkpoint.
+            ModelError: There is no such checkpoint, or it cannot be loaded here.
         """
         checkpoint = open_checkpoint(model, revision)
-        model_class = getattr(transformers, f"{checkpoint.family}ForConditionalGeneration")
-        loaded = model_class.from_pretrained(checkpoint.source, dtype=torch.float32, **revision_of(checkpoint))
-        return cls(checkpoint, loaded.to(device).eval(), Inputs.load(checkpoint).processor)
+        loaded = load_model(checkpoint, torch.device(device), torch.float32)
+        return cls(checkpoint, loaded, Inputs.load(checkpoint).processor)
 
     def inputs(self, samples: npt.NDArray[np.float32], prompt: str) -> Any:
         """What the stock processor makes of one turn: input_ids, attention_mask, features and their mask."""
@@ -58,10 +56,7 @@ class Oracle:
         output = self.model.generate(**inputs, generation_config=config)
         ids = inputs["input_ids"][0].cpu()
         return Inputs(self.checkpoint, self.processor).reply(
-            output[0, len(ids) :].tolist(),
-            ids,
-            eos_token_ids(self.model.generation_config),
-            task.strip_prefix,
+            output[0, len(ids) :].tolist(), ids, task, self.model.generation_config
         )
 
 

@@ -37,6 +37,7 @@ _PROMPTS = {
 
 _TABLES = {CAPTION: "captions", TRANSCRIPT: "transcripts"}
 _LABELS = string.ascii_uppercase
+_WRAPPING = " \"'`*.,;!\u201c\u201d\u2018\u2019"  # spaces, quotes (curly ones too), stops around a reply
 
 Parser = Callable[[Task, str], tuple[str, str | None]]
 """Reads a reply: (task, reply) -> (text, choice or None). Says no with ValueError or `Rejected`."""
@@ -277,7 +278,7 @@ def _choices_named(choices: Sequence[str], reply: str) -> set[int]:
 
 def _normal(text: str) -> str:
     """Lower case, single spaces, without quotes and full stops around."""
-    return " ".join(text.casefold().split()).strip(" \"'`“”‘’*.,;!")
+    return " ".join(text.casefold().split()).strip(_WRAPPING)
 
 
 def _check_choices(choices: tuple[str, ...]) -> None:

@@ -1,64 +1,39 @@
 """The default engine: Hugging Face modules, the audio encoded once a segment, the prompts decoded in batches."""
 
 import contextlib
+import functools
 import gc
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-import transformers
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.models.musicflamingo.modeling_musicflamingo import apply_rotary_time_emb
 
 from af3pipe.models.engine import EngineFailed, EngineInfo, EngineOptions, EngineStats, ModelError
-from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.inputs import Inputs, Windows, eos_token_ids, generation_config, load_error, revision_of
+from af3pipe.models.family import open_checkpoint
+from af3pipe.models.inputs import Inputs, Windows, generation_config, load_model
+from af3pipe.models.scheduler import Job, JobQueue, isolate
 from af3pipe.schemas import Reason, Rejected, Reply, Request, Stage, Task
 
-T = TypeVar("T")
-
 _ENCODER_WINDOWS = 8  # through the audio encoder at once; halved when it does not fit
-_GATHER_S = 0.05  # how long a batch that is not full waits for more
-_QUEUED_BATCHES = 2  # how much may wait before submit blocks
-
-
-class _Job:
-    """A request, its future, and the replies it has so far."""
-
-    def __init__(self, request: Request, seconds: float) -> None:
-        self.request = request
-        self.rows = len(request.tasks)
-        self.seconds = seconds * self.rows
-        self.future: Future[list[Reply]] = Future()
-        self._replies: dict[int, Reply] = {}
-
-    def reply(self, index: int, reply: Reply) -> None:
-        """Files the reply to one task; the last one answers the request."""
-        self._replies[index] = reply
-        if len(self._replies) == self.rows and not self.future.done():
-            self.future.set_result([self._replies[i] for i in range(self.rows)])
-
-    def fail(self, error: BaseException) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
 
 
 class _Segment(NamedTuple):
     """A request, and its segment as the audio encoder takes it."""
 
-    job: _Job
+    job: Job
     windows: Windows
 
 
 class _Encoded(NamedTuple):
     """A request, and its segment as the language model takes it: shape (audio tokens, hidden size)."""
 
-    job: _Job
+    job: Job
     audio: torch.Tensor
 
 
@@ -66,19 +41,19 @@ class _Row(NamedTuple):
     """One prompt to be decoded: a task about an encoded segment.
 
     Attributes:
-        index: Of the task in its request.
+        place: Of the task in its request.
         ids: The prompt with its placeholders, shape (length,), on the CPU.
         audio: What takes their place, shape (audio tokens, hidden size).
     """
 
-    job: _Job
-    index: int
+    job: Job
+    place: int
     ids: torch.Tensor
     audio: torch.Tensor
 
     @property
     def task(self) -> Task:
-        return self.job.request.tasks[self.index]
+        return self.job.request.tasks[self.place]
 
     @property
     def math(self) -> str:
@@ -103,7 +78,7 @@ class TransformersEngine:
         dtype = _dtype(options.dtype, device)
         self._options = options
         self._inputs = Inputs.load(checkpoint)
-        self._model = _load_model(checkpoint, device, dtype)
+        self._model = load_model(checkpoint, device, dtype)
         self._core = getattr(self._model, "model", self._model)
         self._device = device
         self._info = EngineInfo(
@@ -118,12 +93,11 @@ class TransformersEngine:
         # What is remembered of running out of memory, for as long as this engine lives.
         self._encoder_windows = _ENCODER_WINDOWS
         self._max_positions: int | None = None
-        self._stats = EngineStats()
         self._released = self._model.generation_config
-        self._queue: deque[_Job] = deque()
-        self._working: list[_Job] = []
-        self._closed: EngineFailed | None = None
-        self._changed = threading.Condition()
+        self._queue = JobQueue(options.batch_size, options.batch_audio_s)
+        self._working: list[Job] = []
+        self._stats = EngineStats()
+        self._stats_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="af3pipe-engine", daemon=True)
         self._thread.start()
 
@@ -134,24 +108,19 @@ class TransformersEngine:
 
     def submit(self, request: Request) -> "Future[list[Reply]]":
         """Queues a request; blocks while about two batches are waiting."""
-        job = _Job(request, len(request.samples) / self._inputs.checkpoint.limits.sample_rate)
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._has_room(job))
-            if self._closed:
-                raise self._closed
-            self._queue.append(job)
-            self._changed.notify_all()
+        job = Job(request, len(request.samples) / self._inputs.checkpoint.limits.sample_rate)
+        self._queue.put(job)
         return job.future
 
     def take_stats(self) -> EngineStats:
         """What was done since the last call."""
-        with self._changed:
+        with self._stats_lock:
             stats, self._stats = self._stats, EngineStats()
-        return stats
+        return stats._replace(idle_s=self._queue.take_idle_s())
 
     def close(self) -> None:
         """Stops the thread, fails what is not answered, and frees the model. A second call does nothing."""
-        self._shut(EngineFailed(f"the engine of {self._info.model_id!r} was closed"))
+        self._queue.close(EngineFailed(f"the engine of {self._info.model_id!r} was closed"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -160,30 +129,21 @@ class TransformersEngine:
     def _run(self) -> None:
         failure = EngineFailed("the engine's thread ended")
         try:
-            while self._take():
-                pass
+            while True:
+                self._working = self._queue.take()
+                self._count(requests=len(self._working))
+                self._answer(self._working)
+                self._working = []
         except EngineFailed as error:
             failure = error
-        except BaseException as error:  # a bug here, too, must not leave anybody waiting
+        except Exception as error:  # noqa: BLE001 (a bug here, too, must not leave anybody waiting)
             failure = EngineFailed(f"the engine's thread died: {type(error).__name__}: {error}")
             failure.__cause__ = error
-            raise
         finally:
-            self._shut(failure)
+            self._queue.close(failure)
             for job in self._working:
-                job.fail(self._closed or failure)
+                job.fail(failure)
             self._free()
-
-    def _shut(self, failure: EngineFailed) -> None:
-        """Takes no more requests and fails those that wait; the first reason given stands."""
-        with self._changed:
-            self._closed = self._closed or failure
-            waiting = list(self._queue)
-            self._queue.clear()
-            self._changed.notify_all()
-        for job in waiting:
-            if job.future.set_running_or_notify_cancel():
-                job.fail(self._closed)
 
     def _free(self) -> None:
         self._model = self._core = None
@@ -193,78 +153,35 @@ class TransformersEngine:
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
-    def _has_room(self, job: _Job) -> bool:
-        rows = sum(queued.rows for queued in self._queue) + job.rows
-        seconds = sum(queued.seconds for queued in self._queue) + job.seconds
-        most = _QUEUED_BATCHES * self._options.batch_size, _QUEUED_BATCHES * self._options.batch_audio_s
-        return not self._queue or (rows <= most[0] and seconds <= most[1])
-
-    def _take(self) -> bool:
-        """Moves the next batch of requests from the queue to `_working`; False when the engine is closed."""
-        with self._changed:
-            began = time.perf_counter()
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            idle_s = time.perf_counter() - began if self._working else 0.0
-            self._changed.wait_for(lambda: self._closed or self._fitting()[1], _GATHER_S)
-            if self._closed:
-                return False
-            self._working = [self._queue.popleft() for _ in range(self._fitting()[0])]
-            self._changed.notify_all()
-        jobs = [job for job in self._working if job.future.set_running_or_notify_cancel()]
-        self._count(idle_s=idle_s, requests=len(jobs))
-        self._answer(jobs)
-        return True
-
-    def _fitting(self) -> tuple[int, bool]:
-        """How many requests at the head of the queue make a batch (at least one), and whether it is full."""
-        rows, seconds = 0, 0.0
-        for count, job in enumerate(self._queue):
-            rows, seconds = rows + job.rows, seconds + job.seconds
-            if count and (rows > self._options.batch_size or seconds > self._options.batch_audio_s):
-                return count, True
-        return len(self._queue), rows >= self._options.batch_size or seconds >= self._options.batch_audio_s
-
-    def _answer(self, jobs: Sequence[_Job]) -> None:
+    def _answer(self, jobs: Sequence[Job]) -> None:
         """Encode, make rows, decode. Whatever becomes of one request, the others are answered."""
         segments: list[_Segment] = []
         encoded: list[_Encoded] = []
         rows: list[_Row] = []
+        each_alone = functools.partial(isolate, after_failure=self._after_failure)
         for job in jobs:
-            self._isolate([job], lambda one: segments.append(self._cut(one[0])), _Job.fail)
-        self._isolate(segments, lambda some: encoded.extend(self._encode(some)), _fail)
-        for each in encoded:
-            self._isolate([each], lambda one: rows.extend(self._rows(one[0])), _fail)
+            each_alone([job], lambda one: segments.append(self._cut(one[0])), Job.fail)
+        each_alone(segments, lambda some: encoded.extend(self._encode(some)), _fail)
+        for segment in encoded:
+            each_alone([segment], lambda one: rows.extend(self._rows(one[0])), _fail)
         for batch in self._batches(rows):
-            self._isolate(batch, self._decode, _fail)
+            each_alone(batch, self._decode, _fail)
 
-    def _isolate(
-        self, items: Sequence[T], work: Callable[[Sequence[T]], None], fail: Callable[[T, Exception], None]
-    ) -> None:
-        """Does the work on all items; where it raises, on halves, down to the one that is to blame."""
-        if not items:
-            return
-        try:
-            work(items)
-            return
-        except EngineFailed:
-            raise
-        except Exception as error:  # whatever it is, it belongs to one request
-            if _is_device_lost(error):
-                raise EngineFailed(f"device {self._device} is lost: {_first_line(error)}") from error
-            # The frames hold the batch's tensors: without this the halves would not fit where the whole did not.
-            traceback.clear_frames(error.__traceback__)
-            if len(items) == 1:
-                fail(items[0], error)
-                return
+    def _after_failure(self, error: Exception) -> None:
+        """Goes on, or ends the engine: closed, or its device is lost."""
+        if isinstance(error, EngineFailed):
+            raise error
+        if _is_device_lost(error):
+            raise EngineFailed(f"device {self._device} is lost: {_first_line(error)}") from error
+        # The frames hold the batch's tensors; a future, or the next attempt, must not keep them alive.
+        for each in (error, error.__cause__, error.__context__):
+            traceback.clear_frames(each.__traceback__ if each else None)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        middle = len(items) // 2
-        self._isolate(items[:middle], work, fail)
-        self._isolate(items[middle:], work, fail)
 
     # -- samples to audio embeddings -----------------------------------------------------------------------------
 
-    def _cut(self, job: _Job) -> "_Segment":
+    def _cut(self, job: Job) -> _Segment:
         """The windows of a request's segment, as log-mel features."""
         began = time.perf_counter()
         self._inputs.check(job.request.samples)
@@ -274,7 +191,7 @@ class TransformersEngine:
         return _Segment(job, windows)
 
     @torch.inference_mode()
-    def _encode(self, segments: Sequence["_Segment"]) -> list["_Encoded"]:
+    def _encode(self, segments: Sequence[_Segment]) -> list[_Encoded]:
         """Audio embeddings of segments, each encoded once; the windows of all go through in micro-batches."""
         began = time.perf_counter()
         features = torch.cat([segment.windows.features for segment in segments])
@@ -284,7 +201,7 @@ class TransformersEngine:
         places = torch.tensor([place for segment in segments for place in range(len(segment.windows.tokens))])
         pieces: list[torch.Tensor] = []
         while len(pieces) < len(tokens):
-            self._raise_if_closed()
+            self._queue.raise_if_closed()
             part = slice(len(pieces), len(pieces) + self._encoder_windows)
             try:
                 embedded = self._embed_windows(features[part], masks[part], places[part])
@@ -319,7 +236,7 @@ class TransformersEngine:
 
     # -- prompts to batches --------------------------------------------------------------------------------------
 
-    def _rows(self, encoded: "_Encoded") -> list["_Row"]:
+    def _rows(self, encoded: _Encoded) -> list[_Row]:
         """One row a task, all over the same audio."""
         job, audio = encoded
         rows = []
@@ -329,7 +246,7 @@ class TransformersEngine:
             rows.append(_Row(job, index, self._inputs.prompt_ids(task.prompt, len(audio)), audio))
         return rows
 
-    def _batches(self, rows: Sequence["_Row"]) -> Iterator[list["_Row"]]:
+    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         """Rows that may be decoded together, of like length, within the limits as they are when asked for.
 
         `max_new_tokens` may differ in a batch: a greedy reply cut earlier is the beginning of the longer one.
@@ -338,10 +255,10 @@ class TransformersEngine:
         while waiting:
             count = next(n for n in range(len(waiting), 0, -1) if n == 1 or self._fits(waiting[:n]))
             # A request that has failed meanwhile needs none of its other rows.
-            yield [row for row in waiting[:count] if not row.job.future.done()]
+            yield [row for row in waiting[:count] if not row.job.done]
             waiting = waiting[count:]
 
-    def _fits(self, rows: Sequence["_Row"]) -> bool:
+    def _fits(self, rows: Sequence[_Row]) -> bool:
         return (
             len(rows) <= self._options.batch_size
             and len({row.math for row in rows}) == 1
@@ -351,11 +268,11 @@ class TransformersEngine:
 
     # -- batches to replies --------------------------------------------------------------------------------------
 
-    def _decode(self, rows: Sequence["_Row"]) -> None:
+    def _decode(self, rows: Sequence[_Row]) -> None:
         """Answers rows together; running out of memory is remembered, and of a single row it is the answer."""
         began = time.perf_counter()
         limits = [row.task.decoding.max_new_tokens for row in rows]
-        watch = _Watch(torch.tensor(limits), max(len(row.ids) for row in rows), self._raise_if_closed)
+        watch = _Watch(torch.tensor(limits), max(len(row.ids) for row in rows), self._queue.raise_if_closed)
         try:
             output = self._generate(rows, watch)
         except Exception as error:
@@ -369,10 +286,8 @@ class TransformersEngine:
             detail += f" on their own, beside the model in {self._info.dtype}: {_first_line(error)}"
             raise Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, detail) from error
         ended = time.perf_counter()
-        eos = eos_token_ids(self._released)
         replies = [
-            self._inputs.reply(_until_eos(new[:limit], eos), row.ids, eos, row.task.strip_prefix)
-            for row, new, limit in zip(rows, output, limits, strict=True)
+            self._inputs.reply(new, row.ids, row.task, self._released) for row, new in zip(rows, output, strict=True)
         ]
         self._count(
             batches=1,
@@ -384,10 +299,10 @@ class TransformersEngine:
             decode_s=ended - watch.prefilled,
         )
         for row, reply in zip(rows, replies, strict=True):
-            row.job.reply(row.index, reply)
+            row.job.reply(row.place, reply)
 
     @torch.inference_mode()
-    def _generate(self, rows: Sequence["_Row"], watch: "_Watch") -> list[list[int]]:
+    def _generate(self, rows: Sequence[_Row], watch: "_Watch") -> list[list[int]]:
         """Stock `generate` over rows padded on the left; the new tokens of each, padded to the longest."""
         width, placeholder = watch.prompt_length, self._inputs.audio_token_id
         # Padded with a token that every prompt holds anyway, because a repetition penalty looks at all of them.
@@ -412,17 +327,13 @@ class TransformersEngine:
         new: list[list[int]] = output[:, width:].tolist()
         return new
 
-    def _raise_if_closed(self) -> None:
-        if self._closed:
-            raise self._closed
-
     def _count(self, **more: Any) -> None:
-        with self._changed:
+        with self._stats_lock:
             told = {name: getattr(self._stats, name) + value for name, value in more.items()}
             self._stats = self._stats._replace(**told)
 
 
-class _Watch(StoppingCriteria):  # type: ignore[misc]
+class _Watch(StoppingCriteria):
     """Ends each row at its own `max_new_tokens`, and everything when the engine is closed.
 
     Attributes:
@@ -445,25 +356,6 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         return self._limits <= input_ids.shape[1] - self.prompt_length
 
 
-def _load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
-    """The family's class with all of its weights, on the device, for inference."""
-    try:
-        model_class = getattr(transformers, f"{checkpoint.family}ForConditionalGeneration")
-        model, report = model_class.from_pretrained(
-            checkpoint.source, dtype=dtype, output_loading_info=True, **revision_of(checkpoint)
-        )
-        model = model.to(device).eval()
-    except Exception as error:
-        raise load_error(checkpoint, "its weights", error) from error
-    # transformers fills in missing weights at random and only warns.
-    if missing := sorted(report["missing_keys"]):
-        some = ", ".join(missing[:3])
-        raise ModelError(
-            f"model {checkpoint.model_id!r}: {len(missing)} weights are missing from {checkpoint.source} ({some})"
-        )
-    return model
-
-
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -482,17 +374,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def _fail(part: "_Segment | _Encoded | _Row", error: Exception) -> None:
+def _fail(part: _Segment | _Encoded | _Row, error: Exception) -> None:
     part.job.fail(error)
 
 
-def _until_eos(tokens: list[int], eos: Sequence[int]) -> list[int]:
-    """A row's own tokens: those behind its end-of-sequence token are padding."""
-    end = next((index for index, token in enumerate(tokens) if token in eos), len(tokens))
-    return tokens[: end + 1]
-
-
-def _positions(rows: Sequence["_Row"]) -> int:
+def _positions(rows: Sequence[_Row]) -> int:
     """Keys and values that a batch may come to hold, padding included."""
     return len(rows) * (max(len(row.ids) for row in rows) + max(row.task.decoding.max_new_tokens for row in rows))
 
