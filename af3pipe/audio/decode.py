@@ -1,0 +1,364 @@
+"""File to mono float32 blocks at the model's rate, streamed; and the segments of a recording made of them.
+
+A chain of small generators: decoder -> length check -> requested range -> finite check -> resampler. The samples
+equal `librosa.load(path, sr=sample_rate, mono=True)` within 1e-5 (tests/audio/test_decode.py).
+"""
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import av
+import av.container
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from af3pipe.audio.probe import Source, open_source
+from af3pipe.audio.segments import AudioLimits, Cut, cut, is_over_length
+from af3pipe.schemas import Reason, Recording, Rejected, Segment, Stage
+
+Samples: TypeAlias = npt.NDArray[np.float32]
+OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
+
+_BLOCK_S = 10
+# How much less than its header states a recording may hold. Encoders count their own delay and the padding of the
+# last frame in or out: up to two AAC frames, or three of MP3 at 44.1 kHz, which is what 0.1 s covers; at low rates
+# two HE-AAC frames take longer. No share of the length: 1% of an hour would be 36 s of lost audio.
+_SHORT_S = 0.1
+_CODEC_FRAMES = 4096
+# PCM and FLAC: a seek is sample-exact there (test_offset_is_exact). Everything else is read from the front.
+_SEEKABLE = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"})
+_SEEKABLE_CODECS = frozenset(
+    {"flac", "pcm_s8", "pcm_u8", "pcm_16", "pcm_24", "pcm_32", "float", "double", "ulaw", "alaw"}
+)
+
+
+def decode(
+    file: BinaryIO, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None
+) -> Iterator[Samples]:
+    """Decodes a recording front to back, in bounded memory.
+
+    Args:
+        file: Seekable; left open. An exception of its own `read` is raised here, unchanged.
+        sample_rate: Of the samples wanted, in Hz.
+        offset_s: Where to begin, in seconds; rounded to the nearest frame as stored.
+        duration_s: How much to take, in seconds; None takes all. What the file does not have is not missed.
+
+    Yields:
+        float32 mono blocks of about 10 s, shape (n,), the mean over the channels; together
+        ceil(frames * sample_rate / stored rate) samples.
+
+    Raises:
+        Rejected: As `probe`; decode_error (with the position), decode_short for a file that ends before the length
+            its header states, too_short for an offset beyond the end.
+    """
+    with open_source(file) as source:
+        yield from _Decoding(source, sample_rate, offset_s, duration_s).blocks()
+
+
+def read_segments(
+    file: BinaryIO, recording: Recording, *, limits: AudioLimits, over_length: OverLength
+) -> Iterator[Segment]:
+    """Decodes a recording, or the range of it that is asked for, into the segments the policy allows.
+
+    Over-length is known from the header before the body is read, or at the cap where the header lies or is
+    silent. `dead-letter` rejects it, `truncate` gives one segment of exactly the cap, `split` gives consecutive
+    ones. At the cap exactly, give or take `limits.min_samples`, a recording is not over-length.
+
+    The last segment's `info.duration_s` is what decoding found the object to last. Where decoding stopped before
+    the object's end it is what the header states, or at least what was decoded, so that `reaches_end` is false for
+    a truncated segment; for a range that was asked for it may be None.
+
+    Raises:
+        Rejected: As `decode`; too_long under `dead-letter`; too_short for less than `limits.min_samples`.
+    """
+    with open_source(file) as source:
+        decoding = _Decoding(source, limits.sample_rate, recording.offset_s, recording.duration_s)
+        if over_length == "dead-letter":
+            _check_stated_length(decoding, limits)
+        found = False
+        for index, piece in enumerate(cut(decoding.blocks(), limits)):
+            found = True
+            if over_length == "dead-letter" and not piece.is_last:
+                raise _too_long_decoded(decoding, limits)
+            yield _segment(recording, decoding, piece, index, truncated=over_length == "truncate")
+            if over_length == "truncate":
+                return
+        if not found:
+            raise _too_short(decoding, limits)
+
+
+class _Decoding:
+    """One pass over one open recording, and how far it has come."""
+
+    def __init__(self, source: Source, sample_rate: int, offset_s: float, duration_s: float | None) -> None:
+        if offset_s < 0:
+            raise ValueError(f"offset_s is {offset_s}; it counts from the start of the object, so 0 or more")
+        self.source = source
+        self.sample_rate = sample_rate
+        self.rate = source.info.sample_rate
+        self.offset_s = offset_s
+        self.first_frame = round(offset_s * self.rate)
+        self.frames_wanted = None if duration_s is None else max(round(duration_s * self.rate), 0)
+        self.frames_read = 0
+        self.ended = False
+        self.samples = 0
+
+    @property
+    def position_s(self) -> float:
+        """End of what was decoded, in seconds from the start of the object."""
+        return self.frames_read / self.rate
+
+    @property
+    def stated_samples(self) -> int | None:
+        """Samples in the range asked for, by the header."""
+        if self.source.stated_frames is None:
+            return None
+        frames = max(self.source.stated_frames - self.first_frame, 0)
+        frames = frames if self.frames_wanted is None else min(frames, self.frames_wanted)
+        return _resampled_length(frames, self.rate, self.sample_rate)
+
+    def blocks(self) -> Iterator[Samples]:
+        """The samples asked for, at the rate asked for."""
+        for block in _resampled(self._finite(self._range()), self.rate, self.sample_rate):
+            self.samples += len(block)
+            yield block
+
+    def rejected(self, reason: Reason, detail: str) -> Rejected:
+        """The error of this pass, with its decoder and position."""
+        return Rejected(Stage.DECODE, reason, detail, decoder=self.source.info.decoder, position_s=self.position_s)
+
+    def _native(self) -> Iterator[Samples]:
+        """Mono blocks at the stored rate, from `frames_read` on."""
+        try:
+            for block in _blocks(self.source):
+                # First: what came back from a store that failed may look like the end, or like broken data.
+                self.source.reader.raise_error()
+                self.frames_read += len(block)
+                yield block
+        except (soundfile.LibsndfileError, av.FFmpegError, _RateChanged) as error:
+            self.source.reader.raise_error()
+            self._explain(error)
+        self.source.reader.raise_error()
+        self.ended = True
+        if self._is_short():
+            raise self._short()
+
+    def _explain(self, error: Exception) -> None:
+        """Returns where an error is nothing but junk behind a complete recording."""
+        if isinstance(self.source.handle, soundfile.SoundFile):
+            # The block that failed holds good frames, too; libsndfile knows how many.
+            self.frames_read = max(self.frames_read, int(self.source.handle.tell()))
+        if self.source.stated_frames is not None and not self._is_short():
+            return
+        if self.source.reader.at_end and self._is_short():
+            raise self._short() from error
+        cause = getattr(error, "strerror", None) or str(error).strip() or repr(error)
+        detail = f"The {self.source.info.codec} decoder failed after {self.position_s:.1f} s: {cause}."
+        raise self.rejected(Reason.DECODE_ERROR, detail) from error
+
+    def _is_short(self) -> bool:
+        stated = self.source.stated_frames
+        return stated is not None and stated - self.frames_read > max(_SHORT_S * self.rate, _CODEC_FRAMES)
+
+    def _short(self) -> Rejected:
+        stated_s = (self.source.stated_frames or 0) / self.rate
+        detail = f"The header states {stated_s:.1f} s, but the file ends after {self.position_s:.1f} s."
+        return self.rejected(Reason.DECODE_SHORT, detail)
+
+    def _range(self) -> Iterator[Samples]:
+        """Cuts the frames asked for out of what is decoded, and stops decoding behind them."""
+        handle = self.source.handle
+        if isinstance(handle, soundfile.SoundFile) and _seeks_exactly(self.source):
+            self.frames_read = int(handle.seek(min(self.first_frame, handle.frames)))
+        end = None if self.frames_wanted is None else self.first_frame + self.frames_wanted
+        if end is not None and end <= self.first_frame:
+            return
+        start = self.frames_read
+        for block in self._native():
+            wanted = block[max(self.first_frame - start, 0) : None if end is None else end - start]
+            start += len(block)
+            if len(wanted):
+                yield wanted
+            if end is not None and start >= end:
+                return
+        if self.first_frame and self.frames_read <= self.first_frame:
+            detail = f"It was to begin at {self.offset_s:.3f} s, but the object lasts {self.position_s:.3f} s."
+            raise self.rejected(Reason.TOO_SHORT, detail)
+
+    def _finite(self, blocks: Iterator[Samples]) -> Iterator[Samples]:
+        position = self.first_frame
+        for block in blocks:
+            broken = ~np.isfinite(block)
+            if count := int(broken.sum()):
+                first_s = (position + int(broken.argmax())) / self.rate
+                detail = (
+                    f"{count} of {len(block)} samples decoded together are NaN or infinite, "
+                    f"the first at {first_s:.3f} s."
+                )
+                raise self.rejected(Reason.DECODE_ERROR, detail)
+            position += len(block)
+            yield block
+
+
+class _RateChanged(Exception):
+    """The sampling rate changes inside the stream; the resampler was made for the first one."""
+
+
+def _seeks_exactly(source: Source) -> bool:
+    stored_as = getattr(source.handle, "format", None)
+    return stored_as in _SEEKABLE and source.info.codec in _SEEKABLE_CODECS
+
+
+def _blocks(source: Source) -> Iterator[Samples]:
+    """Mono blocks of about 10 s at the stored rate, from where the decoder stands."""
+    handle = source.handle
+    length = _BLOCK_S * source.info.sample_rate
+    if not isinstance(handle, av.container.InputContainer):
+        while len(frames := handle.read(length, dtype="float32", always_2d=True)):
+            yield _mono(np.ascontiguousarray(frames.T))
+        return
+    frames = _pyav_frames(handle, source.info.sample_rate)
+    if source.info.codec == "aac" and source.stated_frames is not None:
+        frames = _without_padding(frames, source.stated_frames)
+    yield from _gathered(frames, length)
+
+
+def _pyav_frames(container: av.container.InputContainer, sample_rate: int) -> Iterator[Samples]:
+    for frame in container.decode(container.streams.best("audio")):
+        if not isinstance(frame, av.AudioFrame):
+            continue
+        if frame.sample_rate != sample_rate:
+            raise _RateChanged(f"the sampling rate changes from {sample_rate} Hz to {frame.sample_rate} Hz")
+        yield _mono(_floats(frame))
+
+
+def _without_padding(frames: Iterator[Samples], stated: int) -> Iterator[Samples]:
+    """Drops what an AAC encoder added to fill its last frame, so that 600.0 s of M4A stay 600.0 s.
+
+    More than that is no padding but a header that lies, and all of it is kept.
+    """
+    count = 0
+    beyond: list[Samples] = []
+    for frame in frames:
+        kept = frame[: max(stated - count, 0)]
+        count += len(frame)
+        if len(kept):
+            yield kept
+        if len(kept) < len(frame):
+            beyond.append(frame[len(kept) :])
+        if count > stated + _CODEC_FRAMES:
+            yield from beyond
+            beyond = []
+
+
+def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
+    """Joins a codec's frames, 20 ms or so each, to blocks of at least `length`."""
+    held: list[Samples] = []
+    count = 0
+    for frame in frames:
+        held.append(frame)
+        count += len(frame)
+        if count >= length:
+            yield np.concatenate(held)
+            held, count = [], 0
+    if held:
+        yield np.concatenate(held)
+
+
+def _floats(frame: av.AudioFrame) -> Samples:
+    """Shape (channels, n), in [-1, 1], scaled as libsndfile does."""
+    stored: npt.NDArray[Any] = frame.to_ndarray()
+    if not frame.format.is_planar:
+        stored = stored.reshape(-1, frame.layout.nb_channels).T
+    floats: Samples = stored.astype(np.float32, copy=False)
+    if stored.dtype == np.uint8:
+        floats = (floats - np.float32(128)) / np.float32(128)
+    elif stored.dtype.kind == "i":
+        floats = floats / np.float32(2 ** (8 * stored.dtype.itemsize - 1))
+    return floats
+
+
+def _mono(frames: Samples) -> Samples:
+    """Mean over the channels of (channels, n), in float32 as librosa.to_mono takes it."""
+    mixed: Samples = frames[0] if len(frames) == 1 else frames.mean(axis=0, dtype=np.float32)
+    return mixed
+
+
+def _resampled_length(frames: int, in_rate: int, out_rate: int) -> int:
+    """Rounded up, as librosa does; in integers, so that the cap is never missed by a rounding error."""
+    return -(-frames * out_rate // in_rate)
+
+
+def _resampled(blocks: Iterator[Samples], in_rate: int, out_rate: int) -> Iterator[Samples]:
+    if in_rate == out_rate:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(in_rate, out_rate, 1, dtype="float32", quality="HQ")
+    taken = given = 0
+    for block in blocks:
+        out = stream.resample_chunk(block)
+        taken += len(block)
+        given += len(out)
+        if len(out):
+            yield out
+    tail = stream.resample_chunk(np.zeros(0, np.float32), last=True)
+    # soxr rounds the length to the nearest sample, librosa up: it pads the one that may be missing with silence.
+    missing = max(_resampled_length(taken, in_rate, out_rate) - given, 0)
+    if missing:
+        yield np.pad(tail[:missing], (0, missing - len(tail[:missing])))
+
+
+def _check_stated_length(decoding: _Decoding, limits: AudioLimits) -> None:
+    stated = decoding.stated_samples
+    if stated is None or not is_over_length(stated, limits):
+        return
+    whole_s = (decoding.source.stated_frames or 0) / decoding.rate
+    lasts = f"The recording lasts {whole_s:.1f} s by its header"
+    if decoding.first_frame or decoding.frames_wanted is not None:
+        lasts = f"{stated / limits.sample_rate:.1f} s are asked for of a recording that lasts {whole_s:.1f} s"
+    raise Rejected(
+        Stage.PROBE,
+        Reason.TOO_LONG,
+        f"{lasts}; the model takes {limits.max_s:g} s; choose --over-length truncate or split.",
+        decoder=decoding.source.info.decoder,
+    )
+
+
+def _too_long_decoded(decoding: _Decoding, limits: AudioLimits) -> Rejected:
+    stated = decoding.source.info.duration_s
+    header = "states no length" if stated is None else f"states {stated:.1f} s"
+    detail = (
+        f"The header {header}, but more than {limits.max_s:g} s were decoded, which is all the model takes; "
+        "choose --over-length truncate or split."
+    )
+    return decoding.rejected(Reason.TOO_LONG, detail)
+
+
+def _too_short(decoding: _Decoding, limits: AudioLimits) -> Rejected:
+    rate = limits.sample_rate
+    detail = (
+        f"{decoding.samples} samples at {rate} Hz ({decoding.samples / rate:.3f} s) were decoded; "
+        f"the model needs {limits.min_samples} ({limits.min_samples / rate:.3f} s)."
+    )
+    return decoding.rejected(Reason.TOO_SHORT, detail)
+
+
+def _segment(recording: Recording, decoding: _Decoding, piece: Cut, index: int, *, truncated: bool) -> Segment:
+    info = decoding.source.info
+    if decoding.ended and piece.is_last:
+        info = info._replace(duration_s=decoding.position_s)
+    elif truncated and not piece.is_last:
+        info = info._replace(duration_s=max(info.duration_s or 0.0, decoding.position_s))
+    start_s = recording.offset_s + piece.start / decoding.sample_rate
+    return Segment(
+        recording=recording,
+        info=info,
+        index=index,
+        start_s=start_s,
+        end_s=recording.offset_s + (piece.start + len(piece.samples)) / decoding.sample_rate,
+        is_last=piece.is_last or truncated,
+        sample_rate=decoding.sample_rate,
+        samples=piece.samples,
+    )

@@ -1,0 +1,429 @@
+"""URIs to bytes and back, on any store that fsspec knows: list, stat, open with retries, write atomically.
+
+A local file's URI is its plain absolute path; every other one is a full URL. Nothing is decoded or unquoted, so
+names with spaces, umlauts, `#`, `?` or `[` are what the store calls them.
+"""
+
+import errno
+import io
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+
+import fsspec
+import tenacity
+
+from af3pipe.schemas import Reason, Rejected, Stage
+
+_EXTENSIONS = (
+    "3g2 3gp aac ac3 aif aifc aiff alac amr ape asf au avi awb caf dff dsf dts eac3 f4v flac flv gsm m2ts m4a m4b "
+    "m4r m4v mka mkv mov mp1 mp2 mp3 mp4 mpc mpeg mpg mts mxf oga ogg ogv opus ra rf64 snd spx tta ts vob w64 wav "
+    "wave weba webm wma wmv wv"
+)
+AUDIO_EXTENSIONS = frozenset(_EXTENSIONS.split())
+"""Lower-case extensions, without the dot, by which audio and video are told from the rest of a folder."""
+
+_BLOCK_BYTES = 1 << 20
+_TRIES = 5
+_FIRST_WAIT_S = 0.5
+_STREAMS_IN_MEMORY_BYTES = 64 << 20
+# Stores whose files take a known size, which saves the request that would ask for it.
+_SIZED_STORES = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
+# The answer to this very request: another try gets the same one. Any other OSError may pass.
+_FINAL = ("EINVAL", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ENAMETOOLONG", "ELOOP", "EBADF", "ENOSYS")
+_FINAL_ERRNOS = frozenset(getattr(errno, name) for name in _FINAL)
+_TRANSIENT_STATUSES = frozenset({408, 429, *range(500, 600)})
+# Clients' network errors that are no OSError, by name: the clients are optional, so they are not imported here.
+_TRANSIENT_NAMES = frozenset(
+    {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "TransportError", "RequestException"}
+)
+_CREDENTIALS_NAMES = frozenset(
+    {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"}
+)
+
+_T = TypeVar("_T")
+
+
+class StorageError(Exception):
+    """The output cannot be written: where, why, and what to do. Ends the job, unlike `Rejected`."""
+
+
+class ObjectInfo(NamedTuple):
+    """What a listing says of one object.
+
+    Attributes:
+        uri: Full URL; a plain absolute path for a local file.
+        size_bytes: None where the store does not state it.
+        etag: The store's content tag, without quotes; None for local files.
+        mtime: Of the last modification, ISO 8601 in UTC; None where the store has none.
+    """
+
+    uri: str
+    size_bytes: int | None
+    etag: str | None
+    mtime: str | None
+
+
+def list_objects(pattern: str) -> Iterator[ObjectInfo]:
+    """Lists what `pattern` names, sorted by URI, with one listing request (and one to see what it is).
+
+    Args:
+        pattern: A file; a folder, searched through for names with one of `AUDIO_EXTENSIONS`; or a glob (`*`, `?`,
+            `[ab]`, `**`), which matches files of any name. What exists under this very name is no glob.
+
+    Raises:
+        Rejected: not_found for a file or folder that does not exist, permission_denied, or unreadable. A glob that
+            matches nothing yields nothing.
+    """
+    fs, path = _locate(pattern)
+    return iter(_retried(lambda: _list(fs, path, pattern), pattern, Stage.LIST))
+
+
+def stat(uri: str) -> ObjectInfo:
+    """What the store says of one object. Raises Rejected: not_found, permission_denied or unreadable."""
+    fs, path = _locate(uri)
+    return _object_info(fs, _retried(lambda: fs.info(path), uri, Stage.READ))
+
+
+def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
+    """Opens an object for reading: seekable, reading ahead by 1 MiB, every read tried up to five times.
+
+    Args:
+        uri: A URL, or a local path.
+        size_bytes: Where the listing stated it; saves a request on most stores.
+
+    Raises:
+        Rejected: not_found, permission_denied or unreadable; from every read, too.
+    """
+    fs, path = _locate(uri)
+    raw = _retried(lambda: _open(fs, path, size_bytes), uri, Stage.READ)
+    return cast(BinaryIO, io.BufferedReader(_RetriedReads(raw, uri), _BLOCK_BYTES if _is_local(fs) else 1 << 16))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object. Raises as `open_input`."""
+    fs, path = _locate(uri)
+    return bytes(_retried(lambda: fs.cat_file(path), uri, Stage.READ))
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Writes an object so that a reader sees all of it or none; replaces what is there.
+
+    A local file is written beside its name, synced and renamed; missing folders are made. A store gets one PUT.
+
+    Raises:
+        StorageError: After the tries are used up, or at once where another try is no use.
+    """
+    fs, path = _locate(uri)
+    try:
+        _tries()(_write_local if _is_local(fs) else fs.pipe_file, path, data)
+    except Exception as error:
+        raise StorageError(f"{uri} cannot be written: {_cause(error)}. {_advice(error)}") from error
+
+
+def delete(uri: str) -> None:
+    """Deletes one object; one that is not there is no error. Raises as `write_atomic`."""
+    fs, path = _locate(uri)
+    try:
+        _tries()(fs.rm_file, path)
+    except FileNotFoundError:
+        return
+    except Exception as error:
+        raise StorageError(f"{uri} cannot be deleted: {_cause(error)}. {_advice(error)}") from error
+
+
+def list_files(folder: str) -> list[str]:
+    """URIs of all files below `folder`, sorted; none where there is no such folder."""
+    fs, path = _locate(folder)
+    try:
+        return [info.uri for info in _retried(lambda: _find(fs, path), folder, Stage.LIST)]
+    except Rejected as rejected:
+        if rejected.reason is Reason.NOT_FOUND:
+            return []
+        raise
+
+
+def check_writable(folder: str) -> None:
+    """Writes a small marker below `folder` and removes it, so that a job fails before its work and not after.
+
+    Raises:
+        StorageError: Names the folder, the cause and what to do.
+    """
+    try:
+        marker = join(folder, f".af3pipe-{uuid.uuid4().hex}")
+        write_atomic(marker, b"af3pipe was here\n")
+        delete(marker)
+    except Exception as error:
+        first = error.__cause__ or error
+        raise StorageError(f"The folder {folder} is not writable: {_cause(first)}. {_advice(first)}") from error
+
+
+def join(base: str, *parts: str) -> str:
+    """Joins a URL or a local path with names below it: `join("s3://bucket/out/", "captions")`."""
+    stem = base if base.endswith("://") else base.rstrip("/") + "/"
+    return stem + "/".join(part.strip("/") for part in parts)
+
+
+def name(uri: str) -> str:
+    """What stands behind the last slash."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def parent(uri: str) -> str:
+    """The folder of an object: `s3://bucket/lists` for `s3://bucket/lists/a.csv`; of a bare name, the current one."""
+    return uri.rstrip("/").rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
+
+
+def resolve(named: str, folder: str) -> str:
+    """`named` where it is a URL or an absolute path, else what it names below `folder`."""
+    absolute = "://" in named or named.startswith(("/", "~"))
+    return named if absolute else join(folder, named.removeprefix("./"))
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in _protocols(fs)
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _locate(uri: str) -> tuple[Any, str]:
+    # Without "://" it is a path, whatever else is in it: fsspec would take "::" for a chain of stores.
+    if "://" not in uri:
+        return fsspec.filesystem("file"), str(Path(uri).expanduser().absolute())
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path
+
+
+def _list(fs: Any, path: str, pattern: str) -> list[ObjectInfo]:
+    fs.invalidate_cache()
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        if not any(character in path for character in "*?["):
+            raise
+        matches = fs.glob(path, detail=True, **_strictly(fs))
+        return _sorted_files(fs, matches.values())
+    if info["type"] != "directory":
+        return [_object_info(fs, info)]
+    return [found for found in _find(fs, path) if _extension(found.uri) in AUDIO_EXTENSIONS]
+
+
+def _find(fs: Any, path: str) -> list[ObjectInfo]:
+    fs.invalidate_cache()
+    return _sorted_files(fs, fs.find(path, detail=True, **_strictly(fs)).values())
+
+
+def _strictly(fs: Any) -> dict[str, str]:
+    # By default a local folder that may not be read is passed over without a word; stores list in one request.
+    return {"on_error": "raise"} if _is_local(fs) else {}
+
+
+def _sorted_files(fs: Any, infos: Any) -> list[ObjectInfo]:
+    # "link" is a broken one, which a dead letter should name; "other" is a pipe or a socket, which would block.
+    files = [info for info in infos if info["type"] in ("file", "link") and not info["name"].endswith("/")]
+    return sorted(_object_info(fs, info) for info in files)
+
+
+def _extension(uri: str) -> str:
+    return uri.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+def _object_info(fs: Any, info: dict[str, Any]) -> ObjectInfo:
+    name = info["name"]
+    uri = name if _is_local(fs) else fs.unstrip_protocol(name)
+    etag = next((info[key] for key in ("etag", "ETag", "e_tag") if info.get(key)), None)
+    size = info.get("size")
+    return ObjectInfo(
+        uri=uri,
+        size_bytes=None if size is None else int(size),
+        etag=None if etag is None else str(etag).strip('"'),
+        mtime=_mtime(info),
+    )
+
+
+def _mtime(info: dict[str, Any]) -> str | None:
+    keys = ("mtime", "LastModified", "last_modified", "updated", "created")
+    value = next((info[key] for key in keys if info.get(key) is not None), None)
+    if isinstance(value, (int, float)):
+        value = datetime.fromtimestamp(value, timezone.utc)
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 knows no Z
+    if not isinstance(value, datetime):
+        return None
+    aware = value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+    return aware.astimezone(timezone.utc).isoformat()
+
+
+def _open(fs: Any, path: str, size_bytes: int | None) -> Any:
+    if _is_local(fs):
+        return Path(path).open("rb", buffering=0)
+    known = {"size": size_bytes} if size_bytes and _SIZED_STORES.intersection(_protocols(fs)) else {}
+    handle = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead", **known)
+    if isinstance(handle, io.BytesIO):
+        # The memory store hands out its own object, whose position all readers would share.
+        return io.BytesIO(handle.getbuffer())
+    if handle.seekable():
+        return handle
+    copy = tempfile.SpooledTemporaryFile(_STREAMS_IN_MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
+    with handle:  # a web server that knows no ranges
+        shutil.copyfileobj(handle, copy, _BLOCK_BYTES)
+    copy.seek(0)
+    return copy
+
+
+class _RetriedReads(io.RawIOBase):
+    """A file whose reads are tried again, each from where it began."""
+
+    def __init__(self, handle: Any, uri: str) -> None:
+        self._handle = handle
+        self._uri = uri
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = int(self._handle.seek(offset, whence))
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = _retried(lambda: self._read(len(buffer)), self._uri, Stage.READ)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        # After a failed read the handle may stand anywhere.
+        if self._handle.tell() != self._position:
+            self._handle.seek(self._position)
+        return bytes(self._handle.read(size))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._handle.close()
+        super().close()
+
+
+def _write_local(path: str, data: bytes) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic on one file system only; hidden, so that no glob picks it up.
+    beside = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _tries() -> tenacity.Retrying:
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_transient),
+        wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20),
+        stop=tenacity.stop_after_attempt(_TRIES),
+        reraise=True,
+    )
+
+
+def _retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
+    """Runs `call`, again where its error may pass, and says what is wrong with `uri` where it does not."""
+    try:
+        return _tries()(call)
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        tried = f" in {_TRIES} tries" if _is_transient(error) else ""
+        detail = {
+            Reason.NOT_FOUND: f"There is no object {uri}.",
+            Reason.PERMISSION_DENIED: f"{uri} may not be read: {_cause(error)}.",
+        }.get(reason, f"{uri} could not be read{tried}: {_cause(error)}.")
+        raise Rejected(stage, reason, detail) from error
+
+
+def _reason(error: BaseException) -> Reason | None:
+    """None for an error that says nothing about the object."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return Reason.NOT_FOUND
+    if _is_denied(error):
+        return Reason.PERMISSION_DENIED
+    return Reason.UNREADABLE if isinstance(error, OSError) or _is_transient(error) else None
+
+
+def _is_denied(error: BaseException) -> bool:
+    return (
+        isinstance(error, PermissionError)
+        or _status(error) in (401, 403)
+        or bool(_CREDENTIALS_NAMES & _class_names(error))
+        or (isinstance(error, OSError) and str(error).startswith("Forbidden"))  # gcsfs, of a 403
+    )
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)):
+        return False
+    if _is_denied(error):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUSES
+    if isinstance(error, OSError):
+        return error.errno not in _FINAL_ERRNOS
+    return isinstance(error, TimeoutError) or bool(_TRANSIENT_NAMES & _class_names(error))
+
+
+def _class_names(error: BaseException) -> set[str]:
+    return {parent.__name__ for parent in type(error).__mro__}
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, however its client states it (aiohttp, gcsfs, botocore; or their wrapper)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for name in ("status", "code", "status_code"):
+            value = getattr(seen, name, None)
+            if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
+                return int(value)
+        response = getattr(seen, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if isinstance(status, int):
+                return status
+        seen = seen.__cause__
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split()).rstrip(".")
+
+
+def _advice(error: BaseException) -> str:
+    if isinstance(error, ImportError):
+        return "Install the client of that store: pip install 'af3pipe[gcs]' or 'af3pipe[s3]'."
+    if _is_denied(error):
+        return "Choose another folder, or give this account the right to create and delete objects there."
+    if isinstance(error, FileNotFoundError):
+        return "Create the bucket or folder first, or correct its name."
+    if isinstance(error, (NotADirectoryError, FileExistsError, IsADirectoryError)):
+        return "Something else has that name: choose another folder."
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return "Make room there, or choose another folder."
+    return "Check the name and the network, then run it again."
