@@ -152,11 +152,21 @@ class _Decoding:
             self.frames_read = max(self.frames_read, int(self.source.handle.tell()))
         if self.source.stated_frames is not None and not self._is_short():
             return
-        if self.source.reader.at_end and self._is_short():
+        if self._is_short() and self._nothing_follows():
             raise self._short() from error
         cause = getattr(error, "strerror", None) or str(error).strip() or repr(error)
         detail = f"The {self.source.info.codec} decoder failed after {self.position_s:.1f} s: {cause}."
         raise self.rejected(Reason.DECODE_ERROR, detail) from error
+
+    def _nothing_follows(self) -> bool:
+        """Whether a decoder that failed had come to the end of the file: what it missed is not there."""
+        handle = self.source.handle
+        if not isinstance(handle, av.container.InputContainer):
+            return self.source.reader.at_end
+        try:
+            return not any(packet.size for packet in handle.demux(handle.streams.best("audio")))
+        except av.FFmpegError:
+            return True
 
     def _is_short(self) -> bool:
         stated = self.source.stated_frames
@@ -257,14 +267,20 @@ def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
     """Joins a codec's frames, 20 ms or so each, to blocks of at least `length`."""
     held: list[Samples] = []
     count = 0
-    for frame in frames:
-        held.append(frame)
-        count += len(frame)
-        if count >= length:
-            yield np.concatenate(held)
-            held, count = [], 0
+    failure: Exception | None = None
+    try:
+        for frame in frames:
+            held.append(frame)
+            count += len(frame)
+            if count >= length:
+                yield np.concatenate(held)
+                held, count = [], 0
+    except (av.FFmpegError, _RateChanged) as error:
+        failure = error  # the frames before it are good, and tell where it happened
     if held:
         yield np.concatenate(held)
+    if failure is not None:
+        raise failure
 
 
 def _floats(frame: av.AudioFrame) -> Samples:
@@ -355,7 +371,7 @@ def _segment(recording: Recording, decoding: _Decoding, piece: Cut, index: int, 
     return Segment(
         recording=recording,
         info=info,
-        index=index,
+        segment_index=index,
         start_s=start_s,
         end_s=recording.offset_s + (piece.start + len(piece.samples)) / decoding.sample_rate,
         is_last=piece.is_last or truncated,

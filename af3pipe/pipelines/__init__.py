@@ -1,0 +1,1 @@
+"""Whole jobs: the configuration, the batch pipeline, and the books of a run."""

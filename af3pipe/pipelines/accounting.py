@@ -134,6 +134,4 @@ def fill_empty_tables(output: str, tables: Iterable[str], run_id: str) -> None:
         if not any(uri.endswith(".parquet") for uri in storage.list_files(folder)):
             buffer = pa.BufferOutputStream()
             pq.write_table(TABLE_SCHEMAS[table].empty_table(), buffer, compression="zstd")
-            storage.write_atomic(
-                storage.join(folder, f"{run_id}-empty.parquet"), buffer.getvalue().to_pybytes()
-            )
+            storage.write_atomic(storage.join(folder, f"{run_id}-empty.parquet"), buffer.getvalue().to_pybytes())

@@ -91,7 +91,7 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
         batch_audio_s=job.batch_audio_s,
     )
     recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs)
-    answers = recordings | "AnswerRecordings" >> AnswerRecordings(decode, ask, accelerator=job.accelerator)
+    answers: Outcome = recordings | "AnswerRecordings" >> AnswerRecordings(decode, ask, accelerator=job.accelerator)
     results = {
         "recordings": recordings.good,
         "answers": answers.good,
@@ -112,10 +112,8 @@ class _CountFound(beam.PTransform):
         self._output = output
         self._run_id = run_id
 
-    def expand(self, recordings: Outcome) -> Any:
-        rejected = recordings.dead_letters | "ListedOnly" >> beam.Filter(
-            lambda letter: letter.stage is Stage.LIST
-        )
+    def expand(self, recordings: Any) -> Any:
+        rejected = recordings.dead_letters | "ListedOnly" >> beam.Filter(lambda letter: letter.stage is Stage.LIST)
         ids = [
             recordings.good | "FoundId" >> beam.Map(lambda found: found.recording_id).with_output_types(str),
             rejected | "RejectedId" >> beam.Map(lambda letter: letter.recording_id).with_output_types(str),
@@ -235,7 +233,7 @@ def explain_failure(error: BaseException) -> str:
 def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
     return Progress(
         found=counted["recordings_found"],
-        done=counted["recordings_asked"],
+        done=counted["recordings_done"],
         dead_letters=sum(n for name, n in counted.items() if name.startswith("dead_letters_")),
         audio_s=counted["audio_ms"] / 1000,
         elapsed_s=elapsed_s,
@@ -251,9 +249,7 @@ def _counters(result: Any) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _write_record(
-    job: JobConfig, checkpoint: Checkpoint, options: PipelineOptions, report: RunReport
-) -> None:
+def _write_record(job: JobConfig, checkpoint: Checkpoint, options: PipelineOptions, report: RunReport) -> None:
     """The run's own record, written last: who finds it knows that the run is complete."""
     counts = report.counts
     record = {

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,7 +68,7 @@ class TaskConfig(_Strict):
         return task._replace(decoding=decoding, parser=self.parser or task.parser)
 
 
-_FACTORIES: dict[str, Any] = {"caption": caption, "transcript": transcript}
+_FACTORIES: dict[str, Callable[..., Task]] = {"caption": caption, "transcript": transcript}
 
 
 class QuestionConfig(_Strict):
@@ -138,14 +138,13 @@ class JobConfig(_Strict):
     @model_validator(mode="after")
     def _engine_is_known(self) -> "JobConfig":
         if self.engine not in ENGINES:
-            raise ValueError(
-                f"engine is {self.engine!r}, which is not known; choose from {', '.join(ENGINES)}"
-            )
+            raise ValueError(f"engine is {self.engine!r}, which is not known; choose from {', '.join(ENGINES)}")
         return self
 
     def all_tasks(self) -> list[Task]:
         """What is asked of every recording; a caption where the job names nothing."""
-        asked = [config.to_task() for config in (*self.tasks, *self.questions)] or [caption()]
+        asked = [*(task.to_task() for task in self.tasks), *(question.to_task() for question in self.questions)]
+        asked = asked or [caption()]
         if self.max_new_tokens:
             limit = self.max_new_tokens
             asked = [task._replace(decoding=task.decoding._replace(max_new_tokens=limit)) for task in asked]
@@ -223,9 +222,7 @@ def beam_options(job: JobConfig, flags: Sequence[str] = ()) -> PipelineOptions:
     found = options.get_all_options()
     if found.get("runner") is None:
         options = PipelineOptions(["--runner=FnApiRunner", *listed, *flags])
-    if found.get("direct_running_mode") == "multi_threading" and (
-        found.get("direct_num_workers") or 0
-    ) not in (0, 1):
+    if found.get("direct_running_mode") == "multi_threading" and (found.get("direct_num_workers") or 0) not in (0, 1):
         raise JobError(
             "direct_running_mode is 'multi_threading' with several workers, which loses elements in Beam's "
             "in-process runner; use multi_processing"
@@ -251,7 +248,7 @@ def split_beam_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for options in PipelineOptions.__subclasses__():
-        options._add_argparse_args(_Tolerant(parser))  # type: ignore[arg-type]
+        options._add_argparse_args(_Tolerant(parser))
     names = {name for action in parser._actions for name in action.option_strings}
     unknown = next((token for token in tokens if _is_flag(token) and token.split("=")[0] not in names), None)
     if unknown is not None:

@@ -175,9 +175,7 @@ ANSWER_SCHEMA = pa.schema(
         ("choice", pa.string()),
         (
             "segments",
-            pa.list_(
-                pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("text", pa.string())])
-            ),
+            pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("text", pa.string())])),
         ),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("audio_tokens", pa.int32(), nullable=False),

@@ -92,9 +92,7 @@ class Rejected(Exception):
         return _rebuild, (self.stage, self.reason, self.detail, self.decoder, self.position_s)
 
 
-def _rebuild(
-    stage: Stage, reason: Reason, detail: str, decoder: str | None, position_s: float | None
-) -> Rejected:
+def _rebuild(stage: Stage, reason: Reason, detail: str, decoder: str | None, position_s: float | None) -> Rejected:
     return Rejected(stage, reason, detail, decoder=decoder, position_s=position_s)
 
 

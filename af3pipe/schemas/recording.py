@@ -19,9 +19,9 @@ class TerminalState(str, Enum):
 
 
 class Question(NamedTuple):
-    """A question about one recording, as a manifest row states it."""
+    """A question about one recording, as a manifest row states it; without an id it is named by its text."""
 
-    question_id: str
+    question_id: str | None
     text: str
     choices: tuple[str, ...] = ()
 
@@ -87,7 +87,7 @@ class Segment(NamedTuple):
     Attributes:
         recording: Where it comes from.
         info: The container's statement; `duration_s` is what decoding found once the end has been reached.
-        index: 0, 1, 2, ... along the recording.
+        segment_index: 0, 1, 2, ... along the recording.
         start_s: First sample's time in seconds from the start of the object.
         end_s: End of the last sample, exclusive.
         is_last: Whether the recording ends with this segment.
@@ -97,7 +97,7 @@ class Segment(NamedTuple):
 
     recording: Recording
     info: AudioInfo
-    index: int
+    segment_index: int
     start_s: float
     end_s: float
     is_last: bool
@@ -111,7 +111,7 @@ class Segment(NamedTuple):
 
     def __repr__(self) -> str:
         where = f"{self.start_s:.2f}-{self.end_s:.2f} s"
-        return f"Segment({self.recording.uri!r}, index={self.index}, {where}, samples={self.samples.shape})"
+        return f"Segment({self.recording.uri!r}, {self.segment_index}, {where}, samples={self.samples.shape})"
 
 
 class RecordingResult(NamedTuple):

@@ -1,6 +1,6 @@
 """Beam transforms, one file per stage; each usable alone in a pipeline of your own."""
 
-from af3pipe.transforms import coders as _coders  # registers the coders of all rows
+from af3pipe.transforms import coders as coders  # registers the coders of all rows
 from af3pipe.transforms.ask import AnswerRecordings, AskAudioFlamingo
 from af3pipe.transforms.decode import DecodeAudio
 from af3pipe.transforms.model_handler import AudioFlamingoModelHandler

@@ -59,7 +59,7 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
         size_bytes=recording.size_bytes,
         etag=recording.etag,
         mtime=recording.mtime,
-        segment_index=segment.index,
+        segment_index=segment.segment_index,
         start_s=segment.start_s,
         end_s=segment.end_s,
         duration_s=segment.info.duration_s,
@@ -84,9 +84,7 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
         engine=info.engine,
         dtype=info.dtype,
         decoding=task.decoding.to_json(),
-        answer_key=answer_key(
-            recording, segment.start_s, segment.end_s, task, info.model_id, info.model_revision
-        ),
+        answer_key=answer_key(recording, segment.start_s, segment.end_s, task, info.model_id, info.model_revision),
         metadata=recording.metadata,
         run_id="",
         created_at=now_us(),
@@ -129,13 +127,15 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     def emit(self, segment: Segment, future: "Future[list[Reply]]") -> Iterator[Any]:
         metrics.count("segments_asked")
         metrics.count_seconds("audio", segment.audio_s)
+        if segment.is_last:
+            metrics.count("recordings_done")
         for outcome in self._answers(segment, self.tasks_of(segment.recording), future):
             if isinstance(outcome, DeadLetter):
                 metrics.count(f"dead_letters_{outcome.reason.value}")
                 yield beam.pvalue.TaggedOutput(DEAD_LETTERS, outcome)
                 continue
             metrics.count("answers")
-            is_part = outcome.segments and not (segment.index == 0 and segment.is_last)
+            is_part = outcome.segments and not (segment.segment_index == 0 and segment.is_last)
             yield beam.pvalue.TaggedOutput(_PARTS, outcome) if is_part else outcome
         self._count_engine()
 
@@ -241,7 +241,7 @@ class AskAudioFlamingo(beam.PTransform):
         options = EngineOptions(model, engine, revision, dtype, device, batch_size, batch_audio_s)
         self._dofn = AskDoFn(options, tasks)
 
-    def expand(self, inputs: Any) -> Outcome:
+    def expand(self, inputs: Any) -> Any:
         segments, before = split_input(inputs)
         asked = segments | "Ask" >> beam.ParDo(self._dofn).with_output_types(
             Answer, **{DEAD_LETTERS: DeadLetter, _PARTS: Answer}
@@ -271,6 +271,6 @@ class AnswerRecordings(beam.PTransform):
         if accelerator:
             self.with_resource_hints(accelerator=accelerator)
 
-    def expand(self, inputs: Any) -> Outcome:
+    def expand(self, inputs: Any) -> Any:
         answers: Outcome = inputs | "DecodeAudio" >> self._decode | "AskAudioFlamingo" >> self._ask
         return answers

@@ -80,7 +80,7 @@ class RowTupleCoder(coders.Coder, Generic[Row]):
     """Codes one NamedTuple class of `af3pipe.schemas`, nested rows and PCM included."""
 
     def __init__(self, row_class: type[Row]) -> None:
-        self._row_class = row_class
+        self._row_class: Any = row_class
         self._primitives = coders.FastPrimitivesCoder()
 
     @classmethod

@@ -51,7 +51,9 @@ class _Ahead(NamedTuple):
 def _decode_ahead(segments: Iterator[Segment]) -> _Ahead:
     first = next(segments)
     if first.is_last:
-        next(segments, None)  # runs the generator to its end, which closes the file here and not on the bundle's thread
+        next(
+            segments, None
+        )  # runs the generator to its end, which closes the file here and not on the bundle's thread
     return _Ahead(first, segments)
 
 
@@ -89,6 +91,7 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
 
         for outcome in outcomes(segments(), rejected):
             if isinstance(outcome, DeadLetter):
+                metrics.count("recordings_done")
                 metrics.count(f"dead_letters_{outcome.reason.value}")
                 yield beam.pvalue.TaggedOutput(DEAD_LETTERS, outcome)
             else:
@@ -123,9 +126,7 @@ class DecodeAudio(beam.PTransform):
     ) -> None:
         super().__init__()
         if over_length not in get_args(OverLength):
-            raise ValueError(
-                f"over_length is {over_length!r}; it must be one of {', '.join(get_args(OverLength))}"
-            )
+            raise ValueError(f"over_length is {over_length!r}; it must be one of {', '.join(get_args(OverLength))}")
         self._dofn = DecodeDoFn(
             model=model,
             revision=revision,
@@ -133,7 +134,7 @@ class DecodeAudio(beam.PTransform):
             threads=threads or min(os.cpu_count() or 1, 8),
         )
 
-    def expand(self, inputs: Any) -> Outcome:
+    def expand(self, inputs: Any) -> Any:
         recordings, before = split_input(inputs)
         decoded = recordings | "Decode" >> beam.ParDo(self._dofn).with_output_types(
             Segment, **{DEAD_LETTERS: DeadLetter}

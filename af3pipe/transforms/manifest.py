@@ -1,6 +1,5 @@
 """Rows of a manifest to recordings. A bad row is rejected with its number; the others go on."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from io import BytesIO
@@ -111,7 +110,9 @@ def _seconds(value: Any, name: str, where: str) -> float:
         seconds = float("nan")
     if not 0 <= seconds < float("inf"):
         raise Rejected(
-            Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where}: {name} is {value!r}; it must be seconds, 0 or more"
+            Stage.LIST,
+            Reason.UNSUPPORTED_FORMAT,
+            f"{where}: {name} is {value!r}; it must be seconds, 0 or more",
         )
     return seconds
 
@@ -124,13 +125,7 @@ def _questions(row: dict[str, Any]) -> Iterator[Question]:
     asked += row.pop("questions", [])
     for text in asked:
         options = tuple(str(choice).strip() for choice in choices)
-        yield make_question(str(text), options)
-
-
-def make_question(text: str, choices: tuple[str, ...] = ()) -> Question:
-    """A question, named by its own text and choices, so that it has the same id in every run."""
-    digest = hashlib.sha256("\x00".join((text, *choices)).encode()).hexdigest()
-    return Question(digest[:12], text, choices)
+        yield Question(None, str(text), options)
 
 
 def _text(value: Any) -> str:

@@ -45,9 +45,7 @@ class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, Engine])
         for segment, future in zip(batch, futures, strict=True):
 
             def lost(error: Exception, segment: Segment = segment) -> DeadLetter:
-                return to_dead_letter(
-                    error, segment.recording, stage=Stage.GENERATE, segment=segment, tasks=tasks
-                )
+                return to_dead_letter(error, segment.recording, stage=Stage.GENERATE, segment=segment, tasks=tasks)
 
             for inference in outcomes(iter_result(future), lost):
                 yield PredictionResult(segment, inference, info.model_id)

@@ -42,9 +42,7 @@ def join_dead_letters(own: Any, before: tuple[Any, ...]) -> Any:
     return (own, *before) | "AllDeadLetters" >> beam.Flatten() if before else own
 
 
-def outcomes(
-    items: Iterator[T], to_dead_letter: Callable[[Exception], DeadLetter]
-) -> Iterator[T | DeadLetter]:
+def outcomes(items: Iterator[T], to_dead_letter: Callable[[Exception], DeadLetter]) -> Iterator[T | DeadLetter]:
     """The items; where producing one raises, a dead letter in its place, and the end.
 
     Raises:
@@ -115,7 +113,7 @@ def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task
     """All that it takes to try again, readable without this package."""
     found: dict[str, Any] = {"recording": _plain(recording)}
     if segment is not None:
-        found["segment"] = {"index": segment.index, "start_s": segment.start_s, "end_s": segment.end_s}
+        found["segment"] = {"index": segment.segment_index, "start_s": segment.start_s, "end_s": segment.end_s}
     if tasks:
         found["tasks"] = [_plain(task) for task in tasks]
     return json.dumps(found, ensure_ascii=False)

@@ -37,7 +37,7 @@ def _manifest(name: str) -> Iterator[Recording | DeadLetter]:
 
 def merge(recordings: Iterable[Recording]) -> Recording:
     """The same recording, named more than once, is one: with the questions and metadata of all its mentions."""
-    ordered = sorted(recordings, key=lambda found: (found.size_bytes is None, found.questions, found.metadata))
+    ordered = sorted(recordings, key=lambda found: (found.size_bytes is None, repr(found)))
     questions = tuple(dict.fromkeys(question for found in ordered for question in found.questions))
     metadata = tuple(sorted(dict(pair for found in ordered for pair in found.metadata).items()))
     return ordered[0]._replace(questions=questions, metadata=metadata)
@@ -48,6 +48,7 @@ class _ListDoFn(beam.DoFn):
         for found in list_recordings(name):
             if isinstance(found, DeadLetter):
                 metrics.count("recordings_found")
+                metrics.count("recordings_done")
                 metrics.count(f"dead_letters_{found.reason.value}")
                 yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found)
             else:
@@ -77,7 +78,7 @@ class ReadRecordings(beam.PTransform):
         super().__init__()
         self._inputs = [inputs] if isinstance(inputs, str) else list(inputs)
 
-    def expand(self, pipeline_or_names: Any) -> Outcome:
+    def expand(self, pipeline_or_names: Any) -> Any:
         names = pipeline_or_names
         if not isinstance(names, beam.PCollection):
             if not self._inputs:

@@ -54,9 +54,7 @@ def covered_by(answer: Answer) -> Covered:
     )
 
 
-def settle(
-    recording: Recording, covered: Sequence[Covered], failed: Sequence[Failed]
-) -> RecordingResult | None:
+def settle(recording: Recording, covered: Sequence[Covered], failed: Sequence[Failed]) -> RecordingResult | None:
     """The terminal state of a recording; None when nothing at all became of it, which must not happen.
 
     `ok` when it has answers, no dead letter, and each task covers all that was wanted; `ok_partial` when it has
@@ -141,7 +139,7 @@ class ReconcileRecordings(beam.PTransform):
     of which nothing became gives no row; it is logged and counted as `unaccounted`, and fails the run that counts.
     """
 
-    def expand(self, accounts: dict[str, Any]) -> Any:
+    def expand(self, accounts: Any) -> Any:
         pairs = {
             "recordings": accounts["recordings"] | "RecordingId" >> beam.Map(_recording_pair),
             "answers": accounts["answers"] | "AnswerId" >> beam.Map(_answer_pair),

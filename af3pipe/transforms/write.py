@@ -98,9 +98,7 @@ def _columns(row: Any) -> dict[str, Any]:
     return found
 
 
-def write_rows(
-    rows: Iterable[Any], row_format: RowFormat, output: str, table: str, run_id: str
-) -> Iterator[str]:
+def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, table: str, run_id: str) -> Iterator[str]:
     """Writes the rows of one group to Parquet files and yields their URIs; the same rows give the same files.
 
     Raises:
@@ -153,11 +151,11 @@ class _WriteParquet(beam.PTransform):
         self._run_id = run_id or new_run_id()
 
     def expand(self, rows: Any) -> Any:
+        row_class: Any = self._format.row_class
         count = beam.pvalue.AsSingleton(rows | "Count" >> beam.combiners.Count.Globally())
         return (
             rows
-            | "ToShard"
-            >> beam.ParDo(_ToShard(self._format), count).with_output_types(tuple[str, self._format.row_class])
+            | "ToShard" >> beam.ParDo(_ToShard(self._format), count).with_output_types(tuple[str, row_class])
             | "GroupShard" >> beam.GroupByKey()
             | "WriteParquet"
             >> beam.ParDo(_WriteShard(self._format, self._output, self._run_id)).with_output_types(str)

@@ -1,0 +1,342 @@
+"""The command line: `af3pipe demo` and `af3pipe run`."""
+
+import json
+import logging
+import sys
+import tempfile
+import wave
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import Progress as RichProgress
+from rich.progress import SpinnerColumn, TextColumn
+from rich.table import Table
+
+from af3pipe import __version__, storage
+from af3pipe.models.engine import ModelError
+from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.pipelines import batch
+from af3pipe.pipelines.accounting import ANSWER_TABLES, read_rows, run_files
+from af3pipe.pipelines.job import (
+    JobConfig,
+    JobError,
+    beam_options,
+    load_job_values,
+    make_job,
+    split_beam_flags,
+)
+from af3pipe.schemas import Rejected
+
+EXIT_FAILED = 1
+EXIT_WRONG_JOB = 2
+EXIT_DEAD_LETTERS = 3
+
+app = typer.Typer(
+    name="af3pipe",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Caption, transcribe and query audio archives with Audio Flamingo 3 and Music Flamingo.",
+)
+_out = Console()
+_err = Console(stderr=True)
+_log = logging.getLogger("af3pipe")
+
+
+def main() -> None:
+    """The `af3pipe` program."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"af3pipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log.setLevel(logging.INFO)
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for the Parquet.")] = "af3pipe-demo",
+) -> None:
+    """Run the whole pipeline on sample recordings with a tiny trained model; both ship with the package.
+
+    One sample is broken and one is longer than the model takes: they show what a dead letter is.
+    """
+    with _demo_inputs() as inputs:
+        values = {
+            "inputs": inputs,
+            "output": output,
+            "model": "demo",
+            "tasks": ["caption", "transcript"],
+            "questions": ["Is there speech in the audio? Answer yes or no."],
+        }
+        job = _checked(lambda: make_job(values))
+        report = _run(job, [])
+    _show_answers(job, report)
+    _show_dead_letters(job, report)
+    _show_counts(job, report)
+    _exit(job, report)
+
+
+@contextmanager
+def _demo_inputs() -> Iterator[list[str]]:
+    """The clips in the package, and a recording longer than the model takes: 601 s of silence, made here."""
+    with (
+        resources.as_file(resources.files("af3pipe.demo") / "clips") as clips,
+        tempfile.TemporaryDirectory(prefix="af3pipe-demo-") as folder,
+    ):
+        with wave.open(str(Path(folder) / "over_length.wav"), "wb") as file:
+            file.setparams((1, 1, 8_000, 0, "NONE", "not compressed"))
+            file.writeframes(b"\x80" * 601 * 8_000)  # 8-bit WAV is unsigned: 128 is silence
+        yield [str(clips), folder]
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="Options that are not listed here go to Beam, for example `--runner FlinkRunner`. Exit codes: 0 done; "
+    "1 the run failed or its counts do not reconcile; 2 the job is wrong; 3 more dead letters than allowed.",
+)
+def run(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT...",
+            help="Files, folders, globs or manifests (.jsonl, .csv, .tsv, .parquet), local or on any fsspec URL; or "
+            "one job file (.yaml).",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder or URL for the Parquet.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Hub id, local directory, or `demo`; the default is {DEFAULT_MODEL}. NVIDIA's released weights "
+            "are for **non-commercial** use."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="caption or transcript; more than one may be given.")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Asked of every recording; choices follow: `Who? | cat | dog`.")
+    ] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="File of questions: a line each, or .jsonl with question, choices, id.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A task of your own: `mood=What mood is this music in?`")
+    ] = None,
+    over_length: Annotated[
+        str | None,
+        typer.Option(help="Longer than the model takes: dead-letter (default), truncate or split."),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for every task.")] = None,
+    engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Most prompts decoded together.")] = None,
+    batch_audio_s: Annotated[float | None, typer.Option(help="Most seconds of audio in them.")] = None,
+    decode_threads: Annotated[int | None, typer.Option(help="Recordings decoded at once.")] = None,
+    accelerator: Annotated[str | None, typer.Option(help="Beam's accelerator hint for GPU workers.")] = None,
+    fail_on_dead_letters: Annotated[
+        str | None, typer.Option(help="Fail when there are more than this: a count, or a share such as 5%.")
+    ] = None,
+) -> None:
+    """Ask a model about recordings and write the answers as Parquet.
+
+    Give inputs and options, or a job file with the same words as keys; options win over the file.
+    """
+    flags = {
+        "output": output,
+        "model": model,
+        "revision": revision,
+        "tasks": [*(task or []), *map(_own_task, prompt or [])] or None,
+        "questions": [*map(_question, question or []), *(_question_file(questions) if questions else [])] or None,
+        "over_length": over_length,
+        "max_new_tokens": max_new_tokens,
+        "engine": engine,
+        "dtype": dtype,
+        "device": device,
+        "batch_size": batch_size,
+        "batch_audio_s": batch_audio_s,
+        "decode_threads": decode_threads,
+        "accelerator": accelerator,
+        "fail_on_dead_letters": fail_on_dead_letters,
+    }
+    job, beam_flags = _checked(
+        lambda: _job(inputs or [], {key: value for key, value in flags.items() if value is not None})
+    )
+    report = _run(job, beam_flags)
+    _show_counts(job, report)
+    _exit(job, report)
+
+
+def _job(tokens: list[str], flags: dict[str, Any]) -> tuple[JobConfig, list[str]]:
+    """Inputs or a job file, and what is Beam's."""
+    inputs, beam_flags = split_beam_flags(tokens)
+    job_files = [name for name in inputs if name.endswith((".yaml", ".yml"))]
+    if not job_files:
+        return make_job({"inputs": inputs, **flags}), beam_flags
+    if len(job_files) > 1:
+        raise JobError(f"one job file at a time, not {', '.join(job_files)}")
+    values = load_job_values(job_files[0])
+    others = [name for name in inputs if name not in job_files]
+    return make_job(values | flags | ({"inputs": others} if others else {}), job_files[0]), beam_flags
+
+
+def _own_task(text: str) -> dict[str, str]:
+    name, found, prompt = text.partition("=")
+    if not found:
+        _stop(f"--prompt is {text!r}; it must be NAME=TEXT", EXIT_WRONG_JOB)
+    return {"name": name.strip(), "prompt": prompt.strip()}
+
+
+def _question(text: str) -> dict[str, Any]:
+    asked, *choices = (part.strip() for part in text.split("|"))
+    return {"question": asked, "choices": choices}
+
+
+def _question_file(name: str) -> list[dict[str, Any]]:
+    try:
+        lines = [line for line in storage.read_bytes(name).decode("utf-8-sig").splitlines() if line.strip()]
+        return [json.loads(line) if name.endswith(".jsonl") else _question(line) for line in lines]
+    except (Rejected, ValueError) as error:
+        _stop(f"--questions {name}: {error}", EXIT_WRONG_JOB)
+
+
+def _checked(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except JobError as error:
+        _stop(str(error), EXIT_WRONG_JOB)
+
+
+def _run(job: JobConfig, beam_flags: list[str]) -> batch.RunReport:
+    try:
+        live = batch.is_in_process(beam_options(job, beam_flags))
+        with _progress_line() if live else _no_progress() as show:
+            return batch.run(job, beam_flags, on_progress=show)
+    except (JobError, ModelError) as error:
+        _stop(str(error), EXIT_WRONG_JOB)
+    except batch.RunFailed as error:
+        _log.debug("the pipeline failed", exc_info=error)
+        _stop(f"the run failed: {error}", EXIT_FAILED)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    _err.print(f"af3pipe: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _describe(progress: batch.Progress) -> str:
+    speed = progress.audio_s / progress.elapsed_s if progress.elapsed_s else 0.0
+    return (
+        f"{progress.done} / {progress.found} recordings, {speed:.1f} audio s/s, "
+        f"{progress.dead_letters} dead letters, {progress.elapsed_s:.0f} s"
+    )
+
+
+@contextmanager
+def _progress_line() -> Iterator[Callable[[batch.Progress], None]]:
+    """One line that is drawn over on a terminal; a log line every ten seconds otherwise."""
+    if not sys.stderr.isatty():
+        yield _LogEvery(10.0)
+        return
+    line = RichProgress(SpinnerColumn(), TextColumn("{task.description}"), console=_err, transient=True)
+    with line:
+        task = line.add_task("starting")
+        yield lambda progress: line.update(task, description=_describe(progress))
+
+
+class _LogEvery:
+    """Logs progress when enough time has gone by."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next_s = seconds
+
+    def __call__(self, progress: batch.Progress) -> None:
+        if progress.elapsed_s >= self._next_s:
+            self._next_s = progress.elapsed_s + self._seconds
+            _log.info(_describe(progress))
+
+
+@contextmanager
+def _no_progress() -> Iterator[Callable[[batch.Progress], None]]:
+    """Workers in other processes count there; the runner's own page or log shows how far they are."""
+    _log.info("running on workers outside this process; counts follow at the end")
+    yield lambda progress: None
+
+
+def _rows(job: JobConfig, report: batch.RunReport, tables: tuple[str, ...]) -> list[dict[str, Any]]:
+    files = run_files(job.output, report.run_id)
+    columns = {"dead_letters": ["uri", "stage", "reason", "detail"]}
+    answer_columns = ["uri", "task", "question", "text", "duration_s"]
+    rows = [row for table in tables for row in read_rows(files[table], columns.get(table, answer_columns))]
+    return sorted(rows, key=lambda row: str(row["uri"]))
+
+
+def _show_answers(job: JobConfig, report: batch.RunReport) -> None:
+    by_uri: dict[str, dict[str, str]] = {}
+    for row in _rows(job, report, ANSWER_TABLES):
+        cells = by_uri.setdefault(row["uri"], {"seconds": f"{row['duration_s']:.1f}"})
+        cells[row["question"] or row["task"]] = row["text"]
+    titles = list(dict.fromkeys(title for cells in by_uri.values() for title in cells))
+    table = Table("recording", *titles, title="Answers", title_justify="left")
+    for uri, cells in by_uri.items():
+        table.add_row(storage.name(uri), *(cells.get(title, "") for title in titles))
+    _out.print(table, markup=False)
+
+
+def _show_dead_letters(job: JobConfig, report: batch.RunReport) -> None:
+    table = Table("recording", "stage", "reason", "detail", title="Dead letters", title_justify="left")
+    for row in _rows(job, report, ("dead_letters",)):
+        table.add_row(storage.name(row["uri"]), row["stage"], row["reason"], row["detail"])
+    _out.print(table, markup=False)
+
+
+def _show_counts(job: JobConfig, report: batch.RunReport) -> None:
+    counts = report.counts
+    states = ", ".join(f"{number} {state}" for state, number in sorted(counts.states.items())) or "none"
+    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dead_letters.items()))
+    answers = ", ".join(f"{number} in {table}/" for table, number in counts.answers.items()) or "none"
+    speed = counts.audio_s / report.wall_s if report.wall_s else 0.0
+    balance = "reconciles" if counts.reconciled else "DOES NOT RECONCILE"
+    for line in (
+        f"Recordings: {counts.found} found = {states} ({balance})",
+        f"Answers: {answers}",
+        f"Dead letters: {reasons or 'none'}",
+        f"Audio: {counts.audio_s:.1f} s in {report.wall_s:.1f} s, {speed:.1f} seconds of audio per second",
+        f"Written to {job.output}; the run's record is {storage.join(job.output, '_runs', report.run_id)}.json",
+    ):
+        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _exit(job: JobConfig, report: batch.RunReport) -> None:
+    counts = report.counts
+    if not counts.reconciled:
+        _stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)
+    dead_letters = sum(counts.dead_letters.values())
+    if dead_letters > job.dead_letters_allowed(counts.found):
+        _stop(
+            f"{dead_letters} dead letters are more than --fail-on-dead-letters {job.fail_on_dead_letters} allows",
+            EXIT_DEAD_LETTERS,
+        )
+
+
+if __name__ == "__main__":
+    main()

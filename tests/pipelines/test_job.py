@@ -1,0 +1,138 @@
+import pytest
+
+from af3pipe.pipelines.job import JobError, beam_options, load_job_values, make_job, split_beam_flags
+
+BASE = {"inputs": ["a.wav"], "output": "out"}
+
+
+def problem(**changes):
+    with pytest.raises(JobError) as error:
+        make_job(BASE | changes, "job.yaml")
+    return str(error.value)
+
+
+def test_defaults_are_the_released_model_and_a_caption():
+    job = make_job(BASE)
+    assert job.model == "nvidia/audio-flamingo-3-hf"
+    assert [task.name for task in job.all_tasks()] == ["caption"]
+    assert not any(task.decoding.do_sample for task in job.all_tasks())
+
+
+def test_one_input_may_stand_without_a_list():
+    assert make_job(BASE | {"inputs": "a.wav"}).inputs == ("a.wav",)
+
+
+def test_tasks_questions_and_own_prompts():
+    job = make_job(
+        BASE
+        | {
+            "tasks": ["caption", {"name": "mood", "prompt": "What mood?", "max_new_tokens": 9}],
+            "questions": ["Who speaks?", {"question": "Which?", "choices": ["cat", "dog"], "id": "pet"}],
+        }
+    )
+    caption, mood, who, pet = job.all_tasks()
+    assert (caption.name, mood.name, mood.prompt, mood.decoding.max_new_tokens) == (
+        "caption",
+        "mood",
+        "What mood?",
+        9,
+    )
+    assert (who.question, pet.question_id, pet.choices) == ("Who speaks?", "pet", ("cat", "dog"))
+    assert who.question_id != pet.question_id
+
+
+def test_a_limit_for_all_tasks():
+    job = make_job(BASE | {"tasks": ["caption", "transcript"], "max_new_tokens": 7})
+    assert [task.decoding.max_new_tokens for task in job.all_tasks()] == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"over_length": "cut"}, ["over_length is 'cut'", "'dead-letter', 'truncate' or 'split'"]),
+        ({"ouput": "x"}, ["ouput is not a key of a job", "did you mean 'output'"]),
+        ({"inputs": []}, ["inputs is []"]),
+        ({"batch_size": 0}, ["batch_size is 0", "greater than 0"]),
+        ({"tasks": ["captoin"]}, ["task 'captoin' is not known", "caption, transcript", "prompt"]),
+        ({"tasks": [{"name": "caption", "promt": "x"}]}, ["tasks.0.promt", "did you mean 'prompt'"]),
+        ({"engine": "magic"}, ["engine is 'magic'", "transformers"]),
+        ({"dtype": "int3"}, ["dtype is 'int3'", "'float32'"]),
+        ({"fail_on_dead_letters": "many"}, ["fail_on_dead_letters is 'many'"]),
+    ],
+    ids=lambda found: next(iter(found)) if isinstance(found, dict) else "",
+)
+def test_a_wrong_key_is_named_with_its_value_and_what_is_allowed(changes, says):
+    message = problem(**changes)
+    assert message.startswith("job.yaml: ")
+    for part in says:
+        assert part in message
+
+
+def test_missing_output_is_named():
+    with pytest.raises(JobError, match="output is missing"):
+        make_job({"inputs": ["a.wav"]})
+
+
+def test_all_problems_are_told_at_once():
+    assert len(problem(over_length="cut", batch_size=0).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("limit", "recordings", "allowed"), [("0", 9, 0), (3, 9, 3), ("5%", 200, 10)])
+def test_dead_letters_allowed(limit, recordings, allowed):
+    assert make_job(BASE | {"fail_on_dead_letters": limit}).dead_letters_allowed(recordings) == allowed
+
+
+def test_any_number_of_dead_letters_is_allowed_unless_said():
+    assert make_job(BASE).dead_letters_allowed(1) == float("inf")
+
+
+def test_job_file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("inputs: archive/\noutput: out\nbeam: {runner: FlinkRunner}\n")
+    assert make_job(load_job_values(str(path))).beam == {"runner": "FlinkRunner"}
+
+
+@pytest.mark.parametrize(("text", "says"), [("- a\n", "keys and values"), ("a: [", "is not YAML")])
+def test_job_file_that_is_none(tmp_path, text, says):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError, match=says):
+        load_job_values(str(path))
+    with pytest.raises(JobError, match="cannot be read"):
+        load_job_values(str(tmp_path / "none.yaml"))
+
+
+def runner(job, *flags):
+    return beam_options(job, flags).get_all_options()["runner"]
+
+
+def test_the_in_process_runner_is_the_default_and_flags_win_over_the_file():
+    assert runner(make_job(BASE)) == "FnApiRunner"
+    flink = make_job(BASE | {"beam": {"runner": "FlinkRunner", "experiments": ["a", "b"]}})
+    assert runner(flink) == "FlinkRunner"
+    assert runner(flink, "--runner=PrismRunner") == "PrismRunner"
+    assert beam_options(flink).get_all_options()["experiments"] == ["a", "b"]
+
+
+def test_threads_that_lose_elements_are_refused():
+    with pytest.raises(JobError, match="multi_processing"):
+        beam_options(make_job(BASE), ["--direct_running_mode=multi_threading", "--direct_num_workers=2"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--runner", "FlinkRunner"],
+        ["--runner=FlinkRunner", "--direct_num_workers", "2"],
+        ["--save_main_session"],
+        ["--experiments=a", "--experiments", "b"],
+    ],
+    ids=" ".join,
+)
+def test_options_of_beam_are_told_from_inputs(flags):
+    assert split_beam_flags(["a.wav", *flags, "b c.wav"]) == (["a.wav", "b c.wav"], flags)
+
+
+def test_a_misspelt_option_is_not_taken_for_an_input():
+    with pytest.raises(JobError, match=r"--runer .*did you mean --runner"):
+        split_beam_flags(["a.wav", "--runer", "FlinkRunner"])

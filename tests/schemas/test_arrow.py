@@ -1,0 +1,88 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from af3pipe.schemas import Decoding, Recording, Task, answer_key, make_recording_id
+from af3pipe.transforms.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, to_table
+from tests.rows import rows
+
+FORMATS = pytest.mark.parametrize(
+    "row_format", [ANSWERS, DEAD_LETTER_ROWS, RECORDINGS], ids=lambda found: found.row_class.__name__
+)
+
+
+@FORMATS
+def test_columns_are_the_fields(row_format):
+    assert set(row_format.schema.names) == set(row_format.row_class._fields)
+
+
+@FORMATS
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_rows_survive_parquet(row_format, data):
+    written = data.draw(st.lists(rows(row_format.row_class), min_size=1, max_size=4))
+    sink = pa.BufferOutputStream()
+    pq.write_table(to_table(written, row_format.schema), sink)
+    read = pq.read_table(pa.BufferReader(sink.getvalue()))
+    assert read.schema.equals(row_format.schema)
+    assert to_table(written, row_format.schema).equals(read)
+    for row, found in zip(written, read.to_pylist(), strict=True):
+        assert found["recording_id"] == row.recording_id
+        if "segments" in found:
+            assert [tuple(piece.values()) for piece in found["segments"]] == [tuple(piece) for piece in row.segments]
+        if "metadata" in found:
+            assert found["metadata"] == list(row.metadata)
+
+
+BASE = Recording("id", "s3://b/a.flac", 10, "etag", None)
+TASK = Task("caption", "Describe the audio in detail.")
+
+
+def key(recording=BASE, start_s=0.0, end_s=1.0, task=TASK, model="m", revision="r"):
+    return answer_key(recording, start_s, end_s, task, model, revision)
+
+
+def test_the_same_work_has_the_same_key_whatever_the_metadata():
+    assert key() == key(BASE._replace(metadata=(("speaker", "7"),), recording_id="other"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"recording": BASE._replace(etag="new")},
+        {"recording": BASE._replace(uri="s3://b/b.flac")},
+        {"start_s": 0.5},
+        {"end_s": 2.0},
+        {"task": TASK._replace(prompt="Describe it.")},
+        {"task": TASK._replace(decoding=Decoding(max_new_tokens=9))},
+        {"model": "n"},
+        {"revision": "s"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_other_work_has_another_key(changed):
+    assert key(**changed) != key()
+
+
+def test_without_an_etag_size_and_time_stand_for_the_content():
+    local = Recording("id", "/a.flac", 10, None, "2026-01-01T00:00:00Z")
+    assert local.content_identity != local._replace(size_bytes=11).content_identity
+    assert local.content_identity != local._replace(mtime="2026-01-02T00:00:00Z").content_identity
+
+
+def test_recording_ids_tell_ranges_of_one_file_apart():
+    ids = {
+        make_recording_id("a"),
+        make_recording_id("a", 1.0),
+        make_recording_id("a", 1.0, 2.0),
+        make_recording_id("b"),
+    }
+    assert len(ids) == 4
+
+
+def test_decoding_is_readable_json():
+    assert json.loads(Decoding(max_new_tokens=7).to_json())["max_new_tokens"] == 7

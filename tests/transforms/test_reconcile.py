@@ -1,0 +1,85 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from af3pipe.schemas import Recording, TerminalState
+from af3pipe.transforms.reconcile import Covered, Failed, settle
+
+RECORDING = Recording("id", "a.wav")
+LETTER = Failed("a.wav", "decode", "decode_error")
+
+
+def state(recording, covered, failed=()):
+    return settle(recording, covered, failed).terminal_state
+
+
+def test_whole_recording_is_ok():
+    assert state(RECORDING, [Covered("caption", ((0.0, 9.0),), 9.0)]) is TerminalState.OK
+
+
+def test_all_segments_of_a_split_recording_are_ok():
+    parts = [Covered("caption", ((0.0, 600.0),), 650.1), Covered("caption", ((600.0, 650.0),), 650.0)]
+    result = settle(RECORDING, parts, [])
+    assert result.terminal_state is TerminalState.OK
+    assert (result.duration_s, result.covered_s, result.answers) == (650.0, 650.0, 2)
+
+
+def test_a_header_that_overstates_does_not_make_a_recording_partial():
+    parts = [Covered("caption", ((0.0, 600.0),), 700.0), Covered("caption", ((600.0, 650.0),), 650.0)]
+    assert state(RECORDING, parts) is TerminalState.OK
+
+
+def test_truncated_recording_is_partial():
+    result = settle(RECORDING, [Covered("caption", ((0.0, 600.0),), 700.0)], [])
+    assert result.terminal_state is TerminalState.OK_PARTIAL
+    assert result.covered_s == 600.0
+
+
+def test_a_gap_in_one_task_is_partial():
+    covered = [Covered("caption", ((0.0, 9.0),), 9.0), Covered("transcript", ((0.0, 4.0),), 9.0)]
+    assert state(RECORDING, covered) is TerminalState.OK_PARTIAL
+
+
+def test_a_dead_letter_beside_answers_is_partial():
+    assert state(RECORDING, [Covered("caption", ((0.0, 9.0),), 9.0)], [LETTER]) is TerminalState.OK_PARTIAL
+
+
+def test_only_dead_letters_is_a_dead_letter():
+    result = settle(RECORDING, [], [LETTER, LETTER._replace(reason="too_long")])
+    assert result.terminal_state is TerminalState.DEAD_LETTER
+    assert result.reasons == ("decode_error", "too_long")
+
+
+def test_nothing_at_all_has_no_terminal_state():
+    assert settle(RECORDING, [], []) is None
+
+
+def test_a_range_is_whole_when_the_range_is_covered():
+    recording = RECORDING._replace(offset_s=5.0, duration_s=2.0)
+    assert state(recording, [Covered("caption", ((5.0, 7.0),), 60.0)]) is TerminalState.OK
+
+
+def test_a_range_that_ends_beyond_the_recording_is_whole_at_its_end():
+    recording = RECORDING._replace(offset_s=5.0, duration_s=20.0)
+    assert state(recording, [Covered("caption", ((5.0, 12.0),), 12.0)]) is TerminalState.OK
+
+
+@given(
+    st.lists(st.floats(0.1, 1200), min_size=1, max_size=6),
+    st.booleans(),
+    st.integers(0, 2),
+)
+def test_every_recording_with_any_outcome_has_exactly_one_state(lengths, drop_last, letters):
+    end, parts = 0.0, []
+    for length in lengths:
+        parts.append(Covered("transcript", ((end, end + length),), sum(lengths)))
+        end += length
+    kept = parts[:-1] if drop_last else parts
+    result = settle(RECORDING, kept, [LETTER] * letters)
+    if not kept and not letters:
+        assert result is None
+    elif not kept:
+        assert result.terminal_state is TerminalState.DEAD_LETTER
+    elif letters or drop_last:
+        assert result.terminal_state is TerminalState.OK_PARTIAL
+    else:
+        assert result.terminal_state is TerminalState.OK
