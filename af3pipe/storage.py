@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import fsspec
 import tenacity
+from fsspec.implementations.local import LocalFileSystem
 
 from af3pipe.schemas import Reason, Rejected, Stage
 
@@ -196,9 +197,35 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 def _locate(uri: str) -> tuple[Any, str]:
     # Without "://" it is a path, whatever else is in it: fsspec would take "::" for a chain of stores.
     if "://" not in uri:
-        return fsspec.filesystem("file"), str(Path(uri).expanduser().absolute())
+        return _LocalFiles(), str(Path(uri).expanduser().absolute())
     fs, path = fsspec.core.url_to_fs(uri)
-    return fs, path
+    return (_LocalFiles() if _is_local(fs) else fs), path
+
+
+class _LocalFiles(LocalFileSystem):
+    """Local files, with nothing passed over in silence.
+
+    fsspec takes a link to a file for no file, leaves broken links out, and leaves out folders that may not be read,
+    below the first level even where it is asked not to. Links to folders are not followed: they may lead in circles.
+    """
+
+    def walk(self, path: str, maxdepth: int | None = None, topdown: bool = True, **kwargs: Any) -> Any:
+        return super().walk(path, maxdepth, topdown, **{**kwargs, "on_error": self._raise_unless_gone})
+
+    @staticmethod
+    def _raise_unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super().info(path, **kwargs)
+        if found["islink"] and isinstance(path, os.DirEntry):
+            try:
+                target = super().info(path.path, **kwargs)
+            except FileNotFoundError:
+                return {**found, "type": "file"}  # broken: a dead letter will name it
+            return {**target, "type": "other" if target["type"] == "directory" else target["type"]}
+        return found
 
 
 def _list(fs: Any, path: str, pattern: str) -> list[ObjectInfo]:
@@ -208,7 +235,7 @@ def _list(fs: Any, path: str, pattern: str) -> list[ObjectInfo]:
     except FileNotFoundError:
         if not any(character in path for character in "*?["):
             raise
-        matches = fs.glob(path, detail=True, **_strictly(fs))
+        matches = fs.glob(path, detail=True)
         return _sorted_files(fs, matches.values())
     if info["type"] != "directory":
         return [_object_info(fs, info)]
@@ -217,22 +244,17 @@ def _list(fs: Any, path: str, pattern: str) -> list[ObjectInfo]:
 
 def _find(fs: Any, path: str) -> list[ObjectInfo]:
     fs.invalidate_cache()
-    return _sorted_files(fs, fs.find(path, detail=True, **_strictly(fs)).values())
-
-
-def _strictly(fs: Any) -> dict[str, str]:
-    # By default a local folder that may not be read is passed over without a word; stores list in one request.
-    return {"on_error": "raise"} if _is_local(fs) else {}
+    return _sorted_files(fs, fs.find(path, detail=True).values())
 
 
 def _sorted_files(fs: Any, infos: Any) -> list[ObjectInfo]:
-    # "link" is a broken one, which a dead letter should name; "other" is a pipe or a socket, which would block.
-    files = [info for info in infos if info["type"] in ("file", "link") and not info["name"].endswith("/")]
+    # Neither are pipes and sockets, which would block, nor the empty objects that stand for folders in a store.
+    files = [info for info in infos if info["type"] == "file" and not info["name"].endswith("/")]
     return sorted(_object_info(fs, info) for info in files)
 
 
 def _extension(uri: str) -> str:
-    return uri.rpartition("/")[2].rpartition(".")[2].lower()
+    return Path(uri).suffix[1:].lower()
 
 
 def _object_info(fs: Any, info: dict[str, Any]) -> ObjectInfo:

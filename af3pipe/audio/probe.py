@@ -133,6 +133,7 @@ def open_source(file: BinaryIO) -> Iterator[Source]:
 
 def _open(reader: Reader) -> Source:
     head = reader.read(4)
+    reader.raise_error()
     # MP3 and Ogg; why not libsndfile is in the module's docstring.
     ffmpeg_first = head[:3] == b"ID3" or head == b"OggS" or (head[0] == 0xFF and head[1:2] >= b"\xe0")
     causes = []

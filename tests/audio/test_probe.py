@@ -1,0 +1,96 @@
+import io
+
+import pytest
+
+from af3pipe.audio.probe import probe
+from af3pipe.schemas import AudioInfo, Reason, Rejected, Stage
+from tests import fixtures_audio as make
+
+
+class CountingFile(io.BytesIO):
+    """Knows how many bytes were read from it."""
+
+    bytes_read = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.bytes_read += len(data)
+        return data
+
+
+MADE = {
+    "wav": (make.wav(make.sound(2, 8000, 2), 8000), AudioInfo(2.0, 8000, 2, "pcm_16", "soundfile")),
+    "wav_u8": (make.wav(make.sound(2, 8000), 8000, "PCM_U8"), AudioInfo(2.0, 8000, 1, "pcm_u8", "soundfile")),
+    "flac": (make.flac(make.sound(2, 44100, 6), 44100), AudioInfo(2.0, 44100, 6, "flac", "soundfile")),
+    "mp3": (make.mp3(make.sound(2, 22050), 22050), AudioInfo(2.0, 22050, 1, "mp3", "pyav")),
+    "mp3_without_length": (
+        make.mp3_without_length(make.sound(2, 44100, 2), 44100),
+        AudioInfo(None, 44100, 2, "mp3", "pyav"),
+    ),
+    "ogg": (make.ogg(make.sound(2, 48000, 2), 48000), AudioInfo(2.0, 48000, 2, "vorbis", "pyav")),
+    "opus": (make.ogg(make.sound(2, 48000), 48000, "OPUS"), AudioInfo(2.0065, 48000, 1, "opus", "pyav")),
+    "m4a": (make.m4a(make.sound(2, 44100, 2), 44100), AudioInfo(2.0, 44100, 2, "aac", "pyav")),
+    "adts": (make.adts(make.sound(2, 44100), 44100), AudioInfo(None, 44100, 1, "aac", "pyav")),
+    "webm": (make.webm(make.sound(2, 48000)), AudioInfo(2.008, 48000, 1, "opus", "pyav")),
+    "mp4": (make.mp4_video(make.sound(1.5, 44100)), AudioInfo(1.5, 44100, 1, "aac", "pyav")),
+    "mkv": (make.mkv_video(make.sound(1.5, 44100), video_s=4), AudioInfo(1.5, 44100, 1, "aac", "pyav")),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_header_tells_rate_channels_codec_and_the_length_of_the_sound(name):
+    data, expected = MADE[name]
+    info = probe(io.BytesIO(data))
+    assert info._replace(duration_s=None) == expected._replace(duration_s=None)
+    if expected.duration_s is None:
+        assert info.duration_s is None
+    else:
+        assert info.duration_s == pytest.approx(expected.duration_s, abs=0.03)
+
+
+@pytest.mark.parametrize("encode", [make.wav, make.flac, make.mp3, make.ogg, make.m4a])
+def test_probing_reads_the_header_and_not_the_body(encode):
+    file = CountingFile(encode(make.sound(120, 16000), 16000))
+    probe(file)
+    assert file.bytes_read < 0.35 * len(file.getvalue())
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_the_size_that_a_streaming_writer_puts_into_a_wav_is_no_statement(size):
+    data = bytearray(make.wav(make.sound(1, 16000), 16000))
+    data[40:44] = size.to_bytes(4, "little")
+    assert probe(io.BytesIO(data)).duration_s is None
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "words"),
+    [
+        (b"", Reason.EMPTY_FILE, "0 bytes"),
+        (b"This is not audio, whatever its name says.\n" * 50, Reason.UNSUPPORTED_FORMAT, "2150 bytes"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", Reason.UNSUPPORTED_FORMAT, "44 bytes"),
+        (b"\xff", Reason.UNSUPPORTED_FORMAT, "1 byte"),
+        (bytes(30_000), Reason.UNSUPPORTED_FORMAT, "30000 bytes"),
+        (make.mp4_video(None), Reason.NO_AUDIO_STREAM, "video"),
+    ],
+    ids=["empty", "text", "html", "one byte", "zeros", "video without sound"],
+)
+def test_what_is_no_audio_is_rejected_with_the_reason(data, reason, words):
+    with pytest.raises(Rejected) as caught:
+        probe(io.BytesIO(data))
+    assert (caught.value.stage, caught.value.reason) == (Stage.PROBE, reason)
+    assert words in caught.value.detail
+
+
+def test_a_playlist_does_not_make_ffmpeg_open_other_files(tmp_path, monkeypatch):
+    (tmp_path / "secret.wav").write_bytes(make.wav(make.sound(1, 16000), 16000))
+    monkeypatch.chdir(tmp_path)
+    for text in ("ffconcat version 1.0\nfile 'secret.wav'\n", f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/secret.wav\n"):
+        with pytest.raises(Rejected) as caught:
+            probe(io.BytesIO(text.encode()))
+        assert caught.value.reason is Reason.UNSUPPORTED_FORMAT
+
+
+def test_the_file_stays_open():
+    file = io.BytesIO(MADE["wav"][0])
+    probe(file)
+    assert not file.closed

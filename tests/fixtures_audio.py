@@ -1,0 +1,129 @@
+"""Audio files made at test time by real encoders: libsndfile for WAV, FLAC, MP3 and Ogg, FFmpeg for the rest.
+
+Every function returns the file's bytes. `samples` are float32 in [-1, 1], shape (n, channels).
+"""
+
+import io
+import tempfile
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+import soundfile
+
+Samples = npt.NDArray[np.float32]
+
+_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
+
+
+def sound(seconds: float, rate: int, channels: int = 1, seed: int = 0) -> Samples:
+    """A chord under noise that swells and fades: different in every channel, nowhere silent, never the same twice."""
+    rng = np.random.default_rng(seed)
+    times = np.arange(round(seconds * rate)) / rate
+    chord = sum(np.sin(2 * np.pi * pitch * times) for pitch in (220.0, 277.2, 329.6))
+    noise = rng.normal(size=(len(times), channels)) * (1 + np.sin(times))[:, None]
+    gains = np.linspace(0.1, 0.05, channels)
+    return (chord[:, None] * gains + 0.03 * noise).astype(np.float32)
+
+
+def wav(samples: Samples, rate: int, subtype: str = "PCM_16") -> bytes:
+    return _by_libsndfile(samples, rate, "WAV", subtype)
+
+
+def flac(samples: Samples, rate: int, subtype: str = "PCM_16") -> bytes:
+    return _by_libsndfile(samples, rate, "FLAC", subtype)
+
+
+def ogg(samples: Samples, rate: int, subtype: str = "VORBIS") -> bytes:
+    return _by_libsndfile(samples, rate, "OGG", subtype)
+
+
+def mp3(samples: Samples, rate: int) -> bytes:
+    """Variable bit rate, with a Xing header that states the length."""
+    return _by_libsndfile(samples, rate, "MP3", "MPEG_LAYER_III")
+
+
+def mp3_without_length(samples: Samples, rate: int) -> bytes:
+    """Variable bit rate and no Xing header, as stream recorders leave it: nothing states the length."""
+    return _by_ffmpeg(
+        samples, rate, "mp3", "libmp3lame", options={"write_xing": "0", "id3v2_version": "0"}, quality=4
+    )
+
+
+def aiff(samples: Samples, rate: int) -> bytes:
+    return _by_libsndfile(samples, rate, "AIFF", "PCM_16")
+
+
+def m4a(samples: Samples, rate: int) -> bytes:
+    """AAC, with the index in front of the audio."""
+    return _by_ffmpeg(samples, rate, "ipod", "aac", options={"movflags": "faststart"})
+
+
+def adts(samples: Samples, rate: int) -> bytes:
+    """Bare AAC frames: no container, no length."""
+    return _by_ffmpeg(samples, rate, "adts", "aac")
+
+
+def webm(samples: Samples, rate: int = 48000) -> bytes:
+    """Opus."""
+    return _by_ffmpeg(samples, rate, "webm", "libopus")
+
+
+def mp4_video(samples: Samples | None, rate: int = 44100, *, video_s: float = 2.0) -> bytes:
+    """Black video with AAC sound; without any sound where `samples` is None."""
+    return _by_ffmpeg(samples, rate, "mp4", "aac", video_s=video_s)
+
+
+def mkv_video(samples: Samples, rate: int = 44100, *, video_s: float = 2.0) -> bytes:
+    return _by_ffmpeg(samples, rate, "matroska", "aac", video_s=video_s)
+
+
+def _by_libsndfile(samples: Samples, rate: int, container: str, subtype: str) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=container, subtype=subtype)
+    return file.getvalue()
+
+
+def _by_ffmpeg(
+    samples: Samples | None,
+    rate: int,
+    container: str,
+    codec: str,
+    *,
+    options: dict[str, str] | None = None,
+    video_s: float = 0.0,
+    quality: int | None = None,
+) -> bytes:
+    # On disk, because the MP4 muxer opens its file a second time to move the index.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made"
+        with av.open(str(path), "w", format=container, options=options or {}) as output:
+            if video_s:
+                picture = output.add_stream("mpeg4", rate=5)
+                picture.width, picture.height, picture.pix_fmt = 64, 64, "yuv420p"
+            if samples is not None:
+                audio = output.add_stream(codec, rate=rate, layout=_LAYOUTS[samples.shape[1]])
+                if quality is not None:
+                    audio.codec_context.flags |= av.codec.context.Flags.qscale
+                    audio.codec_context.global_quality = quality * 118  # FF_QP2LAMBDA
+            if video_s:
+                _encode_black(output, picture, round(video_s * 5))
+            if samples is not None:
+                _encode_sound(output, audio, samples, rate)
+        return path.read_bytes()
+
+
+def _encode_black(output: av.container.OutputContainer, stream: av.VideoStream, count: int) -> None:
+    for _ in range(count):
+        output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")))
+    output.mux(stream.encode(None))
+
+
+def _encode_sound(output: av.container.OutputContainer, stream: av.AudioStream, samples: Samples, rate: int) -> None:
+    for start in range(0, len(samples), 1024):
+        planes = np.ascontiguousarray(samples[start : start + 1024].T)
+        frame = av.AudioFrame.from_ndarray(planes, "fltp", layout=_LAYOUTS[samples.shape[1]])
+        frame.sample_rate, frame.pts = rate, start
+        output.mux(stream.encode(frame))
+    output.mux(stream.encode(None))
