@@ -4,7 +4,6 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,13 +195,9 @@ def _limits(model: str, extractor: dict[str, Any], max_audio_s: float) -> AudioL
     return AudioLimits(
         sample_rate=rate,
         max_samples=int(max_audio_s // chunk_s) * window,
-        min_samples=next(n for n in _all_counts(window) if _tokens(n, hop)),
+        min_samples=next(n for n in range(1, window + 1) if _tokens(n, hop)),
         window_samples=window,
     )
-
-
-def _all_counts(window: int) -> Iterable[int]:
-    return range(1, window + 1)
 
 
 def _tokens(n_samples: int, hop: int) -> int:
@@ -229,7 +224,7 @@ def _licence(model: str, files: _Files) -> str:
     stated = card.get("license_name") or card.get("license", "")
     if model == "demo":
         notice = _text(Path(str(importlib.resources.files("af3pipe.demo") / "NOTICE.md"))) or ""
-        found = re.search(r"(?im)^\W*licen[cs]e[*_ ]*[:|]\s*(.+?)[\s|*_]*$", notice)
+        found = re.search(r"(?is)^#+ *licen[cs]e\b.*?\[([^\]]+)\]\(", notice, re.MULTILINE)  # the first one linked to
         return stated or (found[1] if found else "see af3pipe/demo/NOTICE.md")
     if stated and stated != "other":
         return stated

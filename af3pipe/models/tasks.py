@@ -237,7 +237,7 @@ def _parse_json(task: Task, text: str) -> tuple[str, str | None]:
 
 
 def _parse_choice(task: Task, text: str) -> tuple[str, str | None]:
-    """The one choice that the reply names: by label, by its words, or by both where they agree."""
+    """The one choice that the reply names, by its label or its words."""
     named = _choices_named(task.choices, text)
     if len(named) != 1:
         options = " ".join(f"({_LABELS[i]}) {choice}" for i, choice in enumerate(task.choices))
@@ -254,26 +254,29 @@ _NEGATION = re.compile(r"\b(no|not|none|neither|nor|never|without|cannot)\b|n't\
 def _choices_named(choices: Sequence[str], reply: str) -> set[int]:
     """Indices of the choices that a reply names.
 
-    A reply that is nothing but a label (`B`, `(B)`, `B.`) or a choice's words counts as it stands. In a
-    sentence, labels count in parentheses only (`A` is a word) and a negation makes it name nothing.
+    A reply that is nothing but a label (`B`, `(B)`, `B.`) or a choice's words counts as it stands. A label and
+    the whole words of a choice name that choice, even where the label is another's: small models copy the words
+    of what they hear better than its letter. In a sentence, labels count in parentheses only (`A` is a word),
+    and a negation makes it name nothing.
     """
     said = _normal(reply)
-    labels = {_LABELS[i].lower(): i for i in range(len(choices))}
-    words = {_normal(choice): i for i, choice in enumerate(choices)}
-    whole = {index for form, index in words.items() if form == said}
-    if bare := re.fullmatch(r"\(?([a-z])[).:]?", said):
-        whole |= {labels[bare[1]]} if bare[1] in labels else set()
+    labels = {label.lower(): index for index, label in enumerate(_LABELS[: len(choices)])}
+    words = {_normal(choice): index for index, choice in enumerate(choices)}
+    bare = re.fullmatch(r"\(?([a-z])[).:]?", said)
+    whole = {index for index in (words.get(said), labels.get(bare[1]) if bare else None) if index is not None}
     if whole:
         return whole
-    lead = re.match(r"([a-z])[).:]\s", said)
-    named = {labels[lead[1]]} if lead and lead[1] in labels else set()
-    named |= {labels[label] for label in re.findall(r"\(([a-z])\)", said) if label in labels}
-    rest = re.sub(r"^[a-z][).:]\s|\([a-z]\)", " ", said)
+    lead = re.match(r"\(?([a-z])[).:]\s", said)
+    rest = said[lead.end() :] if lead else said
+    if lead and _normal(rest) in words:
+        return {words[_normal(rest)]}
+    found = {labels.get(label) for label in [*(lead.groups() if lead else ()), *re.findall(r"\(([a-z])\)", rest)]}
+    rest = re.sub(r"\([a-z]\)", " ", rest)
     # Longest first, each mention used up: "rising tone" is not also a mention of "tone".
     for form in sorted(words, key=len, reverse=True):
         rest, count = re.subn(rf"(?<!\w){re.escape(form)}(?!\w)", " ", rest)
-        named |= {words[form]} if count else set()
-    return set() if _NEGATION.search(rest) else named
+        found.add(words[form] if count else None)
+    return set() if _NEGATION.search(rest) else {index for index in found if index is not None}
 
 
 def _normal(text: str) -> str:

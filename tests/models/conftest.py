@@ -1,0 +1,73 @@
+import importlib.resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from af3pipe.models import EngineOptions, open_engine
+from af3pipe.models.oracle import Oracle
+from tests.checkpoints import tiny_audio_flamingo, tiny_music_flamingo
+
+torch.set_num_threads(2)
+
+RATE = 16_000
+
+
+def clip(name):
+    samples, rate = soundfile.read(
+        str(importlib.resources.files("af3pipe.demo") / "clips" / f"{name}.flac"), dtype="float32"
+    )
+    assert (rate, samples.ndim) == (RATE, 1), f"{name} is a clip with tricks; take a plain one"
+    return samples
+
+
+def sounds(seconds, seed=0):
+    """A mixture of chirps and noise of this length, different for every seed and in every window."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * RATE)) / RATE
+    tones = sum(
+        np.sin(2 * np.pi * (f + 20 * rng.random() * t) * t) * (np.sin(t * rng.random() * 4) > 0)
+        for f in rng.uniform(150, 2500, 3)
+    )
+    return (0.15 * tones + rng.standard_normal(len(t)) * 0.03).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_af3(tmp_path_factory) -> Path:
+    return tiny_audio_flamingo(tmp_path_factory.mktemp("checkpoints") / "af3")
+
+
+@pytest.fixture(scope="session")
+def tiny_mf(tmp_path_factory) -> Path:
+    return tiny_music_flamingo(tmp_path_factory.mktemp("checkpoints") / "mf", max_audio_len=1200)
+
+
+@pytest.fixture(scope="session")
+def demo_oracle():
+    return Oracle.load("demo")
+
+
+@pytest.fixture(scope="session")
+def af3_oracle(tiny_af3):
+    return Oracle.load(str(tiny_af3))
+
+
+@pytest.fixture(scope="session")
+def mf_oracle(tiny_mf):
+    return Oracle.load(str(tiny_mf))
+
+
+@pytest.fixture
+def open_model():
+    """Opens engines that are closed when the test ends."""
+    engines = []
+
+    def open_(model, **options):
+        engines.append(open_engine(EngineOptions(str(model), **options)))
+        return engines[-1]
+
+    yield open_
+    for engine in engines:
+        engine.close()

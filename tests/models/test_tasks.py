@@ -1,0 +1,205 @@
+import hashlib
+from typing import get_type_hints
+
+import pytest
+
+from af3pipe.models import ModelError, answer, caption, parse, prompt, resolve, stitch, table_of, transcript
+from af3pipe.models.family import FAMILIES
+from af3pipe.schemas import Answer, Decoding, Reason, Rejected, Stage, TimedText
+
+SOUNDS = ("ticking", "siren", "melody", "silence")
+
+
+def shout(task, text):
+    """A user's parser, named as `tests.models.test_tasks:shout`."""
+    if not text:
+        raise ValueError("nobody said anything")
+    return text.upper(), None
+
+
+def test_the_defaults_are_greedy_and_long_enough():
+    assert caption().decoding == Decoding(max_new_tokens=512)
+    assert transcript().decoding == Decoding(max_new_tokens=2048)
+    assert answer("What is it?").decoding == Decoding(max_new_tokens=256)
+    assert (transcript().strip_prefix, transcript().stitch, caption().stitch) == (True, True, False)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values())
+def test_every_family_has_prompts_of_its_own(family):
+    assert resolve(caption(), family).prompt
+    assert resolve(transcript(), family).prompt
+    assert resolve(caption(prompt="Mine."), family).prompt == "Mine."
+
+
+def test_prompts_are_those_of_the_model_cards():
+    assert resolve(transcript(), "AudioFlamingo3").prompt == "Transcribe the input speech."
+    assert resolve(caption(), "MusicFlamingo").prompt.startswith("Describe this track in full detail - tell me the")
+
+
+def test_a_question_with_choices_is_asked_with_letters():
+    task = answer("What is the sound?", SOUNDS)
+    assert task.prompt == "What is the sound? (A) ticking (B) siren (C) melody (D) silence"
+    assert (task.question, task.choices, task.parser) == ("What is the sound?", SOUNDS, "choice")
+
+
+def test_a_question_names_itself():
+    assert answer("Q?").question_id == answer("Q?").question_id
+    assert len({answer("Q?").question_id, answer("R?").question_id, answer("Q?", ("a", "b")).question_id}) == 3
+    assert answer("Q?", question_id="q7").question_id == "q7"
+
+
+@pytest.mark.parametrize("choices", [("one",), ("a", "A."), ("a", " "), tuple(map(str, range(27)))])
+def test_choices_no_reply_could_tell_apart_are_refused(choices):
+    with pytest.raises(ValueError, match="choices"):
+        answer("Q?", choices)
+
+
+def test_empty_questions_and_prompts_are_refused():
+    with pytest.raises(ValueError, match="empty"):
+        answer(" ")
+    with pytest.raises(ValueError, match="needs a name and a text"):
+        prompt("mood", "")
+
+
+def test_a_task_without_a_prompt_needs_one():
+    with pytest.raises(ModelError, match="task 'mood' has no prompt for family 'AudioFlamingo3'"):
+        resolve(caption()._replace(name="mood"), "AudioFlamingo3")
+
+
+@pytest.mark.parametrize(
+    ("reply", "choice"),
+    [
+        ("(B) siren", "siren"),
+        ("B", "siren"),
+        ("b.", "siren"),
+        ("(B)", "siren"),
+        ("B) siren", "siren"),
+        ("B: Siren.", "siren"),
+        ("siren", "siren"),
+        ("  SIREN. ", "siren"),
+        ('"siren"', "siren"),
+        ("The sound is a siren.", "siren"),
+        ("(B) a siren, wailing", "siren"),
+        ("The answer is (B).", "siren"),
+        ("(A) siren", "siren"),
+    ],
+)
+def test_replies_that_name_a_choice(reply, choice):
+    task = answer("What is the sound?", SOUNDS)
+    assert parse(task, reply) == (reply.strip(), choice)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "E",
+        "(E) dog",
+        "a dog",
+        "A siren or a melody",
+        "(A) or (B)",
+        "(B) siren (C) melody",
+        "(A) a siren",
+        "It is not a siren.",
+        "It isn't a siren",
+        "sirens",
+    ],
+)
+def test_replies_that_name_none_or_several_are_invalid_and_quoted(reply):
+    with pytest.raises(Rejected) as caught:
+        parse(answer("What is the sound?", SOUNDS), reply)
+    assert (caught.value.stage, caught.value.reason) == (Stage.PARSE, Reason.OUTPUT_INVALID)
+    assert repr(reply) in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("choices", "reply", "choice"),
+    [
+        (("tone", "rising tone"), "A rising tone.", "rising tone"),
+        (("tone", "rising tone"), "tone", "tone"),
+        (("yes", "no"), "No.", "no"),
+        (("yes", "no"), "No, there is none", None),
+        (("B", "A"), "A", None),
+        (("B", "A"), "(A) B", "B"),
+        (("C major", "A minor"), "A minor", "A minor"),
+        (("3", "4"), "(B) 4", "4"),
+    ],
+)
+def test_choices_that_look_like_each_other(choices, reply, choice):
+    task = answer("Which?", choices)
+    if choice:
+        assert parse(task, reply)[1] == choice
+    else:
+        with pytest.raises(Rejected):
+            parse(task, reply)
+
+
+def test_a_long_reply_is_quoted_in_part():
+    with pytest.raises(Rejected) as caught:
+        parse(answer("Q?", SOUNDS), "x" * 10_000)
+    assert len(caught.value.detail) < 500
+
+
+def test_json_replies():
+    task = prompt("facts", "Give JSON.", parser="json")
+    assert parse(task, '```json\n{"key": "C#",  "bpm": 92}\n```') == ('{"key":"C#","bpm":92}', None)
+    with pytest.raises(Rejected, match="task 'facts'"):
+        parse(task, "The key is C#.")
+
+
+def test_a_parser_of_the_users_own():
+    task = prompt("loud", "What?", parser="tests.models.test_tasks:shout")
+    assert parse(task, "hey") == ("HEY", None)
+    with pytest.raises(Rejected, match="nobody said anything"):
+        parse(task, "")
+
+
+@pytest.mark.parametrize("parser", ["shout", "no.such.module:f", "tests.models.test_tasks:no_such", ":", "x:"])
+def test_unknown_parsers_are_found_before_anything_runs(parser):
+    with pytest.raises(ModelError, match="choose from choice, json, text"):
+        resolve(prompt("loud", "What?", parser=parser), "AudioFlamingo3")
+
+
+def test_tables():
+    assert [table_of(name) for name in ("caption", "transcript", "answer", "mood")] == [
+        "captions",
+        "transcripts",
+        "answers",
+        "answers",
+    ]
+
+
+def part(index, text, **changes):
+    plain = {str: "x", int: 1, float: 1.0}
+    blank = Answer._make(plain.get(hint, ()) for hint in get_type_hints(Answer).values())
+    segment = {"segment_index": index, "start_s": 600.0 * index, "end_s": 600.0 * (index + 1), "text": text}
+    counts = {"audio_tokens": 10, "prompt_tokens": 20, "new_tokens": 3}
+    return blank._replace(answer_key=f"key{index}", finish_reason="stop", **segment, **counts)._replace(**changes)
+
+
+def test_stitching_joins_segments_in_order():
+    parts = [part(2, " three "), part(0, "one two"), part(1, "")]
+    whole = stitch([parts[0]._replace(duration_s=1800.0), parts[1], parts[2]._replace(finish_reason="length")])
+    assert whole.text == "one two three"
+    assert (whole.segment_index, whole.start_s, whole.end_s, whole.duration_s) == (0, 0.0, 1800.0, 1800.0)
+    assert whole.segments == (
+        TimedText(0.0, 600.0, "one two"),
+        TimedText(600.0, 1200.0, ""),
+        TimedText(1200.0, 1800.0, "three"),
+    )
+    assert (whole.audio_tokens, whole.prompt_tokens, whole.new_tokens) == (30, 60, 9)
+    assert whole.finish_reason == "length"
+    assert whole.answer_key == hashlib.sha256(b"key0key1key2").hexdigest()
+
+
+def test_one_segment_keeps_its_key():
+    whole = stitch([part(0, "one")])
+    assert whole.answer_key == "key0"
+    assert whole.segments == (TimedText(0.0, 600.0, "one"),)
+
+
+def test_what_cannot_be_stitched():
+    with pytest.raises(ValueError, match="no answers"):
+        stitch([])
+    with pytest.raises(ValueError, match="different things"):
+        stitch([part(0, "a"), part(1, "b")._replace(recording_id="another")])
