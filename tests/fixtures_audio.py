@@ -81,7 +81,11 @@ def mkv_video(samples: Samples, rate: int = 44100, *, video_s: float = 2.0) -> b
 
 def _by_libsndfile(samples: Samples, rate: int, container: str, subtype: str) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, samples, rate, format=container, subtype=subtype)
+    with soundfile.SoundFile(file, "w", rate, samples.shape[1], format=container, subtype=subtype) as output:
+        for start in range(
+            0, len(samples), rate
+        ):  # libsndfile's Vorbis encoder overruns its stack on minutes at once
+            output.write(samples[start : start + rate])
     return file.getvalue()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage import retry
 
 NOBODY = 65534
 ODD_NAMES = [
@@ -26,7 +27,7 @@ ODD_NAMES = [
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
-    monkeypatch.setattr(storage, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture

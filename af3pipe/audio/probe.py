@@ -148,7 +148,7 @@ def _open(reader: Reader) -> Source:
         reader.raise_error()
         if source is not None:
             return source
-    detail = f"No decoder knows the format of these {reader.size_bytes} bytes: {'; '.join(causes)}."
+    detail = f"No decoder knows the format ({reader.size_bytes} bytes): {'; '.join(causes)}."
     raise Rejected(Stage.PROBE, Reason.UNSUPPORTED_FORMAT, detail)
 
 
@@ -159,12 +159,9 @@ def _cause(error: Exception) -> str:
 
 
 def _open_soundfile(reader: Reader) -> Source | None:
-    """None for a file that FFmpeg has to read.
-
-    Either libsndfile cannot tell where it ends, or it is ALAC, whose many-channel files corrupt libsndfile's heap.
-    """
+    """None for a file whose end libsndfile cannot tell: FFmpeg reads on while there is something."""
     handle = soundfile.SoundFile(reader)
-    if not 0 < handle.frames < _UNKNOWN_FRAMES or handle.subtype.startswith("ALAC"):
+    if not 0 < handle.frames < _UNKNOWN_FRAMES:
         handle.close()
         return None
     stated = _stated_by_libsndfile(handle)

@@ -68,7 +68,7 @@ def test_the_size_that_a_streaming_writer_puts_into_a_wav_is_no_statement(size):
         (b"", Reason.EMPTY_FILE, "0 bytes"),
         (b"This is not audio, whatever its name says.\n" * 50, Reason.UNSUPPORTED_FORMAT, "2150 bytes"),
         (b"<!DOCTYPE html><html><body>404</body></html>", Reason.UNSUPPORTED_FORMAT, "44 bytes"),
-        (b"\xff", Reason.UNSUPPORTED_FORMAT, "1 byte"),
+        (b"\xff", Reason.UNSUPPORTED_FORMAT, "(1 bytes)"),
         (bytes(30_000), Reason.UNSUPPORTED_FORMAT, "30000 bytes"),
         (make.mp4_video(None), Reason.NO_AUDIO_STREAM, "video"),
     ],

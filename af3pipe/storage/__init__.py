@@ -4,22 +4,21 @@ A local file's URI is its plain absolute path; every other one is a full URL. No
 names with spaces, umlauts, `#`, `?` or `[` are what the store calls them.
 """
 
-import errno
 import io
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
-import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.retry import advice, cause, retried, tries
 
 _EXTENSIONS = (
     "3g2 3gp aac ac3 aif aifc aiff alac amr ape asf au avi awb caf dff dsf dts eac3 f4v flac flv gsm m2ts m4a m4b "
@@ -30,24 +29,9 @@ AUDIO_EXTENSIONS = frozenset(_EXTENSIONS.split())
 """Lower-case extensions, without the dot, by which audio and video are told from the rest of a folder."""
 
 _BLOCK_BYTES = 1 << 20
-_TRIES = 5
-_FIRST_WAIT_S = 0.5
 _STREAMS_IN_MEMORY_BYTES = 64 << 20
 # Stores whose files take a known size, which saves the request that would ask for it.
 _SIZED_STORES = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
-# The answer to this very request: another try gets the same one. Any other OSError may pass.
-_FINAL = ("EINVAL", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ENAMETOOLONG", "ELOOP", "EBADF", "ENOSYS")
-_FINAL_ERRNOS = frozenset(getattr(errno, name) for name in _FINAL)
-_TRANSIENT_STATUSES = frozenset({408, 429, *range(500, 600)})
-# Clients' network errors that are no OSError, by name: the clients are optional, so they are not imported here.
-_TRANSIENT_NAMES = frozenset(
-    {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "TransportError", "RequestException"}
-)
-_CREDENTIALS_NAMES = frozenset(
-    {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"}
-)
-
-_T = TypeVar("_T")
 
 
 class StorageError(Exception):
@@ -82,13 +66,13 @@ def list_objects(pattern: str) -> Iterator[ObjectInfo]:
             matches nothing yields nothing.
     """
     fs, path = _locate(pattern)
-    return iter(_retried(lambda: _list(fs, path, pattern), pattern, Stage.LIST))
+    return iter(retried(lambda: _list(fs, path, pattern), pattern, Stage.LIST))
 
 
 def stat(uri: str) -> ObjectInfo:
     """What the store says of one object. Raises Rejected: not_found, permission_denied or unreadable."""
     fs, path = _locate(uri)
-    return _object_info(fs, _retried(lambda: fs.info(path), uri, Stage.READ))
+    return _object_info(fs, retried(lambda: fs.info(path), uri, Stage.READ))
 
 
 def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
@@ -102,14 +86,14 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
         Rejected: not_found, permission_denied or unreadable; from every read, too.
     """
     fs, path = _locate(uri)
-    raw = _retried(lambda: _open(fs, path, size_bytes), uri, Stage.READ)
+    raw = retried(lambda: _open(fs, path, size_bytes), uri, Stage.READ)
     return cast(BinaryIO, io.BufferedReader(_RetriedReads(raw, uri), _BLOCK_BYTES if _is_local(fs) else 1 << 16))
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises as `open_input`."""
     fs, path = _locate(uri)
-    return bytes(_retried(lambda: fs.cat_file(path), uri, Stage.READ))
+    return bytes(retried(lambda: fs.cat_file(path), uri, Stage.READ))
 
 
 def write_atomic(uri: str, data: bytes) -> None:
@@ -122,27 +106,27 @@ def write_atomic(uri: str, data: bytes) -> None:
     """
     fs, path = _locate(uri)
     try:
-        _tries()(_write_local if _is_local(fs) else fs.pipe_file, path, data)
+        tries()(_write_local if _is_local(fs) else fs.pipe_file, path, data)
     except Exception as error:
-        raise StorageError(f"{uri} cannot be written: {_cause(error)}. {_advice(error)}") from error
+        raise StorageError(f"{uri} cannot be written: {cause(error)}. {advice(error)}") from error
 
 
 def delete(uri: str) -> None:
     """Deletes one object; one that is not there is no error. Raises as `write_atomic`."""
     fs, path = _locate(uri)
     try:
-        _tries()(fs.rm_file, path)
+        tries()(fs.rm_file, path)
     except FileNotFoundError:
         return
     except Exception as error:
-        raise StorageError(f"{uri} cannot be deleted: {_cause(error)}. {_advice(error)}") from error
+        raise StorageError(f"{uri} cannot be deleted: {cause(error)}. {advice(error)}") from error
 
 
 def list_files(folder: str) -> list[str]:
     """URIs of all files below `folder`, sorted; none where there is no such folder."""
     fs, path = _locate(folder)
     try:
-        return [info.uri for info in _retried(lambda: _find(fs, path), folder, Stage.LIST)]
+        return [info.uri for info in retried(lambda: _find(fs, path), folder, Stage.LIST)]
     except Rejected as rejected:
         if rejected.reason is Reason.NOT_FOUND:
             return []
@@ -161,7 +145,7 @@ def check_writable(folder: str) -> None:
         delete(marker)
     except Exception as error:
         first = error.__cause__ or error
-        raise StorageError(f"The folder {folder} is not writable: {_cause(first)}. {_advice(first)}") from error
+        raise StorageError(f"The folder {folder} is not writable: {cause(first)}. {advice(first)}") from error
 
 
 def join(base: str, *parts: str) -> str:
@@ -322,7 +306,7 @@ class _RetriedReads(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        data = _retried(lambda: self._read(len(buffer)), self._uri, Stage.READ)
+        data = retried(lambda: self._read(len(buffer)), self._uri, Stage.READ)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -353,99 +337,3 @@ def _write_local(path: str, data: bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-
-
-def _tries() -> tenacity.Retrying:
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20),
-        stop=tenacity.stop_after_attempt(_TRIES),
-        reraise=True,
-    )
-
-
-def _retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
-    """Runs `call`, again where its error may pass, and says what is wrong with `uri` where it does not."""
-    try:
-        return _tries()(call)
-    except Exception as error:
-        reason = _reason(error)
-        if reason is None:
-            raise
-        tried = f" in {_TRIES} tries" if _is_transient(error) else ""
-        detail = {
-            Reason.NOT_FOUND: f"There is no object {uri}.",
-            Reason.PERMISSION_DENIED: f"{uri} may not be read: {_cause(error)}.",
-        }.get(reason, f"{uri} could not be read{tried}: {_cause(error)}.")
-        raise Rejected(stage, reason, detail) from error
-
-
-def _reason(error: BaseException) -> Reason | None:
-    """None for an error that says nothing about the object."""
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return Reason.NOT_FOUND
-    if _is_denied(error):
-        return Reason.PERMISSION_DENIED
-    return Reason.UNREADABLE if isinstance(error, OSError) or _is_transient(error) else None
-
-
-def _is_denied(error: BaseException) -> bool:
-    return (
-        isinstance(error, PermissionError)
-        or _status(error) in (401, 403)
-        or bool(_CREDENTIALS_NAMES & _class_names(error))
-        or (isinstance(error, OSError) and str(error).startswith("Forbidden"))  # gcsfs, of a 403
-    )
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)):
-        return False
-    if _is_denied(error):
-        return False
-    status = _status(error)
-    if status is not None:
-        return status in _TRANSIENT_STATUSES
-    if isinstance(error, OSError):
-        return error.errno not in _FINAL_ERRNOS
-    return isinstance(error, TimeoutError) or bool(_TRANSIENT_NAMES & _class_names(error))
-
-
-def _class_names(error: BaseException) -> set[str]:
-    return {parent.__name__ for parent in type(error).__mro__}
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, however its client states it (aiohttp, gcsfs, botocore; or their wrapper)."""
-    seen: BaseException | None = error
-    while seen is not None:
-        for name in ("status", "code", "status_code"):
-            value = getattr(seen, name, None)
-            if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
-                return int(value)
-        response = getattr(seen, "response", None)
-        if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if isinstance(status, int):
-                return status
-        seen = seen.__cause__
-    return None
-
-
-def _cause(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split()).rstrip(".")
-
-
-def _advice(error: BaseException) -> str:
-    if isinstance(error, ImportError):
-        return "Install the client of that store: pip install 'af3pipe[gcs]' or 'af3pipe[s3]'."
-    if _is_denied(error):
-        return "Choose another folder, or give this account the right to create and delete objects there."
-    if isinstance(error, FileNotFoundError):
-        return "Create the bucket or folder first, or correct its name."
-    if isinstance(error, (NotADirectoryError, FileExistsError, IsADirectoryError)):
-        return "Something else has that name: choose another folder."
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return "Make room there, or choose another folder."
-    return "Check the name and the network, then run it again."
