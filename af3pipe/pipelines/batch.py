@@ -245,7 +245,8 @@ def _counters(result: Any) -> dict[str, int]:
     total: Counter[str] = Counter()
     for counter in result.metrics().query()["counters"]:
         if counter.key.metric.namespace == metrics.NAMESPACE:
-            total[counter.key.metric.name] += counter.result
+            committed = counter.committed  # some runners only tell what was attempted
+            total[counter.key.metric.name] += (counter.attempted if committed is None else committed) or 0
     return dict(sorted(total.items()))
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.dataset as ds
 
@@ -32,12 +33,15 @@ def wait_for_port(port, process, seconds=60):
 @contextlib.contextmanager
 def serving(module, port, *arguments, log):
     """Runs a module as a server in a process group of its own, and ends the whole group afterwards."""
+    # Beam's pool starts its workers as `python`, whichever comes first on the path.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=os.environ | {"PATH": path},
         )
         try:
             wait_for_port(port, process)

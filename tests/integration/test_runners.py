@@ -1,5 +1,6 @@
 """The same job gives the same rows on every runner: in process, in several processes, and by job service."""
 
+import json
 import shutil
 from importlib import resources
 
@@ -21,7 +22,7 @@ def archive(tmp_path_factory):
     folder = tmp_path_factory.mktemp("archive")
     with resources.as_file(resources.files("af3pipe.demo") / "clips") as clips:
         shutil.copytree(clips, folder / "deep" / "clips")
-    soundfile.write(folder / "over.flac", np.zeros(650 * 8000, np.int16), 8000)
+    soundfile.write(folder / "over.flac", np.zeros(65 * 8000, np.int16), 8000)
     (folder / "broken.wav").write_text("no audio at all")
     first = sorted((folder / "deep" / "clips").glob("*.flac"))[0]
     manifest = folder / "asked.jsonl"
@@ -29,13 +30,24 @@ def archive(tmp_path_factory):
     return folder, manifest
 
 
-def job(archive, output):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The demo checkpoint with a cap of 60 s instead of 600, so that a long recording is soon made."""
+    folder = tmp_path_factory.mktemp("model")
+    with resources.as_file(resources.files("af3pipe.demo") / "checkpoint") as checkpoint:
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_audio_len": 60}))
+    return folder
+
+
+def job(archive, model, output):
     folder, manifest = archive
     return make_job(
         {
             "inputs": [str(folder), str(manifest)],
             "output": str(output),
-            "model": "demo",
+            "model": str(model),
             "tasks": ["caption", "transcript"],
             "over_length": "split",
             "max_new_tokens": 24,
@@ -45,9 +57,9 @@ def job(archive, output):
 
 
 @pytest.fixture(scope="module")
-def in_process(archive, tmp_path_factory):
+def in_process(archive, model, tmp_path_factory):
     output = tmp_path_factory.mktemp("in_process")
-    report = batch.run(job(archive, output))
+    report = batch.run(job(archive, model, output))
     return output, report
 
 
@@ -72,8 +84,8 @@ def test_a_question_of_the_manifest_is_asked_once_and_its_columns_ride_along(in_
 def test_a_long_recording_gives_one_stitched_transcript(in_process):
     output, _ = in_process
     (found,) = [row for row in rows(output, "transcripts") if row["uri"].endswith("over.flac")]
-    assert [(piece["start_s"], piece["end_s"]) for piece in found["segments"]] == [(0.0, 600.0), (600.0, 650.0)]
-    assert (found["start_s"], found["end_s"], found["duration_s"]) == (0.0, 650.0, 650.0)
+    assert [(piece["start_s"], piece["end_s"]) for piece in found["segments"]] == [(0.0, 60.0), (60.0, 65.0)]
+    assert (found["start_s"], found["end_s"], found["duration_s"]) == (0.0, 65.0, 65.0)
     captions = [row for row in rows(output, "captions") if row["uri"].endswith("over.flac")]
     assert len(captions) == 2
 
@@ -85,15 +97,15 @@ def same_rows(left, right):
         assert found == rows(left, table, without=("run_id", "created_at", "traceback")), table
 
 
-def test_several_processes_give_the_same_rows(archive, in_process, tmp_path):
+def test_several_processes_give_the_same_rows(archive, model, in_process, tmp_path):
     flags = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
-    report = batch.run(job(archive, tmp_path), flags)
+    report = batch.run(job(archive, model, tmp_path), flags)
     assert report.counts.reconciled, report.counts.problems
     same_rows(in_process[0], tmp_path)
 
 
-def test_job_service_with_external_workers_gives_the_same_rows(archive, in_process, tmp_path):
+def test_job_service_with_external_workers_gives_the_same_rows(archive, model, in_process, tmp_path):
     with portable_runner(tmp_path) as flags:
-        report = batch.run(job(archive, tmp_path / "out"), flags)
+        report = batch.run(job(archive, model, tmp_path / "out"), flags)
     assert report.counts.reconciled, report.counts.problems
     same_rows(in_process[0], tmp_path / "out")
