@@ -8,11 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from transformers import AutoProcessor, GenerationConfig
+from transformers import GenerationConfig
 
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint
 from af3pipe.schemas import Decoding, Reason, Rejected, Reply, Stage, Task
+
+hf: Any = transformers  # typed in parts only: strict mypy refuses to call the rest
 
 
 class Windows(NamedTuple):
@@ -56,7 +58,7 @@ class Inputs:
             ModelError: It cannot be loaded here.
         """
         try:
-            return cls(checkpoint, AutoProcessor.from_pretrained(checkpoint.source, **_revision(checkpoint)))
+            return cls(checkpoint, hf.AutoProcessor.from_pretrained(checkpoint.source, **_revision(checkpoint)))
         except Exception as error:
             raise _load_error(checkpoint, "its processor", error) from error
 
@@ -148,7 +150,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
         ModelError: It cannot be loaded here, or weights are missing.
     """
     try:
-        model_class = getattr(transformers, f"{checkpoint.family}ForConditionalGeneration")
+        model_class = getattr(hf, f"{checkpoint.family}ForConditionalGeneration")
         model, report = model_class.from_pretrained(
             checkpoint.source, dtype=dtype, output_loading_info=True, **_revision(checkpoint)
         )
@@ -180,7 +182,7 @@ def generation_config(decoding: Decoding, released: GenerationConfig) -> Generat
     sampling = {}
     if decoding.do_sample:
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
-    return GenerationConfig(
+    config: GenerationConfig = hf.GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=decoding.do_sample,
         num_beams=1,
@@ -190,6 +192,7 @@ def generation_config(decoding: Decoding, released: GenerationConfig) -> Generat
         bos_token_id=released.bos_token_id,
         **sampling,
     )
+    return config
 
 
 def _eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.models.musicflamingo.modeling_musicflamingo import apply_rotary_time_emb
+from transformers.models.musicflamingo import modeling_musicflamingo
 
 from af3pipe.models.engine import EngineFailed, EngineInfo, EngineOptions, EngineStats, ModelError
 from af3pipe.models.family import open_checkpoint
@@ -20,6 +20,7 @@ from af3pipe.models.inputs import Inputs, Windows, generation_config, load_model
 from af3pipe.models.scheduler import Job, JobQueue, isolate
 from af3pipe.schemas import Reason, Rejected, Reply, Request, Stage, Task
 
+_rotate: Any = modeling_musicflamingo.apply_rotary_time_emb  # not typed
 _ENCODER_WINDOWS = 8  # through the audio encoder at once; halved when it does not fit
 
 
@@ -90,10 +91,10 @@ class TransformersEngine:
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
         )
+        self._released = self._model.generation_config
         # What is remembered of running out of memory, for as long as this engine lives.
         self._encoder_windows = _ENCODER_WINDOWS
         self._max_positions: int | None = None
-        self._released = self._model.generation_config
         self._queue = JobQueue(options.batch_size, options.batch_audio_s)
         self._working: list[Job] = []
         self._stats = EngineStats()
@@ -230,7 +231,7 @@ class TransformersEngine:
             starts = places.to(self._device).unsqueeze(1) * length * step
             times = starts + torch.arange(length, device=self._device, dtype=torch.float32) * step
             cos, sin = self._core.pos_emb(times, seq_len=length)
-            hidden = apply_rotary_time_emb(hidden, cos, sin)
+            hidden = _rotate(hidden, cos, sin)
         embedded: torch.Tensor = self._core.multi_modal_projector(hidden)
         return embedded
 
@@ -282,8 +283,8 @@ class TransformersEngine:
             if len(rows) > 1:
                 raise
             row, new = rows[0], limits[0]
-            detail = f"{len(row.ids)} prompt tokens and up to {new} new ones do not fit {self._device}"
-            detail += f" on their own, beside the model in {self._info.dtype}: {_first_line(error)}"
+            asked = f"{len(row.ids)} prompt tokens and up to {new} new ones do not fit {self._device} on their own"
+            detail = f"{asked}, beside the model in {self._info.dtype}: {_first_line(error)}"
             raise Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, detail) from error
         ended = time.perf_counter()
         replies = [

@@ -175,6 +175,25 @@ def test_a_cancelled_request_is_not_worked_on(open_model, tiny_af3):
     assert len(lengths) == 2
 
 
+def test_submit_blocks_while_two_batches_wait(open_model, tiny_af3):
+    engine = open_model(tiny_af3, batch_size=2)
+    go_on, generate = threading.Event(), engine._model.generate
+    engine._model.generate = lambda **inputs: go_on.wait(60) and generate(**inputs)
+    futures = []
+
+    def feed():
+        for _ in range(12):
+            futures.append(engine.submit(Request(sounds(1), (CAPTION,))))
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    time.sleep(1)
+    assert len(futures) <= 2 + 4, "a batch at work, two that wait"
+    go_on.set()
+    feeder.join(60)
+    assert len({future.result(timeout=60)[0] for future in futures}) == 1
+
+
 def test_each_segment_is_encoded_once_and_work_is_told_once(open_model, tiny_af3):
     engine = open_model(tiny_af3, batch_size=4)
     tasks = tuple(CAPTION._replace(prompt=f"Question {i}?") for i in range(5))

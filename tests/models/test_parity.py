@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from af3pipe.models import answer, caption, parse, prompt, resolve, transcript
+from af3pipe.models.oracle import ask_alone
 from af3pipe.schemas import Decoding, Request
 from tests.models.conftest import RATE, clip, sounds
 
@@ -62,6 +63,13 @@ def test_demo_model_hears_and_batches_answer_the_same(demo_oracle, open_model):
         assert {reply.finish_reason for reply in replies} == {"stop"}
         assert replies[0].text == described
         assert named in (replies[1].text, parse(question, replies[2].text)[1])
+
+
+def test_asking_alone(demo_oracle):
+    (task,) = all_tasks("AudioFlamingo3", 0)
+    assert ask_alone("demo", clip("siren"), task) == demo_oracle.ask(clip("siren"), task)
+    with pytest.raises(ValueError, match="no prompt"):
+        ask_alone("demo", clip("siren"), caption())
 
 
 def test_demo_model_at_all_lengths(demo_oracle, open_model):

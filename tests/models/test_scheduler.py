@@ -28,7 +28,7 @@ def test_a_full_batch_is_taken_at_once_and_in_order():
 
 def test_a_job_larger_than_a_batch_is_taken_alone():
     queue = JobQueue(4, 100)
-    jobs = [job(), job(tasks=9), job(seconds=500)]
+    jobs = [job(), job(tasks=7), job(seconds=500)]
     for each in jobs[:2]:
         queue.put(each)
     assert [queue.take(), queue.take()] == [[jobs[0]], [jobs[1]]]
