@@ -1,6 +1,5 @@
 """The same job gives the same rows on every runner: in process, in several processes, and by job service."""
 
-import json
 import shutil
 from importlib import resources
 
@@ -28,17 +27,6 @@ def archive(tmp_path_factory):
     manifest = folder / "asked.jsonl"
     manifest.write_text(f'{{"uri": "{first}", "question": "Is there speech?", "speaker": "7"}}\nnot json\n')
     return folder, manifest
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The demo checkpoint with a cap of 60 s instead of 600, so that a long recording is soon made."""
-    folder = tmp_path_factory.mktemp("model")
-    with resources.as_file(resources.files("af3pipe.demo") / "checkpoint") as checkpoint:
-        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-    path = folder / "processor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_audio_len": 60}))
-    return folder
 
 
 def job(archive, model, output):

@@ -1,0 +1,156 @@
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from af3pipe import cli
+from af3pipe.transforms import reconcile
+from tests import fixtures_audio as make
+from tests.integration.runners import rows
+
+pytestmark = pytest.mark.integration
+PROGRAM = [sys.executable, "-m", "af3pipe.cli"]
+WIDE = os.environ | {"COLUMNS": "200"}
+
+
+@pytest.fixture
+def archive(tmp_path):
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    (folder / "fine.wav").write_bytes(make.wav(make.sound(1, 16000), 16000))
+    (folder / "broken.wav").write_text("not audio")
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=WIDE)
+
+
+def quick(archive, output, *more):
+    return run("run", archive, "--output", output, "--model", "demo", "--max-new-tokens", 4, "--device", "cpu", *more)
+
+
+def test_demo(tmp_path):
+    done = subprocess.run([*PROGRAM, "demo", "--output", str(tmp_path)], capture_output=True, text=True, env=WIDE)
+    assert done.returncode == 0, done.stderr
+    assert "zwei hohe Töne.flac" in done.stdout
+    assert re.search(r"digits_seven_three_one\.flac +│ 2\.0 .*seven three one", done.stdout)
+    assert re.search(r"over_length\.wav +│ probe +│ too_long", done.stdout)
+    assert "13 found = 2 dead_letter, 11 ok (reconciles)" in done.stdout
+    assert "seconds of audio per second" in done.stdout
+    transcripts = {os.path.basename(row["uri"]): row["text"] for row in rows(tmp_path, "transcripts")}
+    assert transcripts["digits_four_zero_two_nine.mp3"] == "four zero two nine"
+    assert transcripts["command_go_back_home_stereo.flac"] == "go back home"
+    (record,) = (tmp_path / "_runs").glob("*.json")
+    found = json.loads(record.read_text())
+    assert found["reconciled"] is True
+    assert found["model"]["licence"]
+    assert found["versions"]["transformers"]
+
+
+def test_run_asks_what_it_is_told(archive, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": "Is there music?", "id": "music"}) + "\n")
+    done = quick(
+        archive,
+        tmp_path / "out",
+        *("--task", "transcript"),
+        *("--question", "Is there speech?"),
+        *("--questions", questions),
+        *("--prompt", "mood=What mood is this?"),
+    )
+    assert done.exit_code == 0, done.output
+    answers = {(row["task"], row["question"], row["prompt"]) for row in rows(tmp_path / "out", "answers")}
+    assert answers == {
+        ("answer", "Is there speech?", "Is there speech?"),
+        ("answer", "Is there music?", "Is there music?"),
+        ("mood", None, "What mood is this?"),
+    }
+    assert len(rows(tmp_path / "out", "transcripts")) == 1
+    assert "2 found = 1 dead_letter, 1 ok (reconciles)" in done.output
+
+
+def test_a_job_file_does_the_same_and_options_win(archive, tmp_path):
+    job = tmp_path / "job.yaml"
+    job.write_text(f"inputs: ['{archive}/fine.wav']\noutput: {tmp_path / 'a'}\nmodel: demo\nmax_new_tokens: 4\n")
+    assert run("run", job, "--output", tmp_path / "b").exit_code == 0
+    assert not (tmp_path / "a").exists()
+    assert len(rows(tmp_path / "b", "captions")) == 1
+    assert rows(tmp_path / "b", "dead_letters") == []  # the table is there, without rows
+    assert (tmp_path / "b" / "dead_letters").is_dir()
+
+
+@pytest.mark.parametrize(("allowed", "code"), [("0", 3), ("1", 0), ("49%", 3), ("50%", 0)])
+def test_dead_letters_fail_a_run_only_when_asked(archive, tmp_path, allowed, code):
+    done = quick(archive, tmp_path / "out", "--fail-on-dead-letters", allowed)
+    assert done.exit_code == code
+    assert ("more than --fail-on-dead-letters" in done.output) == (code == 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--task", "sing"], "task 'sing' is not known"),
+        (["--over-length", "cut"], "over_length is 'cut'"),
+        (["--ouput", "x"], "--ouput is neither an option of af3pipe nor of Beam"),
+        (["--prompt", "no name"], "it must be NAME=TEXT"),
+        (["--questions", "/nowhere.txt"], "--questions /nowhere.txt"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--fail-on-dead-letters", "lots"], "fail_on_dead_letters is 'lots'"),
+    ],
+    ids=lambda found: found[0] if isinstance(found, list) else "",
+)
+def test_a_wrong_job_exits_2_and_says_why(archive, tmp_path, arguments, says):
+    done = quick(archive, tmp_path / "out", *arguments)
+    assert done.exit_code == 2, done.output
+    assert says in done.output.replace("\n", " ")
+    assert not rows(tmp_path / "out", "captions")
+
+
+def test_nothing_to_read_exits_2(tmp_path):
+    done = run("run", tmp_path / "*.wav", "--output", tmp_path / "out", "--model", "demo")
+    assert done.exit_code == 2
+    assert "no input matched" in done.output
+
+
+def test_counts_that_do_not_reconcile_exit_1_and_name_the_gap(archive, tmp_path, monkeypatch):
+    settle = reconcile.settle
+    monkeypatch.setattr(
+        reconcile, "settle", lambda found, *what: None if found.uri.endswith("fine.wav") else settle(found, *what)
+    )
+    done = quick(archive, tmp_path / "out")
+    assert done.exit_code == 1
+    assert "DOES NOT RECONCILE" in done.output
+    assert "2 recordings found, but 1 recordings with a terminal state" in done.output.replace("\n", " ")
+    (record,) = (tmp_path / "out" / "_runs").glob("*.json")
+    assert json.loads(record.read_text())["reconciled"] is False
+
+
+def test_a_terminal_shows_how_far_the_run_is(archive, tmp_path):
+    terminal, other_end = pty.openpty()
+    arguments = ["run", archive, "--output", tmp_path / "out", "--model", "demo", "--max-new-tokens", "4"]
+    with subprocess.Popen(
+        [*PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=other_end, env=WIDE
+    ) as process:
+        os.close(other_end)
+        seen = b""
+        while True:
+            try:
+                data = os.read(terminal, 4096)
+            except OSError:  # the other end was closed
+                break
+            seen += data
+        process.stdout.read()
+    os.close(terminal)
+    assert process.returncode == 0, seen.decode()
+    assert re.search(r"\d+ / 2 recordings, [\d.]+ audio s/s, \d dead letters", seen.decode())
+
+
+def test_version_and_help():
+    assert run("--version").output.startswith("af3pipe ")
+    assert "non-commercial" in run("run", "--help").output
