@@ -16,7 +16,14 @@ _FINAL_ERRNOS = frozenset(getattr(errno, name) for name in _FINAL)
 _TRANSIENT_STATUSES = frozenset({408, 429, *range(500, 600)})
 # Clients' network errors that are no OSError, by name: the clients are optional, so they are not imported here.
 _TRANSIENT_NAMES = frozenset(
-    {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "TransportError", "RequestException"}
+    {
+        "ConnectionError",
+        "ClientConnectionError",
+        "ClientPayloadError",
+        "HTTPClientError",
+        "TransportError",
+        "RequestException",
+    }
 )
 _CREDENTIALS_NAMES = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"}

@@ -190,6 +190,16 @@ def test_an_error_of_the_store_is_raised_as_it_is(encode, share, kind, capfd):
     assert "From cffi callback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("failing_at", [320_044, 320_045, 600_000])
+def test_nothing_read_around_an_error_of_the_store_passes_for_sound(failing_at):
+    data = make.wav(make.sound(40, RATE), RATE)
+    error = OSError("gone")
+    blocks = decode(FailingFile(data, failing_at / len(data), error), sample_rate=RATE)
+    assert len(next(blocks)) == 10 * RATE
+    with pytest.raises(OSError, match="gone"):
+        next(blocks)
+
+
 @pytest.mark.parametrize(
     "encode",
     [*LIBROSA_READS.values(), make.mp3_without_length, make.m4a, make.mkv_video],

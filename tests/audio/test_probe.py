@@ -81,6 +81,12 @@ def test_what_is_no_audio_is_rejected_with_the_reason(data, reason, words):
     assert words in caught.value.detail
 
 
+def test_an_mp3_joined_from_two_states_no_length():
+    one = make.mp3(make.sound(2, 44100), 44100)
+    assert probe(io.BytesIO(one + bytes(100))).duration_s == 2.0
+    assert probe(io.BytesIO(one + one)).duration_s is None
+
+
 def test_a_playlist_does_not_make_ffmpeg_open_other_files(tmp_path, monkeypatch):
     (tmp_path / "secret.wav").write_bytes(make.wav(make.sound(1, 16000), 16000))
     monkeypatch.chdir(tmp_path)
