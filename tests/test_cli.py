@@ -4,6 +4,7 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -43,7 +44,7 @@ def test_demo(tmp_path):
     assert re.search(r"over_length\.wav +│ probe +│ too_long", done.stdout)
     assert "13 found = 2 dead_letter, 11 ok (reconciles)" in done.stdout
     assert "seconds of audio per second" in done.stdout
-    transcripts = {os.path.basename(row["uri"]): row["text"] for row in rows(tmp_path, "transcripts")}
+    transcripts = {Path(row["uri"]).name: row["text"] for row in rows(tmp_path, "transcripts")}
     assert transcripts["digits_four_zero_two_nine.mp3"] == "four zero two nine"
     assert transcripts["command_go_back_home_stereo.flac"] == "go back home"
     (record,) = (tmp_path / "_runs").glob("*.json")

@@ -149,6 +149,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     Raises:
         ModelError: It cannot be loaded here, or weights are missing.
     """
+    hf.utils.logging.disable_progress_bar()  # it would draw over the run's own line, and fill a worker's log
     try:
         model_class = getattr(hf, f"{checkpoint.family}ForConditionalGeneration")
         model, report = model_class.from_pretrained(

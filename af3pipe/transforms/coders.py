@@ -99,7 +99,8 @@ class RowTupleCoder(coders.Coder, Generic[Row]):
         return True
 
     def to_type_hint(self) -> type[Row]:
-        return self._row_class
+        row_class: type[Row] = self._row_class
+        return row_class
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowTupleCoder) and self._row_class is other._row_class

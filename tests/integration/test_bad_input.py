@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def finished(tmp_path_factory, model):
             }
         )
     )
-    letters = {os.path.basename(row["uri"]): row for row in rows(output, "dead_letters")}
+    letters = {Path(row["uri"]).name: row for row in rows(output, "dead_letters")}
     return output, report, letters
 
 
@@ -118,7 +119,7 @@ def test_bad_manifest_rows_are_dead_letters_with_their_number(finished):
 
 def test_the_others_are_answered_whatever_their_names(finished):
     output, _, _ = finished
-    answered = {os.path.basename(row["uri"]) for row in rows(output, "captions")}
+    answered = {Path(row["uri"]).name for row in rows(output, "captions")}
     # The glob also matches the manifest, which is read as what it is when it is named, and here as a recording.
     assert answered == set(GOOD)
 
@@ -181,7 +182,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_job_and_is_no_dead_letter(tmp_pa
     for path in model.iterdir():
         if path.suffix != ".safetensors":
             (broken / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(batch.RunFailed, match="broken.*weights cannot be loaded"):
+    with pytest.raises(batch.RunFailed, match=r"broken.*weights cannot be loaded"):
         batch.run(job(tmp_path, model=str(broken)))
     assert rows(tmp_path / "out", "dead_letters") == []
 

@@ -1,0 +1,108 @@
+"""What the graph says before it runs: labels, hints, and mistakes found while it is built."""
+
+import apache_beam as beam
+import pytest
+
+from af3pipe.models import caption, prompt, transcript
+from af3pipe.pipelines.batch import build
+from af3pipe.pipelines.job import make_job
+from af3pipe.schemas import Segment
+from af3pipe.transforms import (
+    AskAudioFlamingo,
+    DecodeAudio,
+    ReadRecordings,
+    WriteAnswers,
+    WriteDeadLetters,
+)
+
+HINT = "beam:resources:accelerator:v1"
+
+
+def proto(**changes):
+    pipeline = beam.Pipeline()
+    values = {"inputs": ["a.wav"], "output": "memory://out", "model": "demo", "tasks": ["caption"]}
+    build(pipeline, make_job(values | changes), "run")
+    return pipeline.to_runner_api()
+
+
+def transforms(found):
+    (root,) = found.root_transform_ids
+    return {item.unique_name: item for key, item in found.components.transforms.items() if key != root}
+
+
+def test_labels_read_as_the_job():
+    top = {name for name in transforms(proto()) if name.partition("/")[0] == name}
+    assert top == {
+        "ReadRecordings",
+        "AnswerRecordings",
+        "ReconcileRecordings",
+        "WriteAnswers",
+        "WriteDeadLetters",
+        "WriteRecordings",
+        "CountFound",
+    }
+    assert "AnswerRecordings/DecodeAudio/Decode" in transforms(proto())
+    assert "AnswerRecordings/AskAudioFlamingo/Ask" in transforms(proto())
+
+
+def test_decoding_and_asking_share_one_environment_with_the_accelerator():
+    found = proto(accelerator="type:nvidia-l4;count:1;install-nvidia-driver")
+    named = transforms(found)
+    ids = {
+        named[name].environment_id
+        for name in ("AnswerRecordings/DecodeAudio/Decode", "AnswerRecordings/AskAudioFlamingo/Ask")
+    }
+    assert len(ids) == 1
+    hints = found.components.environments[ids.pop()].resource_hints
+    assert hints[HINT] == b"type:nvidia-l4;count:1;install-nvidia-driver"
+    listing = named["ReadRecordings/List"].environment_id
+    assert HINT not in found.components.environments[listing].resource_hints
+
+
+def test_segments_go_from_decoding_to_asking_and_nowhere_else():
+    leaves = {name: found for name, found in transforms(proto()).items() if not found.subtransforms}
+    decoded = set(leaves["AnswerRecordings/DecodeAudio/Decode/ParDo(DecodeDoFn)"].outputs.values())
+    takers = {name: decoded & set(found.inputs.values()) for name, found in leaves.items()}
+    letters = takers.pop("AnswerRecordings/DecodeAudio/AllDeadLetters")
+    (segments,) = decoded - letters
+    assert {name: taken for name, taken in takers.items() if taken} == {
+        "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)": {segments}
+    }
+
+
+def test_the_sketch_of_the_readme_builds():
+    pipeline = beam.Pipeline()
+    answers = (
+        pipeline
+        | ReadRecordings("s3://archive/**/*.flac")
+        | DecodeAudio(over_length="split")
+        | AskAudioFlamingo(model="nvidia/audio-flamingo-3-hf", tasks=[caption(), transcript()])
+    )
+    _ = answers.good | WriteAnswers("s3://out")
+    _ = answers.dead_letters | WriteDeadLetters("s3://out")
+    assert pipeline.to_runner_api().components.transforms
+
+
+def test_segments_are_typed_for_the_next_transform():
+    pipeline = beam.Pipeline()
+    segments = pipeline | ReadRecordings("a.wav") | DecodeAudio(model="demo")
+    assert segments.good.element_type is Segment
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: DecodeAudio(over_length="cut"), "over_length is 'cut'; it must be one of dead-letter"),
+        (lambda: AskAudioFlamingo(tasks=[]), "tasks is empty"),
+        (lambda: AskAudioFlamingo(tasks=[caption(), caption()]), "task 'caption' is asked twice"),
+        (lambda: beam.Pipeline() | ReadRecordings([]), "inputs is empty"),
+    ],
+    ids=["over_length", "no task", "task twice", "no input"],
+)
+def test_mistakes_are_found_while_the_graph_is_built(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_questions_of_the_same_task_are_no_mistake():
+    AskAudioFlamingo(tasks=[prompt("mood", "What mood?"), prompt("genre", "What genre?")])

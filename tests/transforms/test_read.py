@@ -1,0 +1,121 @@
+import json
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from apache_beam.testing.util import assert_that, equal_to
+
+from af3pipe.schemas import DeadLetter, Question, Recording, Rejected
+from af3pipe.transforms import ReadRecordings
+from af3pipe.transforms.manifest import is_manifest, read_manifest
+from af3pipe.transforms.read import list_recordings, merge
+
+
+def read(tmp_path, name, data):
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return list(read_manifest(str(path)))
+
+
+ROW = {
+    "uri": "s3://b/a.flac",
+    "offset": 1.5,
+    "duration": "2",
+    "question": "Who?",
+    "choices": "cat | dog",
+    "speaker": 7,
+}
+
+
+def parquet(rows):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("m.jsonl", json.dumps(ROW) + "\n\n"),
+        ("m.csv", ",".join(ROW) + "\n" + ",".join(map(str, ROW.values()))),
+        ("m.tsv", "\t".join(ROW) + "\n" + "\t".join(map(str, ROW.values()))),
+        ("m.parquet", parquet([ROW])),
+    ],
+    ids=lambda found: found if isinstance(found, str) and found.startswith("m.") else "",
+)
+def test_every_kind_of_manifest_gives_the_same_recording(tmp_path, name, data):
+    assert is_manifest(name)
+    (found,) = read(tmp_path, name, data)
+    assert (found.uri, found.offset_s, found.duration_s) == ("s3://b/a.flac", 1.5, 2.0)
+    assert found.questions == (Question(None, "Who?", ("cat", "dog")),)
+    assert found.metadata == (("speaker", "7"),)
+
+
+def test_nemo_manifests_and_relative_names(tmp_path):
+    (found,) = read(tmp_path, "m.jsonl", json.dumps({"audio_filepath": "clips/a.wav", "duration": 3.2, "text": "hi"}))
+    assert found.uri == str(tmp_path / "clips" / "a.wav")
+    assert found.metadata == (("text", "hi"),)
+
+
+def test_an_id_of_its_own_is_kept(tmp_path):
+    (found,) = read(tmp_path, "m.jsonl", json.dumps({"id": 17, "uri": "/a.wav"}))
+    assert found.recording_id == "17"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is not an object"),
+        ('{"name": "a"}', "names no audio"),
+        ('{"uri": 5}', "names no audio"),
+        ('{"uri": "a", "offset": "soon"}', "offset is 'soon'"),
+        ('{"uri": "a", "duration": -1}', "duration is -1"),
+        ('{"uri": "a", "offset": Infinity}', "offset is inf"),
+    ],
+)
+def test_a_bad_row_says_which_and_why_and_the_next_is_read(tmp_path, line, says):
+    first, bad, last = read(tmp_path, "m.jsonl", f'{{"uri": "/a"}}\n{line}\n{{"uri": "/b"}}')
+    assert (first.uri, last.uri) == ("/a", "/b")
+    assert isinstance(bad, Rejected)
+    assert bad.detail.startswith("row 2 of ")
+    assert says in bad.detail
+
+
+def test_a_manifest_that_is_none_is_one_dead_letter(tmp_path):
+    path = tmp_path / "m.parquet"
+    path.write_text("not parquet")
+    (found,) = list_recordings(str(path))
+    assert isinstance(found, DeadLetter)
+    assert "manifest" in found.detail
+
+
+def test_one_recording_named_twice_is_one_with_all_questions():
+    plain = Recording("id", "a", 10, None, "now")
+    asked = Recording("id", "a", questions=(Question(None, "Who?"),), metadata=(("speaker", "7"),))
+    again = Recording("id", "a", questions=(Question(None, "Who?"), Question(None, "Where?")))
+    merged = merge([asked, plain, again])
+    assert merged == merge([again, asked, plain])
+    assert merged.size_bytes == 10
+    assert set(merged.questions) == {Question(None, "Who?"), Question(None, "Where?")}
+    assert merged.metadata == (("speaker", "7"),)
+
+
+def test_listing_in_a_pipeline_gives_each_recording_once(tmp_path):
+    for name in ("a.wav", "ä b.flac", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        found = pipeline | ReadRecordings([str(tmp_path), str(tmp_path / "*.wav")])
+        assert_that(
+            found.good | beam.Map(lambda recording: recording.uri),
+            equal_to([str(tmp_path / "a.wav"), str(tmp_path / "ä b.flac")]),
+        )
+
+
+def test_names_may_come_from_a_pipeline(tmp_path):
+    (tmp_path / "a.wav").write_text("x")
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        found = pipeline | beam.Create([str(tmp_path / "a.wav"), str(tmp_path / "none.wav")]) | ReadRecordings()
+        assert_that(found.good | beam.Map(lambda found: found.size_bytes), equal_to([1]))
+        assert_that(found.dead_letters | beam.Map(lambda letter: letter.reason.value), equal_to(["not_found"]), "bad")
