@@ -48,11 +48,6 @@ _err = Console(stderr=True)
 _log = logging.getLogger("af3pipe")
 
 
-def main() -> None:
-    """The `af3pipe` program."""
-    app()
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"af3pipe {__version__}")
@@ -65,8 +60,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _log.setLevel(logging.INFO)
+    """Options of the program itself."""
 
 
 @app.command()
@@ -288,7 +282,7 @@ def _no_progress() -> Iterator[Callable[[batch.Progress], None]]:
 def _rows(job: JobConfig, report: batch.RunReport, tables: tuple[str, ...]) -> list[dict[str, Any]]:
     files = run_files(job.output, report.run_id)
     columns = {"dead_letters": ["uri", "stage", "reason", "detail"]}
-    answer_columns = ["uri", "task", "question", "text", "duration_s"]
+    answer_columns = ["uri", "task", "question", "text", "duration_s", "end_s"]
     rows = [row for table in tables for row in read_rows(files[table], columns.get(table, answer_columns))]
     return sorted(rows, key=lambda row: str(row["uri"]))
 
@@ -296,10 +290,13 @@ def _rows(job: JobConfig, report: batch.RunReport, tables: tuple[str, ...]) -> l
 def _show_answers(job: JobConfig, report: batch.RunReport) -> None:
     by_uri: dict[str, dict[str, str]] = {}
     for row in _rows(job, report, ANSWER_TABLES):
-        cells = by_uri.setdefault(row["uri"], {"seconds": f"{row['duration_s']:.1f}"})
+        cells = by_uri.setdefault(row["uri"], {"seconds": f"{row['duration_s'] or row['end_s']:.1f}"})
         cells[row["question"] or row["task"]] = row["text"]
     titles = list(dict.fromkeys(title for cells in by_uri.values() for title in cells))
-    table = Table("recording", *titles, title="Answers", title_justify="left")
+    table = Table(title="Answers", title_justify="left")
+    table.add_column("recording", overflow="fold")
+    for title in titles:
+        table.add_column(title)
     for uri, cells in by_uri.items():
         table.add_row(storage.name(uri), *(cells.get(title, "") for title in titles))
     _out.print(table, markup=False)
@@ -339,7 +336,3 @@ def _exit(job: JobConfig, report: batch.RunReport) -> None:
             f"{dead_letters} dead letters are more than --fail-on-dead-letters {job.fail_on_dead_letters} allows",
             EXIT_DEAD_LETTERS,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from tests import fixtures_audio as make
 from tests.integration.runners import rows
 
 pytestmark = pytest.mark.integration
-PROGRAM = [sys.executable, "-m", "af3pipe.cli"]
+PROGRAM = [sys.executable, "-m", "af3pipe"]
 WIDE = os.environ | {"COLUMNS": "200"}
 
 
@@ -39,6 +39,7 @@ def quick(archive, output, *more):
 def test_demo(tmp_path):
     done = subprocess.run([*PROGRAM, "demo", "--output", str(tmp_path)], capture_output=True, text=True, env=WIDE)
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
     assert "zwei hohe Töne.flac" in done.stdout
     assert re.search(r"digits_seven_three_one\.flac +│ 2\.0 .*seven three one", done.stdout)
     assert re.search(r"over_length\.wav +│ probe +│ too_long", done.stdout)

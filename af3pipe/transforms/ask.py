@@ -117,9 +117,10 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         return segment.audio_s
 
     def tasks_of(self, recording: Recording) -> tuple[Task, ...]:
-        """The job's tasks and the recording's own questions."""
+        """The job's tasks and the recording's own questions, each once."""
         own = (answer(q.text, choices=q.choices, question_id=q.question_id) for q in recording.questions)
-        return self._tasks + tuple(resolve(task, self._info.family) for task in own)
+        tasks = (*self._tasks, *(resolve(task, self._info.family) for task in own))
+        return tuple({(task.name, task.question_id): task for task in reversed(tasks)}.values())[::-1]
 
     def submit(self, segment: Segment) -> "Future[list[Reply]]":
         return self._engine.submit(Request(segment.samples, self.tasks_of(segment.recording)))

@@ -9,6 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from af3pipe import storage
+from af3pipe.models.tasks import answer
 from af3pipe.schemas import Question, Reason, Recording, Rejected, Stage, make_recording_id
 
 MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -98,7 +99,7 @@ def _recording(row: Mapping[str, Any], manifest: str, where: str) -> Recording:
         uri=uri,
         offset_s=offset_s,
         duration_s=duration_s,
-        questions=tuple(_questions(left)),
+        questions=tuple(_questions(left, where)),
         metadata=tuple(sorted((name, _text(value)) for name, value in left.items())),
     )
 
@@ -117,15 +118,21 @@ def _seconds(value: Any, name: str, where: str) -> float:
     return seconds
 
 
-def _questions(row: dict[str, Any]) -> Iterator[Question]:
+def _questions(row: dict[str, Any], where: str) -> Iterator[Question]:
     choices = row.pop("choices", ())
     if isinstance(choices, str):
         choices = choices.split("|")
-    asked = [row.pop("question")] if "question" in row else []
-    asked += row.pop("questions", [])
-    for text in asked:
-        options = tuple(str(choice).strip() for choice in choices)
-        yield Question(None, str(text), options)
+    options = tuple(str(choice).strip() for choice in choices)
+    for text in [*_as_list(row.pop("question", [])), *_as_list(row.pop("questions", []))]:
+        try:
+            task = answer(str(text), choices=options)
+        except ValueError as error:
+            raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where}: {error}") from error
+        yield Question(task.question_id, str(text), options)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _text(value: Any) -> str:

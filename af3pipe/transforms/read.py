@@ -6,10 +6,10 @@ from typing import Any
 import apache_beam as beam
 
 from af3pipe import storage
-from af3pipe.schemas import DeadLetter, Recording, Rejected, Stage, make_recording_id
+from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Stage, make_recording_id
 from af3pipe.transforms import metrics
 from af3pipe.transforms.manifest import is_manifest, manifest_row_uri, read_manifest
-from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, outcomes, to_dead_letter
+from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, join_dead_letters, outcomes, to_dead_letter
 
 
 def list_recordings(name: str) -> Iterator[Recording | DeadLetter]:
@@ -35,29 +35,47 @@ def _manifest(name: str) -> Iterator[Recording | DeadLetter]:
             yield row
 
 
-def merge(recordings: Iterable[Recording]) -> Recording:
-    """The same recording, named more than once, is one: with the questions and metadata of all its mentions."""
-    ordered = sorted(recordings, key=lambda found: (found.size_bytes is None, repr(found)))
-    questions = tuple(dict.fromkeys(question for found in ordered for question in found.questions))
-    metadata = tuple(sorted(dict(pair for found in ordered for pair in found.metadata).items()))
-    return ordered[0]._replace(questions=questions, metadata=metadata)
+def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
+    """The mentions of one recording id, as one recording with the questions and metadata of all of them.
+
+    Ids that a manifest gives may be given twice: mentions that name other audio than the first are dead letters,
+    under an id of their own, so that neither is lost.
+    """
+    by_audio: dict[tuple[str, float, float | None], list[Recording]] = {}
+    for found in sorted(recordings, key=lambda found: (found.uri, found.size_bytes is None, repr(found))):
+        by_audio.setdefault((found.uri, found.offset_s, found.duration_s), []).append(found)
+    first, *others = by_audio.values()
+    questions = tuple(dict.fromkeys(question for found in first for question in found.questions))
+    metadata = tuple(sorted(dict(pair for found in first for pair in found.metadata).items()))
+    yield first[0]._replace(questions=questions, metadata=metadata)
+    for other in others:
+        detail = f"id {first[0].recording_id!r} also names {first[0].uri}; ids must be unique"
+        renamed = other[0]._replace(
+            recording_id=make_recording_id(other[0].uri, other[0].offset_s, other[0].duration_s)
+        )
+        yield to_dead_letter(Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail), renamed, stage=Stage.LIST)
 
 
 class _ListDoFn(beam.DoFn):
     def process(self, name: str) -> Iterator[Any]:
-        for found in list_recordings(name):
-            if isinstance(found, DeadLetter):
-                metrics.count("recordings_found")
-                metrics.count("recordings_done")
-                metrics.count(f"dead_letters_{found.reason.value}")
-                yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found)
-            else:
-                yield found
+        return _tagged(list_recordings(name))
 
 
-def _merge_group(_: str, recordings: Iterable[Recording]) -> Recording:
-    metrics.count("recordings_found")
-    return merge(recordings)
+class _MergeDoFn(beam.DoFn):
+    def process(self, group: tuple[str, Iterable[Recording]]) -> Iterator[Any]:
+        metrics.count("recordings_found")
+        return _tagged(merge(group[1]))
+
+
+def _tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
+    for found in items:
+        if isinstance(found, DeadLetter):
+            metrics.count("recordings_found")
+            metrics.count("recordings_done")
+            metrics.count(f"dead_letters_{found.reason.value}")
+            yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found)
+        else:
+            yield found
 
 
 class ReadRecordings(beam.PTransform):
@@ -87,10 +105,13 @@ class ReadRecordings(beam.PTransform):
         listed = names | "List" >> beam.ParDo(_ListDoFn()).with_output_types(
             Recording, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="recordings")
-        recordings = (
+        merged = (
             listed.recordings
             | "ById" >> beam.WithKeys(lambda found: found.recording_id).with_output_types(tuple[str, Recording])
             | "EachOnce" >> beam.GroupByKey()
-            | "Merge" >> beam.MapTuple(_merge_group).with_output_types(Recording)
+            | "Merge"
+            >> beam.ParDo(_MergeDoFn())
+            .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
+            .with_outputs(DEAD_LETTERS, main="recordings")
         )
-        return Outcome(recordings, listed[DEAD_LETTERS])
+        return Outcome(merged.recordings, join_dead_letters(merged[DEAD_LETTERS], (listed[DEAD_LETTERS],)))

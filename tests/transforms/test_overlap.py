@@ -3,7 +3,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import apache_beam as beam
 import pytest
-from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
@@ -40,7 +39,7 @@ class Stamp(beam.DoFn):
 
 
 def run(elements, dofn):
-    with TestPipeline(runner="FnApiRunner") as pipeline:
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
         doubled = (
             pipeline
             | beam.Create([TimestampedValue(n, Timestamp(n)) for n in elements])

@@ -48,7 +48,8 @@ def test_every_kind_of_manifest_gives_the_same_recording(tmp_path, name, data):
     assert is_manifest(name)
     (found,) = read(tmp_path, name, data)
     assert (found.uri, found.offset_s, found.duration_s) == ("s3://b/a.flac", 1.5, 2.0)
-    assert found.questions == (Question(None, "Who?", ("cat", "dog")),)
+    (question,) = found.questions
+    assert (question.text, question.choices) == ("Who?", ("cat", "dog"))
     assert found.metadata == (("speaker", "7"),)
 
 
@@ -73,6 +74,7 @@ def test_an_id_of_its_own_is_kept(tmp_path):
         ('{"uri": "a", "offset": "soon"}', "offset is 'soon'"),
         ('{"uri": "a", "duration": -1}', "duration is -1"),
         ('{"uri": "a", "offset": Infinity}', "offset is inf"),
+        ('{"uri": "a", "question": "Who?", "choices": ["same", "same"]}', "choices"),
     ],
 )
 def test_a_bad_row_says_which_and_why_and_the_next_is_read(tmp_path, line, says):
@@ -95,11 +97,20 @@ def test_one_recording_named_twice_is_one_with_all_questions():
     plain = Recording("id", "a", 10, None, "now")
     asked = Recording("id", "a", questions=(Question(None, "Who?"),), metadata=(("speaker", "7"),))
     again = Recording("id", "a", questions=(Question(None, "Who?"), Question(None, "Where?")))
-    merged = merge([asked, plain, again])
-    assert merged == merge([again, asked, plain])
+    (merged,) = merge([asked, plain, again])
+    assert [merged] == list(merge([again, asked, plain]))
     assert merged.size_bytes == 10
     assert set(merged.questions) == {Question(None, "Who?"), Question(None, "Where?")}
     assert merged.metadata == (("speaker", "7"),)
+
+
+def test_an_id_given_to_two_recordings_loses_neither():
+    first, second = Recording("7", "a.wav"), Recording("7", "b.wav")
+    kept, letter = merge([second, first])
+    assert kept == first
+    assert (letter.uri, letter.reason.value) == ("b.wav", "unsupported_format")
+    assert "id '7' also names a.wav" in letter.detail
+    assert letter.recording_id != "7"
 
 
 def test_listing_in_a_pipeline_gives_each_recording_once(tmp_path):

@@ -1,0 +1,22 @@
+"""The `af3pipe` program, also as `python -m af3pipe`: sets up logging, then hands over to the command line."""
+
+import logging
+
+
+def main() -> None:
+    """Runs the command line."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("af3pipe").setLevel(logging.INFO)
+    logging.getLogger().addFilter(_is_for_the_user)
+    from af3pipe.cli import app  # only now: Beam logs while it is imported
+
+    app()
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    """Beam warns at import that BigQuery's client is missing; nothing here uses BigQuery."""
+    return "apitools not found" not in record.getMessage()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""AskAudioFlamingo on the real engine: what is asked, what comes back, and who holds the model."""
+
+import threading
+
+import apache_beam as beam
+import numpy as np
+import pytest
+from apache_beam.testing.util import assert_that
+
+from af3pipe.models import EngineFailed, EngineOptions, acquire_engine, answer, caption, engine, release_engine
+from af3pipe.schemas import AudioInfo, Question, Recording, Request, Segment
+from af3pipe.transforms import AskAudioFlamingo
+from af3pipe.transforms.ask import AskDoFn
+
+OPTIONS = EngineOptions("demo", device="cpu")
+NOISE = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
+
+
+def segment(name, samples=NOISE, **changes):
+    recording = Recording(name, f"{name}.wav", 1, None, "now", **changes)
+    info = AudioInfo(len(samples) / 16000, 16000, 1, "pcm_16", "soundfile")
+    return Segment(recording, info, 0, 0.0, len(samples) / 16000, True, 16000, samples)
+
+
+@pytest.fixture
+def dofn():
+    found = AskDoFn(OPTIONS, [caption(), answer("Is there speech?")])
+    found.setup()
+    yield found
+    found.teardown()
+
+
+def test_a_question_asked_by_the_job_and_by_the_manifest_is_asked_once(dofn):
+    questions = (
+        Question(None, "Is there speech?"),
+        Question(None, "How many beeps?"),
+        Question("own", "How many beeps?"),
+    )
+    tasks = dofn.tasks_of(Recording("id", "a.wav", questions=questions))
+    assert [(task.name, task.question) for task in tasks] == [
+        ("caption", None),
+        ("answer", "Is there speech?"),
+        ("answer", "How many beeps?"),
+        ("answer", "How many beeps?"),  # under an id of its own it is another question
+    ]
+
+
+def test_the_process_holds_one_engine_and_lets_it_go(dofn):
+    others = [AskDoFn(OPTIONS, [caption()]) for _ in range(4)]
+    threads = [threading.Thread(target=other.setup) for other in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {id(other._engine) for other in others} == {id(dofn._engine)}
+    held = dofn._engine
+    for other in others:
+        other.teardown()
+    assert held.submit  # still open: dofn holds it
+    assert engine._shared[OPTIONS].engine is held
+    dofn.teardown()
+    assert engine._shared[OPTIONS].engine is None
+    with pytest.raises(EngineFailed):
+        held.submit(Request(NOISE, (caption(),)))
+    dofn.setup()  # a worker may come back after its bundle processor was thrown away
+
+
+def test_an_engine_is_loaded_anew_after_it_was_let_go():
+    first = acquire_engine(OPTIONS)
+    release_engine(OPTIONS)
+    second = acquire_engine(OPTIONS)
+    assert second is not first
+    release_engine(OPTIONS)
+
+
+def test_answers_and_dead_letters_of_one_pipeline():
+    task = answer("Is there speech in the audio?", choices=("yes", "no"))
+
+    def check_good(answers):
+        found = {(row.recording_id, row.task) for row in answers}
+        assert ("a", "caption") in found
+        assert ("b", "caption") in found
+        for row in answers:
+            assert row.model_id == "demo"
+            assert row.family == "AudioFlamingo3"
+            assert row.dtype == "float32"
+            assert row.audio_tokens == 25
+            assert row.prompt_tokens > 25
+            assert (row.start_s, row.end_s) == (0.0, 1.0)
+
+    def check_bad(letters):
+        found = {(row.recording_id, row.stage.value, row.reason.value) for row in letters}
+        assert ("short", "window", "too_short") in found
+
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        short = segment("short", NOISE[:100])
+        answers = (
+            pipeline
+            | beam.Create([segment("a"), segment("b"), short])
+            | AskAudioFlamingo(model="demo", tasks=[caption(max_new_tokens=8), task], device="cpu")
+        )
+        assert_that(answers.good, check_good, "good")
+        assert_that(answers.dead_letters, check_bad, "bad")
+
+
+def test_an_engine_that_is_lost_ends_the_bundle_instead_of_making_dead_letters(dofn):
+    dofn.start_bundle()
+    found = list(dofn.process(segment("a"), 0, None))
+    assert found == []
+    dofn._engine.close()
+    with pytest.raises(EngineFailed):
+        list(dofn.process(segment("b"), 0, None)) + list(dofn.finish_bundle())
+    dofn.start_bundle()
