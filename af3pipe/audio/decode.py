@@ -154,7 +154,7 @@ class _Decoding:
             return
         if self._is_short() and self._nothing_follows():
             raise self._short() from error
-        cause = getattr(error, "strerror", None) or str(error).strip() or repr(error)
+        cause = getattr(error, "strerror", None) or str(error).removeprefix("Error : ").strip(" .") or repr(error)
         detail = f"The {self.source.info.codec} decoder failed after {self.position_s:.1f} s: {cause}."
         raise self.rejected(Reason.DECODE_ERROR, detail) from error
 

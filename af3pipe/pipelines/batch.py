@@ -15,7 +15,6 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from af3pipe import storage
-from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint, open_checkpoint
 from af3pipe.models.tasks import resolve, table_of
 from af3pipe.pipelines.accounting import (
@@ -297,16 +296,3 @@ def is_in_process(options: PipelineOptions) -> bool:
         options.view_as(StandardOptions).runner in _IN_PROCESS
         and options.get_all_options().get("direct_running_mode") != "multi_processing"
     )
-
-
-__all__ = [
-    "ModelError",
-    "Progress",
-    "RunFailed",
-    "RunReport",
-    "build",
-    "explain_failure",
-    "is_in_process",
-    "preflight",
-    "run",
-]

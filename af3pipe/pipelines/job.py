@@ -10,11 +10,11 @@ import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from af3pipe.audio.decode import OverLength
 from af3pipe.models.engine import ENGINES
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import answer, caption, prompt, transcript
 from af3pipe.schemas import Decoding, Task
-from af3pipe.transforms.decode import OverLength
 
 
 class JobError(Exception):

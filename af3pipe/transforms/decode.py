@@ -3,12 +3,12 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import apache_beam as beam
 
 from af3pipe import storage
-from af3pipe.audio.decode import read_segments
+from af3pipe.audio.decode import OverLength, read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.models.family import DEFAULT_MODEL, open_checkpoint
 from af3pipe.schemas import DeadLetter, Recording, Segment, Stage
@@ -22,8 +22,6 @@ from af3pipe.transforms.outcome import (
     to_dead_letter,
 )
 from af3pipe.transforms.overlap import OverlapDoFn
-
-OverLength = Literal["dead-letter", "truncate", "split"]
 
 
 def open_segments(
