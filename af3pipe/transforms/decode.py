@@ -108,7 +108,8 @@ class DecodeAudio(beam.PTransform):
         revision: Of the model on the hub.
         over_length: What becomes of a recording longer than the cap: `dead-letter`; `truncate`, which answers for
             the first part; `split`, which makes consecutive segments of it.
-        threads: Recordings decoded at once; the default is one per core, 8 at most.
+        threads: Recordings opened and decoded at once; the default is 4 more than cores, since a thread often
+            waits for the store, and 8 at most, since each holds a segment.
 
     Raises:
         ValueError: `over_length` is not one of the three.
@@ -129,7 +130,7 @@ class DecodeAudio(beam.PTransform):
             model=model,
             revision=revision,
             over_length=over_length,
-            threads=threads or min(os.cpu_count() or 1, 8),
+            threads=threads or min((os.cpu_count() or 1) + 4, 8),
         )
 
     def expand(self, inputs: Any) -> Any:
