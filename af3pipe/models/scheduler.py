@@ -84,9 +84,10 @@ class JobQueue:
         with self._changed:
             began = time.perf_counter()
             self._changed.wait_for(lambda: self._jobs or self._failure)
-            self._idle_s += time.perf_counter() - began if self._begun else 0.0
-            self._begun = True
+            if not self._begun:
+                began, self._begun = time.perf_counter(), True
             self._changed.wait_for(lambda: self._failure or self._fitting()[1], _GATHER_S)
+            self._idle_s += time.perf_counter() - began
             self.raise_if_closed()
             jobs = [self._jobs.popleft() for _ in range(self._fitting()[0])]
             self._changed.notify_all()
@@ -110,7 +111,7 @@ class JobQueue:
             raise self._failure
 
     def take_idle_s(self) -> float:
-        """Seconds that `take` waited for a first job since this was last asked, counted from the first job on."""
+        """Seconds that `take` waited for jobs since this was last asked, counted from the first job on."""
         with self._changed:
             idle_s, self._idle_s = self._idle_s, 0.0
         return idle_s

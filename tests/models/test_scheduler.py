@@ -83,11 +83,18 @@ def test_idle_time_counts_from_the_first_job_on_and_once():
     queue = JobQueue(1, 1)
     threading.Timer(0.1, lambda: queue.put(job())).start()
     queue.take()
-    assert queue.take_idle_s() == 0
+    assert queue.take_idle_s() < 0.01  # a full batch: not even gathering
     threading.Timer(0.1, lambda: queue.put(job())).start()
     queue.take()
     assert 0.05 < queue.take_idle_s() < 2
     assert queue.take_idle_s() == 0
+
+
+def test_waiting_for_a_batch_to_fill_is_idle_time_too():
+    queue = JobQueue(4, 100)
+    queue.put(job())
+    queue.take()
+    assert queue.take_idle_s() > 0.04
 
 
 def test_a_job_is_answered_when_its_last_task_is_and_only_once():
