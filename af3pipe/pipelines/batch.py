@@ -1,6 +1,7 @@
 """The batch pipeline: recordings in, Parquet out, and the books of it."""
 
 import json
+import logging
 import platform
 import re
 import threading
@@ -15,8 +16,9 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from af3pipe import storage
+from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.tasks import resolve, table_of
+from af3pipe.models.tasks import table_of
 from af3pipe.pipelines.accounting import (
     RunCounts,
     count_run,
@@ -42,6 +44,7 @@ from af3pipe.transforms import (
 from af3pipe.transforms.read import list_recordings
 from af3pipe.transforms.write import new_run_id
 
+_log = logging.getLogger(__name__)
 _IN_PROCESS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
 _PACKAGES = ("apache-beam", "torch", "transformers", "pyarrow", "soundfile", "av", "soxr", "fsspec")
 
@@ -126,8 +129,11 @@ class _CountFound(beam.PTransform):
         )
 
 
-def preflight(job: JobConfig) -> Checkpoint:
+def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
     """What can be known to fail is found before a worker starts or a model is loaded.
+
+    Returns:
+        The checkpoint; None where it cannot be read here and the workers are elsewhere: they may well have it.
 
     Raises:
         JobError: No input matches, or the output cannot be written.
@@ -142,7 +148,13 @@ def preflight(job: JobConfig) -> Checkpoint:
         storage.check_writable(job.output)
     except storage.StorageError as error:
         raise JobError(f"output: {error}") from error
-    return open_checkpoint(job.model, job.revision)
+    try:
+        return open_checkpoint(job.model, job.revision)
+    except ModelError as error:
+        if options.view_as(StandardOptions).runner in _IN_PROCESS:
+            raise
+        _log.warning("the model cannot be read on this machine, only the workers can tell: %s", error)
+        return None
 
 
 def run(
@@ -164,8 +176,8 @@ def run(
         JobError, ModelError: Found before anything was started.
         RunFailed: The pipeline failed.
     """
-    checkpoint = preflight(job)
     options = beam_options(job, list(beam_flags))
+    checkpoint = preflight(job, options)
     run_id = new_run_id()
     pipeline = beam.Pipeline(options=options)
     build(pipeline, job, run_id)
@@ -179,10 +191,8 @@ def run(
     on_progress(_progress(metrics.tally() - before, wall_s))
     counted = _counters(result)
     counts = count_run(job.output, run_id)
-    tasks = [resolve(task, checkpoint.family) for task in job.all_tasks()]
-    fill_empty_tables(
-        job.output, sorted({"recordings", "dead_letters", *(table_of(task.name) for task in tasks)}), run_id
-    )
+    tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
+    fill_empty_tables(job.output, sorted(tables), run_id)
     report = RunReport(run_id, counts, wall_s, counted)
     _write_record(job, checkpoint, options, report)
     return report
@@ -249,7 +259,7 @@ def _counters(result: Any) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _write_record(job: JobConfig, checkpoint: Checkpoint, options: PipelineOptions, report: RunReport) -> None:
+def _write_record(job: JobConfig, checkpoint: Checkpoint | None, options: PipelineOptions, report: RunReport) -> None:
     """The run's own record, written last: who finds it knows that the run is complete."""
     counts = report.counts
     record = {
@@ -258,12 +268,7 @@ def _write_record(job: JobConfig, checkpoint: Checkpoint, options: PipelineOptio
         "wall_s": round(report.wall_s, 3),
         "job": job.model_dump(mode="json"),
         "runner": options.view_as(StandardOptions).runner,
-        "model": {
-            "id": checkpoint.model_id,
-            "revision": checkpoint.revision,
-            "family": checkpoint.family,
-            "licence": checkpoint.licence,
-        },
+        "model": _model_record(job, checkpoint),
         "versions": _versions(),
         "recordings_found": counts.found,
         "recordings": counts.states,
@@ -278,6 +283,17 @@ def _write_record(job: JobConfig, checkpoint: Checkpoint, options: PipelineOptio
     uri = storage.join(job.output, "_runs", f"{report.run_id}.json")
     storage.write_atomic(uri, json.dumps(record, indent=1, ensure_ascii=False).encode())
     storage.delete(found_uri(job.output, report.run_id))
+
+
+def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, str | None]:
+    if checkpoint is None:  # the answers' own columns say which it was
+        return {"id": job.model, "revision": job.revision, "family": None, "licence": None}
+    return {
+        "id": checkpoint.model_id,
+        "revision": checkpoint.revision,
+        "family": checkpoint.family,
+        "licence": checkpoint.licence,
+    }
 
 
 def _versions() -> dict[str, str]:

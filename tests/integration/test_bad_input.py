@@ -10,7 +10,7 @@ import pytest
 
 from af3pipe.models.engine import ModelError
 from af3pipe.pipelines import batch
-from af3pipe.pipelines.job import JobError, make_job
+from af3pipe.pipelines.job import JobError, beam_options, make_job
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 
@@ -210,3 +210,9 @@ def test_a_request_that_breaks_the_model_costs_no_other(tmp_path, monkeypatch):
     assert "these frames are poison" in letter["detail"]
     assert "breaks" in letter["traceback"]
     assert json.loads(letter["input"])["tasks"][0]["name"] == "caption"
+
+
+def test_a_model_that_only_the_workers_have_does_not_stop_the_launcher(tmp_path, caplog):
+    wanted = job(tmp_path, model=str(tmp_path / "baked_into_the_image"))
+    assert batch.preflight(wanted, beam_options(wanted, ["--runner=FlinkRunner"])) is None
+    assert "only the workers can tell" in caplog.text
