@@ -49,6 +49,12 @@ def test_the_graph_builds_without_torch(tmp_path):
     assert done.stdout.strip() == "built", done.stderr
 
 
+def test_the_command_line_does_not_import_torch_where_it_is_installed():
+    code = "import sys, af3pipe.cli; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_the_hiding_hides():
     assert "No module named 'torch'" in run_without_torch("import torch").stderr
 

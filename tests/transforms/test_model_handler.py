@@ -10,8 +10,8 @@ from apache_beam.testing.util import assert_that
 from af3pipe.models import EngineOptions, caption
 from af3pipe.models.family import open_checkpoint
 from af3pipe.schemas import DeadLetter, Recording
-from af3pipe.transforms import AudioFlamingoModelHandler
 from af3pipe.transforms.decode import open_segments
+from af3pipe.transforms.model_handler import AudioFlamingoModelHandler
 
 OPTIONS = EngineOptions("demo", device="cpu", batch_size=4)
 
