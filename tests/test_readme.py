@@ -1,0 +1,45 @@
+"""What README shows is what works."""
+
+import ast
+import re
+from pathlib import Path
+
+import yaml
+from typer.testing import CliRunner
+
+from af3pipe import cli
+from af3pipe.pipelines.accounting import TABLE_SCHEMAS
+from af3pipe.pipelines.job import make_job
+from af3pipe.schemas import Reason, Stage
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_job_file_is_one():
+    (text,) = re.findall(r"(?:^    .*\n)*^    fail_on_dead_letters.*\n(?:^    .*\n)*", README, re.MULTILINE)
+    job = make_job(yaml.safe_load(text), "README")
+    assert [task.name for task in job.all_tasks()] == ["caption", "transcript", "mood", "answer"]
+
+
+def test_the_options_shown_exist():
+    help_text = CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "200"}).output
+    shown = set(re.findall(r"--(?:task|question|over-length|model|output|fail-on-dead-letters)\b", README))
+    assert len(shown) == 6
+    assert all(option in help_text for option in shown)
+
+
+def test_the_python_shown_is_python_and_its_names_exist():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    imports = [node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), "README", "exec"), {})
+
+
+def test_the_tables_named_are_those_written():
+    assert all(f"{table}/" in README for table in TABLE_SCHEMAS)
+
+
+def test_every_reason_and_stage_is_explained():
+    text = (ROOT / "docs" / "dead-letters.md").read_text(encoding="utf-8")
+    assert [reason for reason in Reason if f"| `{reason.value}` |" not in text] == []
+    assert [stage for stage in Stage if f"`{stage.value}`" not in text] == []
