@@ -232,6 +232,8 @@ def _run(job: JobConfig, beam_flags: list[str]) -> batch.RunReport:
     except batch.RunFailed as error:
         _log.debug("the pipeline failed", exc_info=error)
         _stop(f"the run failed: {error}", EXIT_FAILED)
+    except (storage.StorageError, Rejected) as error:
+        _stop(f"the answers are written, but the run's books are not: {error}", EXIT_FAILED)
 
 
 def _stop(message: str, code: int) -> NoReturn:

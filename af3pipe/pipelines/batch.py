@@ -18,7 +18,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from af3pipe import storage
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.tasks import table_of
+from af3pipe.models.tasks import resolve, table_of
 from af3pipe.pipelines.accounting import (
     RunCounts,
     count_run,
@@ -137,7 +137,7 @@ def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
 
     Raises:
         JobError: No input matches, or the output cannot be written.
-        ModelError: The checkpoint cannot be found or is of a family that is not supported.
+        ModelError: The checkpoint cannot be found, is of a family that is not supported, or does not know a task.
     """
     if not any(True for name in job.inputs for _ in list_recordings(name)):
         raise JobError(
@@ -149,12 +149,15 @@ def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
     except storage.StorageError as error:
         raise JobError(f"output: {error}") from error
     try:
-        return open_checkpoint(job.model, job.revision)
+        checkpoint = open_checkpoint(job.model, job.revision)
     except ModelError as error:
         if options.view_as(StandardOptions).runner in _IN_PROCESS:
             raise
         _log.warning("the model cannot be read on this machine, only the workers can tell: %s", error)
         return None
+    for task in job.all_tasks():
+        resolve(task, checkpoint.family)  # raises where the family has no prompt for it, or nobody knows its parser
+    return checkpoint
 
 
 def run(
@@ -175,12 +178,16 @@ def run(
     Raises:
         JobError, ModelError: Found before anything was started.
         RunFailed: The pipeline failed.
+        StorageError, Rejected: The pipeline is done, but its books cannot be written or read back.
     """
     options = beam_options(job, list(beam_flags))
     checkpoint = preflight(job, options)
     run_id = new_run_id()
-    pipeline = beam.Pipeline(options=options)
-    build(pipeline, job, run_id)
+    try:
+        pipeline = beam.Pipeline(options=options)
+        build(pipeline, job, run_id)
+    except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
+        raise JobError(str(error)) from error
     started = time.monotonic()
     before = metrics.tally()
     background = _Background(pipeline)
@@ -189,11 +196,9 @@ def run(
     result = background.result()
     wall_s = time.monotonic() - started
     on_progress(_progress(metrics.tally() - before, wall_s))
-    counted = _counters(result)
-    counts = count_run(job.output, run_id)
+    report = RunReport(run_id, count_run(job.output, run_id), wall_s, _counters(result))
     tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
     fill_empty_tables(job.output, sorted(tables), run_id)
-    report = RunReport(run_id, counts, wall_s, counted)
     _write_record(job, checkpoint, options, report)
     return report
 

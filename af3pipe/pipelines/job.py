@@ -15,6 +15,7 @@ from af3pipe.models.engine import ENGINES
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import answer, caption, prompt, transcript
 from af3pipe.schemas import Decoding, Task
+from af3pipe.transforms.ask import check_tasks
 
 
 class JobError(Exception):
@@ -139,6 +140,11 @@ class JobConfig(_Strict):
     def _engine_is_known(self) -> "JobConfig":
         if self.engine not in ENGINES:
             raise ValueError(f"engine is {self.engine!r}, which is not known; choose from {', '.join(ENGINES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_right(self) -> "JobConfig":
+        check_tasks(self.all_tasks())
         return self
 
     def all_tasks(self) -> list[Task]:

@@ -91,6 +91,17 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
     )
 
 
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raises ValueError for no task, and for two that nobody could tell apart in the output."""
+    if not tasks:
+        raise ValueError("tasks is empty; ask at least one, for example tasks=[caption()]")
+    names = [(task.name, task.question_id) for task in tasks]
+    for task in tasks:
+        if names.count((task.name, task.question_id)) > 1:
+            asked = f"question {task.question!r}" if task.question else f"task {task.name!r}"
+            raise ValueError(f"{asked} is asked twice; leave one out, or give it a name or id of its own")
+
+
 class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     """Emits `Answer`; pieces of answers to be stitched to the tag `parts`; `DeadLetter` to `dead_letters`.
 
@@ -233,12 +244,7 @@ class AskAudioFlamingo(beam.PTransform):
         batch_audio_s: float = EngineOptions._field_defaults["batch_audio_s"],
     ) -> None:
         super().__init__()
-        if not tasks:
-            raise ValueError("tasks is empty; ask at least one, for example tasks=[caption()]")
-        names = [(task.name, task.question_id) for task in tasks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"task {name[0]!r} is asked twice; give the second one another name")
+        check_tasks(tasks)
         options = EngineOptions(model, engine, revision, dtype, device, batch_size, batch_audio_s)
         self._dofn = AskDoFn(options, tasks)
 

@@ -8,7 +8,7 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from af3pipe.models.engine import Engine, EngineOptions, open_engine
 from af3pipe.models.tasks import resolve
 from af3pipe.schemas import DeadLetter, Request, Segment, Stage, Task
-from af3pipe.transforms.ask import iter_result
+from af3pipe.transforms.ask import check_tasks, iter_result
 from af3pipe.transforms.outcome import outcomes, to_dead_letter
 
 
@@ -23,13 +23,12 @@ class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, Engine])
         tasks: What is asked of every segment.
 
     Raises:
-        ValueError: No task.
+        ValueError: No task, or two of the same name and question.
     """
 
     def __init__(self, options: EngineOptions, tasks: Sequence[Task]) -> None:
         super().__init__(max_batch_size=options.batch_size)
-        if not tasks:
-            raise ValueError("tasks is empty; ask at least one, for example tasks=[caption()]")
+        check_tasks(tasks)
         self._options = options
         self._tasks = tuple(tasks)
 

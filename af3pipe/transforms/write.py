@@ -151,6 +151,8 @@ class _WriteParquet(beam.PTransform):
         self._run_id = run_id or new_run_id()
 
     def expand(self, rows: Any) -> Any:
+        if not rows.is_bounded:
+            raise ValueError(f"{type(self).__name__} writes bounded collections only")
         row_class: Any = self._format.row_class
         count = beam.pvalue.AsSingleton(rows | "Count" >> beam.combiners.Count.Globally())
         return (

@@ -2,8 +2,9 @@
 
 import apache_beam as beam
 import pytest
+from apache_beam.transforms.periodicsequence import PeriodicImpulse
 
-from af3pipe.models import caption, prompt, transcript
+from af3pipe.models import answer, caption, prompt, transcript
 from af3pipe.pipelines.batch import build
 from af3pipe.pipelines.job import make_job
 from af3pipe.schemas import Segment
@@ -95,9 +96,11 @@ def test_segments_are_typed_for_the_next_transform():
         (lambda: DecodeAudio(over_length="cut"), "over_length is 'cut'; it must be one of dead-letter"),
         (lambda: AskAudioFlamingo(tasks=[]), "tasks is empty"),
         (lambda: AskAudioFlamingo(tasks=[caption(), caption()]), "task 'caption' is asked twice"),
+        (lambda: AskAudioFlamingo(tasks=[answer("Who?"), answer("Who?")]), "question 'Who\\?' is asked twice"),
         (lambda: beam.Pipeline() | ReadRecordings([]), "inputs is empty"),
+        (lambda: beam.Pipeline() | PeriodicImpulse() | WriteAnswers("out"), "WriteAnswers writes bounded"),
     ],
-    ids=["over_length", "no task", "task twice", "no input"],
+    ids=["over_length", "no task", "task twice", "question twice", "no input", "a stream"],
 )
 def test_mistakes_are_found_while_the_graph_is_built(make, says):
     with pytest.raises(ValueError, match=says):
