@@ -28,7 +28,7 @@ from af3pipe.pipelines.accounting import (
     write_found,
 )
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
-from af3pipe.schemas import Stage
+from af3pipe.schemas import DeadLetter, Reason, Recording, Stage
 from af3pipe.transforms import (
     AnswerRecordings,
     AskAudioFlamingo,
@@ -41,6 +41,7 @@ from af3pipe.transforms import (
     WriteRecordings,
     metrics,
 )
+from af3pipe.transforms.manifest import is_manifest
 from af3pipe.transforms.read import list_recordings
 from af3pipe.transforms.write import new_run_id
 
@@ -136,14 +137,10 @@ def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
         The checkpoint; None where it cannot be read here and the workers are elsewhere: they may well have it.
 
     Raises:
-        JobError: No input matches, or the output cannot be written.
+        JobError: No input matches, one cannot be read, or the output cannot be written.
         ModelError: The checkpoint cannot be found, is of a family that is not supported, or does not know a task.
     """
-    if not any(True for name in job.inputs for _ in list_recordings(name)):
-        raise JobError(
-            f"no input matched: {', '.join(job.inputs)}. Check the spelling; quote globs, so that the shell "
-            "leaves them alone; a folder is searched for audio files only"
-        )
+    _check_inputs(job.inputs)
     try:
         storage.check_writable(job.output)
     except storage.StorageError as error:
@@ -158,6 +155,27 @@ def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
     for task in job.all_tasks():
         resolve(task, checkpoint.family)  # raises where the family has no prompt for it, or nobody knows its parser
     return checkpoint
+
+
+def _check_inputs(inputs: Iterable[str]) -> None:
+    """Each input is looked at as far as its first recording.
+
+    A file that is missing beside others is a dead letter of the run; a folder, glob or manifest that cannot be read
+    would be any number of recordings, so the job does not start.
+    """
+    found: list[Recording | DeadLetter] = []
+    for name in inputs:
+        first = next(list_recordings(name), None)
+        if isinstance(first, DeadLetter) and first.uri == name:  # the input itself, not a row of it
+            if first.reason is not Reason.NOT_FOUND or is_manifest(name):
+                raise JobError(f"input {name}: {first.detail}")
+        elif first is not None:
+            found.append(first)
+    if not found:
+        raise JobError(
+            f"no input matched: {', '.join(inputs)}. Check the spelling; quote globs, so that the shell "
+            "leaves them alone; a folder is searched for audio files only"
+        )
 
 
 def run(

@@ -160,9 +160,25 @@ def test_what_may_not_be_read_is_a_dead_letter(tmp_path):
     assert report.counts.states == {"ok": 1, "dead_letter": 1}
 
 
-def test_no_input_matched(tmp_path):
+@pytest.mark.parametrize("name", ["*.nothing", "missing.wav", "no/such/folder", "in/*.flac"])
+def test_no_input_matched(tmp_path, name):
     with pytest.raises(JobError, match="no input matched"):
-        batch.run(job(tmp_path, inputs=[str(tmp_path / "*.nothing")]))
+        batch.run(job(tmp_path, inputs=[str(tmp_path / name)]))
+
+
+def test_a_manifest_that_cannot_be_read_does_not_pass_for_one_dead_letter(tmp_path):
+    wanted = job(tmp_path, inputs=[str(tmp_path / "in"), str(tmp_path / "gone.csv")])
+    with pytest.raises(JobError, match=r"input .*gone\.csv: "):
+        batch.run(wanted)
+
+
+def test_a_folder_that_may_not_be_listed_does_not_pass_for_one_dead_letter(tmp_path):
+    wanted = job(tmp_path)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    (tmp_path / "in").chmod(0)
+    with nobody(), pytest.raises(JobError, match=r"input .*/in: "):
+        batch.run(wanted)
 
 
 def test_an_output_that_cannot_be_written_fails_before_any_model_is_looked_for(tmp_path):
