@@ -28,6 +28,8 @@ class ConstantEngine:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    is_open = True
+
     def submit(self, request: Request) -> "Future[list[Reply]]":
         future: Future[list[Reply]] = Future()
         self._queue.put((request, future))

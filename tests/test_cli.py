@@ -123,6 +123,24 @@ def test_nothing_to_read_exits_2(tmp_path):
     assert "no input matched" in done.output
 
 
+def test_the_same_missing_file_twice_is_one_dead_letter(archive, tmp_path):
+    done = quick(archive, tmp_path / "out", tmp_path / "nope.wav", tmp_path / "nope.wav")
+    assert done.exit_code == 0, done.output
+    assert "3 found = 2 dead_letter, 1 ok (reconciles)" in done.output
+
+
+def test_secrets_are_not_recorded(archive, tmp_path):
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"inputs: {archive}\noutput: {tmp_path / 'out'}\nmodel: demo\nmax_new_tokens: 4\n"
+        "beam: {s3_secret_access_key: SECRET123, s3_session_token: SECRET123}\n"
+    )
+    assert run("run", job).exit_code == 0
+    (record,) = (tmp_path / "out" / "_runs").glob("*.json")
+    assert "SECRET123" not in record.read_text()
+    assert json.loads(record.read_text())["job"]["max_new_tokens"] == 4
+
+
 def test_counts_that_do_not_reconcile_exit_1_and_name_the_gap(archive, tmp_path, monkeypatch):
     settle = reconcile.settle
     monkeypatch.setattr(

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -475,5 +476,7 @@ def test_names_around_a_uri():
     assert (storage.parent("a.csv"), storage.parent("/a.csv")) == (".", "/")
     assert storage.resolve("sub/a.wav", "s3://bucket/lists") == "s3://bucket/lists/sub/a.wav"
     assert storage.resolve("./a.wav", "/data") == "/data/a.wav"
-    for absolute in ("gs://b/a.wav", "/data/a.wav", "~/a.wav"):
+    assert storage.resolve("~/a.wav", "s3://bucket/lists") == str(Path("~/a.wav").expanduser())
+    assert storage.resolve("a.wav", "lists") == str(Path("lists/a.wav").absolute())
+    for absolute in ("gs://b/a.wav", "/data/a.wav"):
         assert storage.resolve(absolute, "s3://bucket/lists") == absolute

@@ -83,6 +83,11 @@ class Engine(Protocol):
         """What was opened."""
         ...
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it still answers; once closed or lost, never again."""
+        ...
+
     def submit(self, request: Request) -> "Future[list[Reply]]":
         """Queues a request; blocks while the queue is full.
 
@@ -138,12 +143,14 @@ _shared_lock = threading.Lock()
 def acquire_engine(options: EngineOptions) -> Engine:
     """The process's one engine for these options; the first caller loads it while the others wait.
 
+    One that is lost is replaced by a new one: a runner tries a failed bundle again in the same process.
+
     Pair each call with one `release_engine`.
     """
     with _shared_lock:
         shared = _shared.setdefault(options, _Shared())
     with shared.lock:
-        if shared.engine is None:
+        if shared.engine is None or not shared.engine.is_open:
             shared.engine = open_engine(options)
         shared.users += 1
         return shared.engine

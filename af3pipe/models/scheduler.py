@@ -105,6 +105,11 @@ class JobQueue:
             if job.future.set_running_or_notify_cancel():
                 job.fail(self._failure)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether jobs may still be put."""
+        return self._failure is None
+
     def raise_if_closed(self) -> None:
         """Raises what the queue was closed with, once it is."""
         if self._failure:

@@ -167,10 +167,13 @@ def parse(task: Task, text: str) -> tuple[str, str | None]:
         Rejected: The reply is not what the task allows; the detail quotes it.
     """
     try:
-        return load_parser(task.parser)(task, text)
-    except ValueError as error:
+        kept, choice = load_parser(task.parser)(task, text)
+        if not isinstance(kept, str) or not isinstance(choice, str | None):
+            raise ValueError(f"parser {task.parser!r} gave {kept!r} and {choice!r}, not text and a choice or None")
+    except (TypeError, ValueError) as error:
         detail = f"task {task.name!r}: {error}; the reply was {_quote(text)}"
         raise Rejected(Stage.PARSE, Reason.OUTPUT_INVALID, detail) from error
+    return kept, choice
 
 
 @functools.cache

@@ -107,6 +107,11 @@ class TransformersEngine:
         """What was opened."""
         return self._info
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it still answers."""
+        return self._queue.is_open
+
     def submit(self, request: Request) -> "Future[list[Reply]]":
         """Queues a request; blocks while about two batches are waiting."""
         job = Job(request, len(request.samples) / self._inputs.checkpoint.limits.sample_rate)

@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -41,7 +41,6 @@ from af3pipe.transforms import (
     WriteRecordings,
     metrics,
 )
-from af3pipe.transforms.manifest import is_manifest
 from af3pipe.transforms.read import list_recordings
 from af3pipe.transforms.write import new_run_id
 
@@ -92,6 +91,7 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
         device=job.device,
         batch_size=job.batch_size,
         batch_audio_s=job.batch_audio_s,
+        question_tokens=job.max_new_tokens or 256,
     )
     recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs)
     answers: Outcome = recordings | "AnswerRecordings" >> AnswerRecordings(decode, ask, accelerator=job.accelerator)
@@ -99,7 +99,7 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
         "recordings": recordings.good,
         "answers": answers.good,
         "dead_letters": answers.dead_letters,
-    } | "ReconcileRecordings" >> ReconcileRecordings()
+    } | "ReconcileRecordings" >> ReconcileRecordings(tasks)
     _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, run_id=run_id)
     _ = answers.dead_letters | "WriteDeadLetters" >> WriteDeadLetters(job.output, run_id=run_id)
     _ = results | "WriteRecordings" >> WriteRecordings(job.output, run_id=run_id)
@@ -157,20 +157,23 @@ def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
     return checkpoint
 
 
-def _check_inputs(inputs: Iterable[str]) -> None:
+def _check_inputs(inputs: Sequence[str]) -> None:
     """Each input is looked at as far as its first recording.
 
-    A file that is missing beside others is a dead letter of the run; a folder, glob or manifest that cannot be read
-    would be any number of recordings, so the job does not start.
+    An audio file that is missing beside others is a dead letter of the run; a folder, glob or manifest that is
+    missing or cannot be read would be any number of recordings, so the job does not start. An empty one is no error.
     """
     found: list[Recording | DeadLetter] = []
     for name in inputs:
         first = next(list_recordings(name), None)
         if isinstance(first, DeadLetter) and first.uri == name:  # the input itself, not a row of it
-            if first.reason is not Reason.NOT_FOUND or is_manifest(name):
+            is_audio_file = storage.name(name).rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
+            if first.reason is not Reason.NOT_FOUND or (not is_audio_file and len(inputs) > 1):
                 raise JobError(f"input {name}: {first.detail}")
         elif first is not None:
             found.append(first)
+        else:
+            _log.warning("input %s matches nothing", name)
     if not found:
         raise JobError(
             f"no input matched: {', '.join(inputs)}. Check the spelling; quote globs, so that the shell "
@@ -203,7 +206,9 @@ def run(
     run_id = new_run_id()
     try:
         pipeline = beam.Pipeline(options=options)
-        build(pipeline, job, run_id)
+        # A branch may move while the run lasts: every worker takes the commit that was looked at here.
+        pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
+        build(pipeline, job.model_copy(update=pinned), run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error
     started = time.monotonic()
@@ -289,7 +294,7 @@ def _write_record(job: JobConfig, checkpoint: Checkpoint | None, options: Pipeli
         "run_id": report.run_id,
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "wall_s": round(report.wall_s, 3),
-        "job": job.model_dump(mode="json"),
+        "job": _without_secrets(job.model_dump(mode="json")),
         "runner": options.view_as(StandardOptions).runner,
         "model": _model_record(job, checkpoint),
         "versions": _versions(),
@@ -317,6 +322,22 @@ def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, st
         "family": checkpoint.family,
         "licence": checkpoint.licence,
     }
+
+
+_SECRET_NAME = re.compile(r"secret|token|password|credential|connection_string|access_key|api_key", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@|(?<=[?&])(?:[\w-]*(?:sig|token|key)[\w-]*)=[^&\s]+", re.IGNORECASE)
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    """The job as it is recorded: what is named like a secret, or stands in a URL like one, is not."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item, name) for item in value]
+    if isinstance(value, str):
+        is_secret = _SECRET_NAME.search(name)
+        return "***" if is_secret else _USER_IN_URL.sub("***", value)
+    return value
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -23,7 +23,9 @@ class JobError(Exception):
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, Mapping)) else value
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class _Strict(BaseModel):
@@ -126,7 +128,7 @@ class JobConfig(_Strict):
     batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
     decode_threads: Annotated[int, Field(gt=0)] | None = None
     accelerator: str | None = None
-    fail_on_dead_letters: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%?$")] | None = None
+    fail_on_dead_letters: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$")] | None = None
     beam: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -149,12 +151,15 @@ class JobConfig(_Strict):
 
     def all_tasks(self) -> list[Task]:
         """What is asked of every recording; a caption where the job names nothing."""
-        asked = [*(task.to_task() for task in self.tasks), *(question.to_task() for question in self.questions)]
-        asked = asked or [caption()]
-        if self.max_new_tokens:
-            limit = self.max_new_tokens
-            asked = [task._replace(decoding=task.decoding._replace(max_new_tokens=limit)) for task in asked]
-        return asked
+        configs: list[TaskConfig | QuestionConfig] = [*self.tasks, *self.questions] or [TaskConfig(name="caption")]
+        return [self._limited(config) for config in configs]
+
+    def _limited(self, config: "TaskConfig | QuestionConfig") -> Task:
+        """The task, under the job's limit where it has none of its own."""
+        task = config.to_task()
+        if self.max_new_tokens is None or config.max_new_tokens is not None:
+            return task
+        return task._replace(decoding=task.decoding._replace(max_new_tokens=self.max_new_tokens))
 
     def dead_letters_allowed(self, recordings: int) -> float:
         """How many dead letters the run may have."""
@@ -187,6 +192,8 @@ def load_job_values(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: is not UTF-8: {error}") from error
     except yaml.YAMLError as error:
         raise JobError(f"{path}: is not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -223,12 +230,15 @@ def beam_options(job: JobConfig, flags: Sequence[str] = ()) -> PipelineOptions:
     Raises:
         JobError: A setting that loses elements.
     """
+    for key in job.beam:
+        _check_beam_name(f"--{key}", f"beam.{key}")
     listed = [flag for key, value in job.beam.items() for flag in _beam_flags(key, value)]
     options = PipelineOptions([*listed, *flags])
     found = options.get_all_options()
     if found.get("runner") is None:
         options = PipelineOptions(["--runner=FnApiRunner", *listed, *flags])
-    if found.get("direct_running_mode") == "multi_threading" and (found.get("direct_num_workers") or 0) not in (0, 1):
+    # 0 workers are as many as there are cores.
+    if found.get("direct_running_mode") == "multi_threading" and found.get("direct_num_workers") not in (None, 1):
         raise JobError(
             "direct_running_mode is 'multi_threading' with several workers, which loses elements in Beam's "
             "in-process runner; use multi_processing"
@@ -252,15 +262,10 @@ def split_beam_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         JobError: A flag that neither knows, so that a misspelt one is not taken for an input.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for options in PipelineOptions.__subclasses__():
-        options._add_argparse_args(_Tolerant(parser))
-    names = {name for action in parser._actions for name in action.option_strings}
-    unknown = next((token for token in tokens if _is_flag(token) and token.split("=")[0] not in names), None)
-    if unknown is not None:
-        near = difflib.get_close_matches(unknown.split("=")[0], sorted(names), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise JobError(f"{unknown} is neither an option of af3pipe nor of Beam{hint}")
+    parser = _beam_parser()
+    for token in tokens:
+        if token.startswith("-") and token != "-":
+            _check_beam_name(token.split("=")[0], token)
     _, inputs = parser.parse_known_args(list(tokens))
     left = list(inputs)
     flags = []
@@ -272,8 +277,27 @@ def split_beam_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     return inputs, flags
 
 
-def _is_flag(token: str) -> bool:
-    return token.startswith("--")
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one sentence, and lets the caller end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise JobError(f"option for Beam: {message}")
+
+
+def _beam_parser() -> _Parser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for options in PipelineOptions.__subclasses__():
+        options._add_argparse_args(_Tolerant(parser))
+    return parser
+
+
+def _check_beam_name(name: str, as_written: str) -> None:
+    names = {known for action in _beam_parser()._actions for known in action.option_strings}
+    if name not in names:
+        own = {f"--{key.replace('_', '-')}" for key in JobConfig.model_fields} | {"--task", "--question", "--prompt"}
+        near = difflib.get_close_matches(name, sorted(names | own), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise JobError(f"{as_written} is neither an option of af3pipe nor of Beam{hint}")
 
 
 class _Tolerant:

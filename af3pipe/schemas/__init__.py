@@ -10,7 +10,7 @@ from af3pipe.schemas.answer import (
     TimedText,
     answer_key,
 )
-from af3pipe.schemas.dead_letter import DEAD_LETTER_SCHEMA, DeadLetter, Reason, Rejected, Stage
+from af3pipe.schemas.dead_letter import DEAD_LETTER_SCHEMA, DeadLetter, Reason, Rejected, Stage, dead_letter_key
 from af3pipe.schemas.recording import (
     RECORDING_SCHEMA,
     AudioInfo,
@@ -43,5 +43,6 @@ __all__ = [
     "TerminalState",
     "TimedText",
     "answer_key",
+    "dead_letter_key",
     "make_recording_id",
 ]

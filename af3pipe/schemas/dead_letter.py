@@ -1,5 +1,6 @@
 """What could not be answered: stages, reasons, the row, and the one exception that bad input raises."""
 
+import hashlib
 from enum import Enum
 from typing import NamedTuple
 
@@ -123,6 +124,12 @@ class DeadLetter(NamedTuple):
     input: str
     run_id: str
     created_at: int
+
+
+def dead_letter_key(letter: DeadLetter) -> str:
+    """Names a dead letter: the same failure of the same thing is the same row, however often it is told."""
+    text = "\x00".join((letter.recording_id, letter.stage.value, letter.reason.value, letter.input))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 DEAD_LETTER_SCHEMA = pa.schema(

@@ -60,7 +60,7 @@ class Recording(NamedTuple):
 def make_recording_id(uri: str, offset_s: float = 0.0, duration_s: float | None = None) -> str:
     """Names a recording by what it is: 20 hex digits over the URI and the time range taken from it."""
     text = "\x00".join((uri, repr(float(offset_s)), repr(None if duration_s is None else float(duration_s))))
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:20]
 
 
 class AudioInfo(NamedTuple):

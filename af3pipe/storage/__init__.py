@@ -166,8 +166,9 @@ def parent(uri: str) -> str:
 
 def resolve(named: str, folder: str) -> str:
     """`named` where it is a URL or an absolute path, else what it names below `folder`."""
-    absolute = "://" in named or named.startswith(("/", "~"))
-    return named if absolute else join(folder, named.removeprefix("./"))
+    if "://" in named or ("://" in folder and not named.startswith(("/", "~"))):
+        return named if "://" in named else join(folder, named.removeprefix("./"))
+    return str(Path(folder, Path(named).expanduser()).absolute())
 
 
 def _is_local(fs: Any) -> bool:

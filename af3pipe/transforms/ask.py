@@ -1,5 +1,6 @@
 """Segments to answers, on the process's one engine."""
 
+import json
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -109,11 +110,12 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     bounded by count and by seconds of audio: one runner gives a whole stage as one bundle.
     """
 
-    def __init__(self, options: EngineOptions, tasks: Sequence[Task]) -> None:
+    def __init__(self, options: EngineOptions, tasks: Sequence[Task], question_tokens: int = 256) -> None:
         # Two batches: one that the engine works on, one that it finds when it is done.
         super().__init__(2 * options.batch_size, 2 * options.batch_audio_s)
         self._options = options
         self._asked = tuple(tasks)
+        self._question_tokens = question_tokens
 
     def setup(self) -> None:
         self._engine = acquire_engine(self._options)
@@ -129,7 +131,8 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
 
     def tasks_of(self, recording: Recording) -> tuple[Task, ...]:
         """The job's tasks and the recording's own questions, each once."""
-        own = (answer(q.text, choices=q.choices, question_id=q.question_id) for q in recording.questions)
+        limit = self._question_tokens
+        own = (answer(q.text, q.choices, q.question_id, max_new_tokens=limit) for q in recording.questions)
         tasks = (*self._tasks, *(resolve(task, self._info.family) for task in own))
         return tuple({(task.name, task.question_id): task for task in reversed(tasks)}.values())[::-1]
 
@@ -203,7 +206,7 @@ class _Stitch(beam.PTransform):
 
 
 def _stitch_key(part: Answer) -> str:
-    return f"{part.recording_id}/{part.task}/{part.question_id}"
+    return json.dumps([part.recording_id, part.task, part.question_id])  # ids may hold any separator
 
 
 def _stitch_group(_: str, parts: Iterable[Answer]) -> Answer:
@@ -226,6 +229,7 @@ class AskAudioFlamingo(beam.PTransform):
         device: `auto` is CUDA where there is one.
         batch_size: Most prompts decoded together.
         batch_audio_s: Most seconds of audio in them.
+        question_tokens: Longest reply to a recording's own questions.
 
     Raises:
         ValueError: No task, or two of the same name and question.
@@ -242,11 +246,12 @@ class AskAudioFlamingo(beam.PTransform):
         device: str = "auto",
         batch_size: int = EngineOptions._field_defaults["batch_size"],
         batch_audio_s: float = EngineOptions._field_defaults["batch_audio_s"],
+        question_tokens: int = 256,
     ) -> None:
         super().__init__()
         check_tasks(tasks)
         options = EngineOptions(model, engine, revision, dtype, device, batch_size, batch_audio_s)
-        self._dofn = AskDoFn(options, tasks)
+        self._dofn = AskDoFn(options, tasks, question_tokens)
 
     def expand(self, inputs: Any) -> Any:
         segments, before = split_input(inputs)

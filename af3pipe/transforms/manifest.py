@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
@@ -41,6 +42,17 @@ def read_manifest(uri: str) -> Iterator[Recording | Rejected]:
             yield _recording(_checked(row, where), uri, where)
         except Rejected as rejected:
             yield rejected
+        except Exception as error:  # noqa: BLE001 - whatever a row holds, the rows after it are read
+            yield Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where}: {type(error).__name__}: {error}")
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: names and JSON may hold half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def manifest_row_uri(uri: str, number: int) -> str:
@@ -52,17 +64,25 @@ def _rows(uri: str) -> Iterator[Any]:
     data = storage.read_bytes(uri)
     suffix = uri.lower().rsplit(".", 1)[-1]
     if suffix in ("jsonl", "ndjson"):
-        yield from (_json(line) for line in data.decode("utf-8-sig").splitlines() if line.strip())
+        # Not splitlines(): it would also split at U+2028, which JSON allows inside a string.
+        yield from (_json(line) for line in data.decode("utf-8-sig", "surrogateescape").split("\n") if line.strip())
         return
     try:
         if suffix == "parquet":
             table = pyarrow.parquet.read_table(BytesIO(data))
         else:
-            options = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == "tsv" else ",")
-            table = pyarrow.csv.read_csv(BytesIO(data), parse_options=options)
-    except pyarrow.ArrowInvalid as error:
+            table = _read_csv(data, "\t" if suffix == "tsv" else ",")
+    except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError to pyarrow
         raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"manifest {uri}: {error}") from error
     yield from table.to_pylist()
+
+
+def _read_csv(data: bytes, delimiter: str) -> pa.Table:
+    """All columns as text, as they are written: `007` is a name, and `2024-01-02` is what the user wants back."""
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter)
+    names = pyarrow.csv.open_csv(BytesIO(data), parse_options=parse).schema.names
+    as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    return pyarrow.csv.read_csv(BytesIO(data), parse_options=parse, convert_options=as_text)
 
 
 def _json(line: str) -> Any:
@@ -77,6 +97,8 @@ def _checked(row: Any, where: str) -> Mapping[str, Any]:
         raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where} is not JSON: {row}")
     if not isinstance(row, dict):
         raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where} is not an object with columns")
+    if not is_text(json.dumps(row, default=str, ensure_ascii=False)):
+        raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where} holds text that is not valid Unicode")
     return {name: value for name, value in row.items() if value is not None and value != ""}
 
 
@@ -122,6 +144,9 @@ def _questions(row: dict[str, Any], where: str) -> Iterator[Question]:
     choices = row.pop("choices", ())
     if isinstance(choices, str):
         choices = choices.split("|")
+    if not isinstance(choices, list | tuple):
+        detail = f"{where}: choices is {choices!r}; it must be a list, or text split at |"
+        raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail)
     options = tuple(str(choice).strip() for choice in choices)
     for text in [*_as_list(row.pop("question", [])), *_as_list(row.pop("questions", []))]:
         try:

@@ -1,18 +1,27 @@
 """The same engine behind Beam's RunInference, for pipelines that are built around it."""
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
-from af3pipe.models.engine import Engine, EngineOptions, open_engine
+from af3pipe.models.engine import EngineOptions, acquire_engine, release_engine
 from af3pipe.models.tasks import resolve
 from af3pipe.schemas import DeadLetter, Request, Segment, Stage, Task
 from af3pipe.transforms.ask import check_tasks, iter_result
 from af3pipe.transforms.outcome import outcomes, to_dead_letter
 
 
-class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, Engine]):
+class _Held:
+    """RunInference lets go of a model by forgetting it; the process's engine is given back then."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.engine = acquire_engine(options)
+        weakref.finalize(self, release_engine, options)
+
+
+class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, _Held]):
     """RunInference over `Segment`; `PredictionResult.inference` is a list of `Reply`, one per task.
 
     A request that fails gives its `DeadLetter` as `inference`, so that it never costs its batch. `AskAudioFlamingo`
@@ -32,15 +41,15 @@ class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, Engine])
         self._options = options
         self._tasks = tuple(tasks)
 
-    def load_model(self) -> Engine:
-        return open_engine(self._options)
+    def load_model(self) -> _Held:
+        return _Held(self._options)
 
     def run_inference(
-        self, batch: Sequence[Segment], model: Engine, inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[Segment], model: _Held, inference_args: dict[str, Any] | None = None
     ) -> Iterator[PredictionResult]:
-        info = model.info
+        info = model.engine.info
         tasks = tuple(resolve(task, info.family) for task in self._tasks)
-        futures = [model.submit(Request(segment.samples, tasks)) for segment in batch]
+        futures = [model.engine.submit(Request(segment.samples, tasks)) for segment in batch]
         for segment, future in zip(batch, futures, strict=True):
 
             def lost(error: Exception, segment: Segment = segment) -> DeadLetter:

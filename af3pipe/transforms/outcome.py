@@ -19,6 +19,14 @@ _FATAL = (ModelError, EngineFailed)
 """These say that the worker is unfit, not the recording: the runner has to see them."""
 
 
+_UNEXPECTED = {
+    Stage.LIST: Reason.UNREADABLE,
+    Stage.READ: Reason.UNREADABLE,
+    Stage.GENERATE: Reason.ENGINE_ERROR,
+    Stage.PARSE: Reason.OUTPUT_INVALID,
+}
+
+
 class Outcome(NamedTuple):
     """What a transform gives: what went well, and all dead letters so far.
 
@@ -42,8 +50,15 @@ def join_dead_letters(own: Any, before: tuple[Any, ...]) -> Any:
     return (own, *before) | "AllDeadLetters" >> beam.Flatten() if before else own
 
 
-def outcomes(items: Iterator[T], to_dead_letter: Callable[[Exception], DeadLetter]) -> Iterator[T | DeadLetter]:
+def outcomes(
+    items: Iterator[T], to_dead_letter: Callable[[Exception], DeadLetter], catch: type[Exception] = Exception
+) -> Iterator[T | DeadLetter]:
     """The items; where producing one raises, a dead letter in its place, and the end.
+
+    Args:
+        items: All of one recording: what follows an exception is lost with it.
+        to_dead_letter: Makes the row.
+        catch: What may become one; anything else is raised as it is.
 
     Raises:
         ModelError, EngineFailed: As they are: no recording is to blame.
@@ -52,7 +67,7 @@ def outcomes(items: Iterator[T], to_dead_letter: Callable[[Exception], DeadLette
         yield from items
     except _FATAL:
         raise
-    except Exception as error:  # noqa: BLE001 - a recording may fail in any way; none may end the job
+    except catch as error:  # a recording may fail in any way; none may end the job
         yield to_dead_letter(error)
 
 
@@ -84,7 +99,7 @@ def to_dead_letter(
         stage, reason, detail, trace = error.stage, error.reason, error.detail, None
         decoder, position_s = error.decoder, error.position_s
     else:
-        reason = Reason.ENGINE_ERROR if stage is Stage.GENERATE else Reason.DECODE_ERROR
+        reason = _UNEXPECTED.get(stage, Reason.DECODE_ERROR)
         detail = f"{type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(error))
         decoder = position_s = None

@@ -8,7 +8,7 @@ import apache_beam as beam
 from af3pipe import storage
 from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Stage, make_recording_id
 from af3pipe.transforms import metrics
-from af3pipe.transforms.manifest import is_manifest, manifest_row_uri, read_manifest
+from af3pipe.transforms.manifest import is_manifest, is_text, manifest_row_uri, read_manifest
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, join_dead_letters, outcomes, to_dead_letter
 
 
@@ -18,12 +18,26 @@ def list_recordings(name: str) -> Iterator[Recording | DeadLetter]:
     def rejected(error: Exception) -> DeadLetter:
         return to_dead_letter(error, Recording(make_recording_id(name), name), stage=Stage.LIST)
 
-    yield from outcomes(_manifest(name) if is_manifest(name) else _objects(name), rejected)
+    # Only what says that the input is bad: a listing that ends in surprise would lose all that it has not told.
+    yield from outcomes(_manifests(name) if is_manifest(name) else _objects(name), rejected, catch=Rejected)
 
 
 def _objects(name: str) -> Iterator[Recording | DeadLetter]:
     for found in storage.list_objects(name):
-        yield Recording(make_recording_id(found.uri), found.uri, found.size_bytes, found.etag, found.mtime)
+        recording = Recording(make_recording_id(found.uri), found.uri, found.size_bytes, found.etag, found.mtime)
+        yield recording if is_text(found.uri) else _misnamed(recording)
+
+
+def _misnamed(recording: Recording) -> DeadLetter:
+    """A name in another encoding cannot be written to Parquet; its bytes are shown escaped."""
+    shown = recording.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    rejected = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"the name {shown} is not UTF-8; rename the file")
+    return to_dead_letter(rejected, recording._replace(uri=shown), stage=Stage.LIST)
+
+
+def _manifests(name: str) -> Iterator[Recording | DeadLetter]:
+    for found in storage.list_objects(name):
+        yield from _manifest(found.uri)
 
 
 def _manifest(name: str) -> Iterator[Recording | DeadLetter]:
@@ -50,9 +64,9 @@ def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
     yield first[0]._replace(questions=questions, metadata=metadata)
     for other in others:
         detail = f"id {first[0].recording_id!r} also names {first[0].uri}; ids must be unique"
-        renamed = other[0]._replace(
-            recording_id=make_recording_id(other[0].uri, other[0].offset_s, other[0].duration_s)
-        )
+        # An id that neither the first has, nor this audio where it is named without an id.
+        own_id = make_recording_id(f"{first[0].recording_id} {other[0].uri}", other[0].offset_s, other[0].duration_s)
+        renamed = other[0]._replace(recording_id=own_id)
         yield to_dead_letter(Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail), renamed, stage=Stage.LIST)
 
 
@@ -94,7 +108,7 @@ class ReadRecordings(beam.PTransform):
 
     def __init__(self, inputs: str | Sequence[str] = ()) -> None:
         super().__init__()
-        self._inputs = [inputs] if isinstance(inputs, str) else list(inputs)
+        self._inputs = [inputs] if isinstance(inputs, str) else list(dict.fromkeys(inputs))
 
     def expand(self, pipeline_or_names: Any) -> Any:
         names = pipeline_or_names

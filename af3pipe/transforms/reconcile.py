@@ -2,13 +2,22 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.coders import registry
 
-from af3pipe.schemas import Answer, DeadLetter, Recording, RecordingResult, Stage, TerminalState
+from af3pipe.schemas import (
+    Answer,
+    DeadLetter,
+    Recording,
+    RecordingResult,
+    Stage,
+    Task,
+    TerminalState,
+    dead_letter_key,
+)
 from af3pipe.transforms import metrics
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.outcome import now_us
@@ -22,19 +31,22 @@ class Covered(NamedTuple):
     """What an answer covers of its recording: all that reconciling needs of it.
 
     Attributes:
-        task: Name and question.
+        key: Of the row; rows of the same key are written once.
+        task: See `task_key`.
         pieces: (start_s, end_s) of each part answered for.
         duration_s: Of the whole object, as far as was known with this answer.
     """
 
+    key: str
     task: str
     pieces: tuple[tuple[float, float], ...]
     duration_s: float | None
 
 
 class Failed(NamedTuple):
-    """What reconciling needs of a dead letter."""
+    """What reconciling needs of a dead letter; rows of the same key are written once."""
 
+    key: str
     uri: str
     stage: str
     reason: str
@@ -44,23 +56,38 @@ for _row_class in (Covered, Failed):
     registry.register_coder(_row_class, RowTupleCoder)
 
 
+def task_key(name: str, question_id: str | None) -> str:
+    """Tells apart what is asked of one recording."""
+    return f"{name}/{question_id or ''}"
+
+
 def covered_by(answer: Answer) -> Covered:
     """What an answer says was covered; a stitched one lists its pieces, and may have gaps."""
     pieces = tuple((piece.start_s, piece.end_s) for piece in answer.segments)
     return Covered(
-        f"{answer.task}/{answer.question_id}",
+        answer.answer_key,
+        task_key(answer.task, answer.question_id),
         pieces or ((answer.start_s, answer.end_s),),
         answer.duration_s,
     )
 
 
-def settle(recording: Recording, covered: Sequence[Covered], failed: Sequence[Failed]) -> RecordingResult | None:
-    """The terminal state of a recording; None when nothing at all became of it, which must not happen.
+def settle(
+    recording: Recording,
+    covered: Iterable[Covered],
+    failed: Iterable[Failed],
+    asked: frozenset[str] = frozenset(),
+) -> RecordingResult | None:
+    """The terminal state of a recording; None when something asked came to nothing, which must not happen.
+
+    A task in `asked` has to have answers, or there has to be a dead letter that says why not.
 
     `ok` when it has answers, no dead letter, and each task covers all that was wanted; `ok_partial` when it has
     answers but one of these does not hold; `dead_letter` when it has only dead letters.
     """
-    if not covered and not failed:
+    covered = list({found.key: found for found in covered}.values())
+    failed = list({found.key: found for found in failed}.values())
+    if not failed and not (covered and asked <= {found.task for found in covered}):
         return None
     # The last segment's: only there has decoding reached the end; before it, this is the header's estimate.
     duration_s = max(covered, key=lambda found: found.pieces[-1][1]).duration_s if covered else None
@@ -92,10 +119,19 @@ def settle(recording: Recording, covered: Sequence[Covered], failed: Sequence[Fa
 
 def _covered_s(covered: Iterable[Covered]) -> float:
     """Seconds that every answered task covers: of the task that covers least."""
-    by_task: dict[str, float] = defaultdict(float)
+    by_task: dict[str, tuple[tuple[float, float], ...]] = defaultdict(tuple)
     for found in covered:
-        by_task[found.task] += sum(end - start for start, end in found.pieces)
-    return min(by_task.values(), default=0.0)
+        by_task[found.task] += found.pieces
+    return min((_length_s(pieces) for pieces in by_task.values()), default=0.0)
+
+
+def _length_s(pieces: Iterable[tuple[float, float]]) -> float:
+    """Seconds under the pieces; what two of them cover counts once."""
+    covered_s = reached_s = 0.0
+    for start_s, end_s in sorted(pieces):
+        covered_s += max(0.0, end_s - max(start_s, reached_s))
+        reached_s = max(reached_s, end_s)
+    return covered_s
 
 
 def _wanted_s(recording: Recording, duration_s: float | None) -> float:
@@ -104,13 +140,16 @@ def _wanted_s(recording: Recording, duration_s: float | None) -> float:
 
 
 class _SettleDoFn(beam.DoFn):
+    def __init__(self, asked: frozenset[str]) -> None:
+        self._asked = asked
+
     def process(self, group: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[RecordingResult]:
         recording_id, found = group
         covered, failed = list(found["answers"]), list(found["dead_letters"])
         recordings = list(found["recordings"])
         if not recordings and any(letter.stage == Stage.LIST.value for letter in failed):
             recordings = [Recording(recording_id, failed[0].uri)]  # rejected while listing: there is no more of it
-        result = settle(recordings[0], covered, failed) if len(recordings) == 1 else None
+        result = self._settle(recordings[0], covered, failed) if len(recordings) == 1 else None
         if result is None:
             metrics.count("unaccounted")
             uri = recordings[0].uri if recordings else "a recording that was never listed"
@@ -118,6 +157,10 @@ class _SettleDoFn(beam.DoFn):
             return
         metrics.count(f"recordings_{result.terminal_state.value}")
         yield result
+
+    def _settle(self, recording: Recording, covered: list[Covered], failed: list[Failed]) -> RecordingResult | None:
+        own = {task_key("answer", question.question_id) for question in recording.questions if question.question_id}
+        return settle(recording, covered, failed, self._asked | own)
 
 
 def _recording_pair(recording: Recording) -> tuple[str, Recording]:
@@ -129,15 +172,23 @@ def _answer_pair(answer: Answer) -> tuple[str, Covered]:
 
 
 def _dead_letter_pair(letter: DeadLetter) -> tuple[str, Failed]:
-    return letter.recording_id, Failed(letter.uri, letter.stage.value, letter.reason.value)
+    return letter.recording_id, Failed(dead_letter_key(letter), letter.uri, letter.stage.value, letter.reason.value)
 
 
 class ReconcileRecordings(beam.PTransform):
     """Gives one `RecordingResult` per recording found, from what became of it.
 
     Takes a dict of three PCollections: `recordings` (all that were found), `answers`, `dead_letters`. A recording
-    of which nothing became gives no row; it is logged and counted as `unaccounted`, and fails the run that counts.
+    of which nothing became, or of which an answer is missing without a dead letter, gives no row; it is logged and
+    counted as `unaccounted`, and fails the run that counts.
+
+    Args:
+        tasks: What was asked of every recording; a recording's own questions are known from it.
     """
+
+    def __init__(self, tasks: Iterable[Task] = ()) -> None:
+        super().__init__()
+        self._asked = frozenset(task_key(task.name, task.question_id) for task in tasks)
 
     def expand(self, accounts: Any) -> Any:
         pairs = {
@@ -148,5 +199,5 @@ class ReconcileRecordings(beam.PTransform):
         return (
             pairs
             | "MeetById" >> beam.CoGroupByKey()
-            | "Settle" >> beam.ParDo(_SettleDoFn()).with_output_types(RecordingResult)
+            | "Settle" >> beam.ParDo(_SettleDoFn(self._asked)).with_output_types(RecordingResult)
         )

@@ -68,6 +68,13 @@ def nobody():
         os.seteuid(0)
 
 
+def let_in(folder):
+    """Lets anybody through to a folder: pytest makes its own for their owner alone."""
+    for each in (folder, *folder.parents):
+        if each.stat().st_mode & 0o005 != 0o005:
+            each.chmod(0o755)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("bad")
@@ -150,8 +157,7 @@ def test_what_may_not_be_read_is_a_dead_letter(tmp_path):
     secret = tmp_path / "in" / "secret.wav"
     secret.write_bytes(GOOD["fine.wav"])
     secret.chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    let_in(tmp_path)
     (tmp_path / "out").mkdir(mode=0o777)
     (tmp_path / "out").chmod(0o777)
     with nobody():
@@ -174,8 +180,7 @@ def test_a_manifest_that_cannot_be_read_does_not_pass_for_one_dead_letter(tmp_pa
 
 def test_a_folder_that_may_not_be_listed_does_not_pass_for_one_dead_letter(tmp_path):
     wanted = job(tmp_path)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    let_in(tmp_path)
     (tmp_path / "in").chmod(0)
     with nobody(), pytest.raises(JobError, match=r"input .*/in: "):
         batch.run(wanted)

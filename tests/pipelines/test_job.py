@@ -58,6 +58,8 @@ def test_a_limit_for_all_tasks():
         ({"tasks": ["caption", "caption"]}, ["task 'caption' is asked twice"]),
         ({"questions": ["Who?", "Who?"]}, ["question 'Who?' is asked twice"]),
         ({"questions": [{"question": "Who?", "choices": ["cat", "cat"]}]}, ["choices"]),
+        ({"fail_on_dead_letters": 0.05}, ["fail_on_dead_letters is '0.05'"]),
+        ({"tasks": 5}, ["tasks"]),
         ({"engine": "magic"}, ["engine is 'magic'", "transformers"]),
         ({"dtype": "int3"}, ["dtype is 'int3'", "'float32'"]),
         ({"fail_on_dead_letters": "many"}, ["fail_on_dead_letters is 'many'"]),
@@ -101,6 +103,9 @@ def test_job_file_that_is_none(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(JobError, match=says):
         load_job_values(str(path))
+    path.write_bytes(b"inputs: caf\xe9.wav")
+    with pytest.raises(JobError, match="is not UTF-8"):
+        load_job_values(str(path))
     with pytest.raises(JobError, match="cannot be read"):
         load_job_values(str(tmp_path / "none.yaml"))
 
@@ -117,9 +122,25 @@ def test_the_in_process_runner_is_the_default_and_flags_win_over_the_file():
     assert beam_options(flink).get_all_options()["experiments"] == ["a", "b"]
 
 
-def test_threads_that_lose_elements_are_refused():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_threads_that_lose_elements_are_refused(workers):
     with pytest.raises(JobError, match="multi_processing"):
-        beam_options(make_job(BASE), ["--direct_running_mode=multi_threading", "--direct_num_workers=2"])
+        beam_options(make_job(BASE), ["--direct_running_mode=multi_threading", f"--direct_num_workers={workers}"])
+
+
+def test_a_misspelt_key_for_beam_does_not_run_the_job_here():
+    with pytest.raises(JobError, match=r"beam.runer .*did you mean --runner"):
+        beam_options(make_job(BASE | {"beam": {"runer": "FlinkRunner"}}))
+
+
+def test_empty_lists_in_yaml_are_empty():
+    job = make_job(BASE | {"tasks": None, "questions": None})
+    assert [task.name for task in job.all_tasks()] == ["caption"]
+
+
+def test_a_task_keeps_its_own_limit_under_the_jobs():
+    job = make_job(BASE | {"tasks": ["caption", {"name": "transcript", "max_new_tokens": 90}], "max_new_tokens": 7})
+    assert [task.decoding.max_new_tokens for task in job.all_tasks()] == [7, 90]
 
 
 @pytest.mark.parametrize(
@@ -139,3 +160,9 @@ def test_options_of_beam_are_told_from_inputs(flags):
 def test_a_misspelt_option_is_not_taken_for_an_input():
     with pytest.raises(JobError, match=r"--runer .*did you mean --runner"):
         split_beam_flags(["a.wav", "--runer", "FlinkRunner"])
+    with pytest.raises(JobError, match=r"--tasks .*did you mean --task"):
+        split_beam_flags(["a.wav", "--tasks", "caption"])
+    with pytest.raises(JobError, match="-o is neither"):
+        split_beam_flags(["a.wav", "-o", "out"])
+    with pytest.raises(JobError, match="expected one argument"):
+        split_beam_flags(["a.wav", "--runner"])

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from apache_beam.testing.util import assert_that
 
-from af3pipe.models import EngineFailed, EngineOptions, acquire_engine, answer, caption, engine, release_engine
+from af3pipe.models import (
+    EngineFailed,
+    EngineOptions,
+    acquire_engine,
+    answer,
+    caption,
+    engine,
+    release_engine,
+    resolve,
+)
 from af3pipe.schemas import AudioInfo, Question, Recording, Request, Segment
 from af3pipe.transforms import AskAudioFlamingo
 from af3pipe.transforms.ask import AskDoFn
@@ -71,6 +80,17 @@ def test_an_engine_is_loaded_anew_after_it_was_let_go():
     second = acquire_engine(OPTIONS)
     assert second is not first
     release_engine(OPTIONS)
+
+
+def test_an_engine_that_is_lost_is_replaced_for_the_next_try():
+    lost = acquire_engine(OPTIONS)
+    lost.close()  # as when its device fails: its users have not let it go yet
+    replaced = acquire_engine(OPTIONS)
+    assert replaced is not lost
+    assert replaced.submit(Request(NOISE, (resolve(caption(max_new_tokens=2), "AudioFlamingo3"),))).result()
+    release_engine(OPTIONS)
+    release_engine(OPTIONS)
+    assert not replaced.is_open
 
 
 def test_answers_and_dead_letters_of_one_pipeline():

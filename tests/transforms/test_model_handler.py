@@ -1,5 +1,6 @@
 """The engine behind Beam's own RunInference gives what AskAudioFlamingo gives."""
 
+import gc
 from importlib import resources
 
 import apache_beam as beam
@@ -40,6 +41,16 @@ def test_run_inference(monkeypatch):
             pipeline | beam.Create([good, too_short]) | RunInference(AudioFlamingoModelHandler(OPTIONS, [caption()]))
         )
         assert_that(results, check)
+
+
+def test_the_model_is_let_go_when_run_inference_forgets_it():
+    options = OPTIONS._replace(batch_size=3)  # Beam keeps the one of the last pipeline for the next
+    held = AudioFlamingoModelHandler(options, [caption()]).load_model()
+    engine = held.engine
+    assert engine.is_open
+    del held
+    gc.collect()
+    assert not engine.is_open
 
 
 def test_mistakes_are_found_while_the_graph_is_built():

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import apache_beam as beam
 import pyarrow as pa
@@ -59,6 +61,32 @@ def test_nemo_manifests_and_relative_names(tmp_path):
     assert found.metadata == (("text", "hi"),)
 
 
+def test_what_a_csv_says_is_kept_as_it_is_written(tmp_path):
+    (found,) = read(tmp_path, "m.csv", "uri,id,speaker,day\n/a.wav,007,0012,2024-01-02\n")
+    assert found.recording_id == "007"
+    assert found.metadata == (("day", "2024-01-02"), ("speaker", "0012"))
+
+
+def test_a_separator_that_json_allows_in_a_string_splits_no_row(tmp_path):
+    (found,) = read(tmp_path, "m.jsonl", '{"uri": "/a.wav", "text": "one\u2028two"}')
+    assert found.metadata == (("text", "one\u2028two"),)
+
+
+def test_a_glob_of_manifests_is_all_of_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"uri": "/{name}.wav"}}')
+    assert [found.uri for found in list_recordings(str(tmp_path / "*.jsonl"))] == ["/a.wav", "/b.wav"]
+
+
+def test_a_name_in_another_encoding_costs_no_other(tmp_path):
+    for name in (b"a.flac", b"m\xe4dchen.flac", b"z.flac"):
+        (Path(os.fsdecode(bytes(tmp_path) + b"/" + name))).write_text("x")
+    first, bad, last = list_recordings(str(tmp_path))
+    assert (first.uri[-6:], last.uri[-6:]) == ("a.flac", "z.flac")
+    assert "m\\xe4dchen.flac is not UTF-8" in bad.detail
+    assert bad.uri.endswith("m\\xe4dchen.flac")
+
+
 def test_an_id_of_its_own_is_kept(tmp_path):
     (found,) = read(tmp_path, "m.jsonl", json.dumps({"id": 17, "uri": "/a.wav"}))
     assert found.recording_id == "17"
@@ -75,6 +103,9 @@ def test_an_id_of_its_own_is_kept(tmp_path):
         ('{"uri": "a", "duration": -1}', "duration is -1"),
         ('{"uri": "a", "offset": Infinity}', "offset is inf"),
         ('{"uri": "a", "question": "Who?", "choices": ["same", "same"]}', "choices"),
+        ('{"uri": "a", "question": "Who?", "choices": 5}', "choices is 5"),
+        ('{"uri": "a", "note": "\\ud83d"}', "not valid Unicode"),
+        ('{"uri": "\\ud83d.wav"}', "not valid Unicode"),
     ],
 )
 def test_a_bad_row_says_which_and_why_and_the_next_is_read(tmp_path, line, says):
@@ -87,10 +118,14 @@ def test_a_bad_row_says_which_and_why_and_the_next_is_read(tmp_path, line, says)
 
 def test_a_manifest_that_is_none_is_one_dead_letter(tmp_path):
     path = tmp_path / "m.parquet"
-    path.write_text("not parquet")
-    (found,) = list_recordings(str(path))
-    assert isinstance(found, DeadLetter)
-    assert "manifest" in found.detail
+    damaged = bytearray(parquet([ROW]))
+    footer = len(damaged) - 8 - int.from_bytes(damaged[-8:-4], "little")
+    damaged[footer : footer + 30] = b"\xff" * 30
+    for data in (b"not parquet", bytes(damaged)):
+        path.write_bytes(data)
+        (found,) = list_recordings(str(path))
+        assert isinstance(found, DeadLetter)
+        assert "manifest" in found.detail
 
 
 def test_one_recording_named_twice_is_one_with_all_questions():

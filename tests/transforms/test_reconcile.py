@@ -1,11 +1,14 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from af3pipe.schemas import Recording, TerminalState
 from af3pipe.transforms.reconcile import Covered, Failed, settle
 
+KEYS = map(str, itertools.count())
 RECORDING = Recording("id", "a.wav")
-LETTER = Failed("a.wav", "decode", "decode_error")
+LETTER = Failed("letter", "a.wav", "decode", "decode_error")
 
 
 def state(recording, covered, failed=()):
@@ -13,38 +16,49 @@ def state(recording, covered, failed=()):
 
 
 def test_whole_recording_is_ok():
-    assert state(RECORDING, [Covered("caption", ((0.0, 9.0),), 9.0)]) is TerminalState.OK
+    assert state(RECORDING, [Covered(next(KEYS), "caption", ((0.0, 9.0),), 9.0)]) is TerminalState.OK
 
 
 def test_all_segments_of_a_split_recording_are_ok():
-    parts = [Covered("caption", ((0.0, 600.0),), 650.1), Covered("caption", ((600.0, 650.0),), 650.0)]
+    parts = [
+        Covered(next(KEYS), "caption", ((0.0, 600.0),), 650.1),
+        Covered(next(KEYS), "caption", ((600.0, 650.0),), 650.0),
+    ]
     result = settle(RECORDING, parts, [])
     assert result.terminal_state is TerminalState.OK
     assert (result.duration_s, result.covered_s, result.answers) == (650.0, 650.0, 2)
 
 
 def test_a_header_that_overstates_does_not_make_a_recording_partial():
-    parts = [Covered("caption", ((0.0, 600.0),), 700.0), Covered("caption", ((600.0, 650.0),), 650.0)]
+    parts = [
+        Covered(next(KEYS), "caption", ((0.0, 600.0),), 700.0),
+        Covered(next(KEYS), "caption", ((600.0, 650.0),), 650.0),
+    ]
     assert state(RECORDING, parts) is TerminalState.OK
 
 
 def test_truncated_recording_is_partial():
-    result = settle(RECORDING, [Covered("caption", ((0.0, 600.0),), 700.0)], [])
+    result = settle(RECORDING, [Covered(next(KEYS), "caption", ((0.0, 600.0),), 700.0)], [])
     assert result.terminal_state is TerminalState.OK_PARTIAL
     assert result.covered_s == 600.0
 
 
 def test_a_gap_in_one_task_is_partial():
-    covered = [Covered("caption", ((0.0, 9.0),), 9.0), Covered("transcript", ((0.0, 4.0),), 9.0)]
+    covered = [
+        Covered(next(KEYS), "caption", ((0.0, 9.0),), 9.0),
+        Covered(next(KEYS), "transcript", ((0.0, 4.0),), 9.0),
+    ]
     assert state(RECORDING, covered) is TerminalState.OK_PARTIAL
 
 
 def test_a_dead_letter_beside_answers_is_partial():
-    assert state(RECORDING, [Covered("caption", ((0.0, 9.0),), 9.0)], [LETTER]) is TerminalState.OK_PARTIAL
+    assert (
+        state(RECORDING, [Covered(next(KEYS), "caption", ((0.0, 9.0),), 9.0)], [LETTER]) is TerminalState.OK_PARTIAL
+    )
 
 
 def test_only_dead_letters_is_a_dead_letter():
-    result = settle(RECORDING, [], [LETTER, LETTER._replace(reason="too_long")])
+    result = settle(RECORDING, [], [LETTER, LETTER._replace(key="other", reason="too_long")])
     assert result.terminal_state is TerminalState.DEAD_LETTER
     assert result.reasons == ("decode_error", "too_long")
 
@@ -55,12 +69,12 @@ def test_nothing_at_all_has_no_terminal_state():
 
 def test_a_range_is_whole_when_the_range_is_covered():
     recording = RECORDING._replace(offset_s=5.0, duration_s=2.0)
-    assert state(recording, [Covered("caption", ((5.0, 7.0),), 60.0)]) is TerminalState.OK
+    assert state(recording, [Covered(next(KEYS), "caption", ((5.0, 7.0),), 60.0)]) is TerminalState.OK
 
 
 def test_a_range_that_ends_beyond_the_recording_is_whole_at_its_end():
     recording = RECORDING._replace(offset_s=5.0, duration_s=20.0)
-    assert state(recording, [Covered("caption", ((5.0, 12.0),), 12.0)]) is TerminalState.OK
+    assert state(recording, [Covered(next(KEYS), "caption", ((5.0, 12.0),), 12.0)]) is TerminalState.OK
 
 
 @given(
@@ -71,7 +85,7 @@ def test_a_range_that_ends_beyond_the_recording_is_whole_at_its_end():
 def test_every_recording_with_any_outcome_has_exactly_one_state(lengths, drop_last, letters):
     end, parts = 0.0, []
     for length in lengths:
-        parts.append(Covered("transcript", ((end, end + length),), sum(lengths)))
+        parts.append(Covered(next(KEYS), "transcript", ((end, end + length),), sum(lengths)))
         end += length
     kept = parts[:-1] if drop_last else parts
     result = settle(RECORDING, kept, [LETTER] * letters)
@@ -83,3 +97,21 @@ def test_every_recording_with_any_outcome_has_exactly_one_state(lengths, drop_la
         assert result.terminal_state is TerminalState.OK_PARTIAL
     else:
         assert result.terminal_state is TerminalState.OK
+
+
+def test_a_task_that_came_to_nothing_is_not_accounted_for():
+    caption = Covered(next(KEYS), "caption/", ((0.0, 9.0),), 9.0)
+    asked = frozenset({"caption/", "transcript/"})
+    assert settle(RECORDING, [caption], [], asked) is None
+    assert settle(RECORDING, [caption], [LETTER], asked).terminal_state is TerminalState.OK_PARTIAL
+
+
+def test_what_is_told_twice_counts_once():
+    caption = Covered(next(KEYS), "caption/", ((0.0, 5.0),), 10.0)
+    result = settle(RECORDING, [caption, caption], [LETTER, LETTER])
+    assert (result.answers, result.dead_letters, result.covered_s) == (1, 1, 5.0)
+
+
+def test_two_pieces_over_the_same_seconds_hide_no_gap():
+    twice = [Covered(next(KEYS), "caption/", ((0.0, 5.0),), 10.0) for _ in range(2)]
+    assert state(RECORDING, twice) is TerminalState.OK_PARTIAL
