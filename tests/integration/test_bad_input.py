@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from af3pipe.models.engine import ModelError
+from af3pipe.models import ModelError, open_checkpoint
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import JobError, beam_options, make_job
+from af3pipe.schemas import Reason, Recording, Rejected
+from af3pipe.transforms.decode import open_segments
+from af3pipe.transforms.read import list_recordings
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 
@@ -152,18 +155,20 @@ def job(tmp_path, **changes):
     return make_job(values | changes)
 
 
-def test_what_may_not_be_read_is_a_dead_letter(tmp_path):
-    wanted = job(tmp_path)
-    secret = tmp_path / "in" / "secret.wav"
-    secret.write_bytes(GOOD["fine.wav"])
+def test_what_may_not_be_read_is_rejected_and_says_so(tmp_path):
+    limits = open_checkpoint("demo").limits
+    fine, secret = tmp_path / "fine.wav", tmp_path / "secret.wav"
+    for path in (fine, secret):
+        path.write_bytes(GOOD["fine.wav"])
     secret.chmod(0)
     let_in(tmp_path)
-    (tmp_path / "out").mkdir(mode=0o777)
-    (tmp_path / "out").chmod(0o777)
+    assert list(open_segments(Recording("fine", str(fine)), limits=limits))  # and all that is imported late, is now
     with nobody():
-        report = batch.run(wanted)
-    assert report.counts.dead_letters == {"permission_denied": 1}
-    assert report.counts.states == {"ok": 1, "dead_letter": 1}
+        (found,) = list_recordings(str(secret))
+        with pytest.raises(Rejected) as caught:
+            list(open_segments(found, limits=limits))
+    assert caught.value.reason is Reason.PERMISSION_DENIED
+    assert "secret.wav" in caught.value.detail
 
 
 @pytest.mark.parametrize("name", ["*.nothing", "missing.wav", "no/such/folder", "in/*.flac"])
@@ -182,8 +187,9 @@ def test_a_folder_that_may_not_be_listed_does_not_pass_for_one_dead_letter(tmp_p
     wanted = job(tmp_path)
     let_in(tmp_path)
     (tmp_path / "in").chmod(0)
+    options = beam_options(wanted)
     with nobody(), pytest.raises(JobError, match=r"input .*/in: "):
-        batch.run(wanted)
+        batch.preflight(wanted, options)
 
 
 def test_an_output_that_cannot_be_written_fails_before_any_model_is_looked_for(tmp_path):
