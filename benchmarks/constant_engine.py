@@ -1,81 +1,77 @@
 """An engine that takes a fixed time a window, as a GPU would, and leaves the CPU to those who feed it.
 
-For measuring what feeds the engine; importable, so that a worker finds it by the name it is registered under.
+For measuring what feeds the engine; importable, so that a worker finds it by the name it is registered under. Its
+queue is the real one: a batch that waits to be filled counts as idle here, too.
 """
 
-import queue
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 
-from af3pipe.models.engine import ENGINES, EngineInfo, EngineOptions, EngineStats
+from af3pipe.models.engine import ENGINES, EngineFailed, EngineInfo, EngineOptions, EngineStats
+from af3pipe.models.scheduler import Job, JobQueue
 from af3pipe.schemas import Reply, Request
 
-WINDOW_S = 0.040
-_WINDOW_SAMPLES = 480_000
-_CLOSE = None
+SAMPLE_RATE = 16_000
+WINDOW_SAMPLES = 30 * SAMPLE_RATE
+
+window_s = 0.040
+"""Seconds a window; read when a batch is answered."""
 
 
 class ConstantEngine:
-    """Answers in batches, after `WINDOW_S` a window; keeps the books of `EngineStats`."""
+    """Answers in batches, after `window_s` a window; keeps the books of `EngineStats`."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.info = EngineInfo("constant", "1", "AudioFlamingo3", "none", "constant", "none", "none")
-        self._batch_size = options.batch_size
-        self._queue: queue.Queue = queue.Queue(2 * options.batch_size)
+        self._queue = JobQueue(options.batch_size, options.batch_audio_s)
         self._stats = EngineStats()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    is_open = True
+    @property
+    def is_open(self) -> bool:
+        return self._queue.is_open
 
     def submit(self, request: Request) -> "Future[list[Reply]]":
-        future: Future[list[Reply]] = Future()
-        self._queue.put((request, future))
-        return future
+        job = Job(request, len(request.samples) / SAMPLE_RATE)
+        self._queue.put(job)
+        return job.future
 
     def take_stats(self) -> EngineStats:
         with self._lock:
             stats, self._stats = self._stats, EngineStats()
-        return stats
+        return stats._replace(idle_s=self._queue.take_idle_s())
 
     def close(self) -> None:
-        self._queue.put(_CLOSE)
+        self._queue.close(EngineFailed("the engine was closed"))
         self._thread.join()
 
     def _run(self) -> None:
-        first = True
         while True:
-            began = time.perf_counter()
-            batch = [self._queue.get()]
-            idle_s = 0.0 if first else time.perf_counter() - began
-            first = False
-            while len(batch) < self._batch_size and batch[-1] is not _CLOSE:
-                try:
-                    batch.append(self._queue.get_nowait())
-                except queue.Empty:
-                    break
-            work = [found for found in batch if found is not _CLOSE]
-            if work:
-                self._answer(work, idle_s)
-            if batch[-1] is _CLOSE:
+            try:
+                jobs = self._queue.take()
+            except EngineFailed:
                 return
+            self._answer(jobs)
 
-    def _answer(self, work: list, idle_s: float) -> None:
-        windows = sum(-(-len(request.samples) // _WINDOW_SAMPLES) for request, _ in work)
-        time.sleep(WINDOW_S * windows)
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        windows = sum(-(-len(job.request.samples) // WINDOW_SAMPLES) for job in jobs)
+        time.sleep(window_s * windows)
         with self._lock:
             told = self._stats
             self._stats = told._replace(
-                requests=told.requests + len(work),
+                requests=told.requests + len(jobs),
                 windows=told.windows + windows,
                 batches=told.batches + 1,
-                decode_s=told.decode_s + WINDOW_S * windows,
-                idle_s=told.idle_s + idle_s,
+                # What was to be slept: whatever the machine adds to it is no work of a GPU's.
+                decode_s=told.decode_s + window_s * windows,
             )
-        for request, future in work:
-            future.set_result([Reply("text", (1,), "stop", 1, 2) for _ in request.tasks])
+        for job in jobs:
+            for task in range(job.rows):
+                job.reply(task, Reply("text", (1,), "stop", 1, 2))
 
 
 def register() -> str:

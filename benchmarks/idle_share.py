@@ -4,7 +4,10 @@
 
 Real files (stereo FLAC at 44.1 kHz, 2 to 20 s), real decoding, Beam's in-process runner. `overlap` is this
 package's DecodeAudio and AskAudioFlamingo; `plain` decodes in one DoFn and asks a batch at a time in the next,
-waiting for it there. The idle share is the engine's own: waiting / (waiting + working), from its first request on.
+waiting for it there; `decode` asks nothing, and so tells what the machine can decode at best.
+
+idle: waiting for requests, by the engine's own clock, over the time from the first request to the last reply.
+not busy: all of that time but what the engine worked; beside idle, what its thread lost to the machine.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -21,23 +25,77 @@ import soundfile
 
 from af3pipe import storage
 from af3pipe.models import EngineOptions, acquire_engine, caption, open_checkpoint, release_engine, resolve
+from af3pipe.models.engine import Engine
 from af3pipe.schemas import Recording, Request
-from af3pipe.transforms import AnswerRecordings, AskAudioFlamingo, DecodeAudio, ReadRecordings
+from af3pipe.transforms import AnswerRecordings, AskAudioFlamingo, DecodeAudio, ReadRecordings, metrics
 from af3pipe.transforms.decode import open_segments
 from benchmarks import constant_engine, machine
 
 BATCH_SIZE = 16
 TASK = caption(max_new_tokens=16)
+WAYS = ("plain", "overlap")
+WORK = ("encode_ms", "prefill_ms", "decode_ms")
 
 
-def make_recordings(folder: Path, count: int) -> float:
+class Figures(NamedTuple):
+    """One run; the shares are None where no engine was asked."""
+
+    wall_s: float
+    idle: float | None = None
+    not_busy: float | None = None
+
+
+class Case(NamedTuple):
+    """What is run: an engine, how long one of its windows takes (None: as long as it takes), and the store."""
+
+    engine: str
+    window_s: float | None
+    latency_s: float
+
+
+def make_recordings(folder: Path, count: int, longest_s: float = 20) -> float:
     """Writes the files, and gives their length in seconds."""
     rng = np.random.default_rng(0)
-    lengths = rng.uniform(2, 20, count)
-    noise = (rng.standard_normal((44_100 * 20, 2)) * 2000).astype(np.int16)
+    lengths = rng.uniform(2, longest_s, count)
+    noise = (rng.standard_normal((int(44_100 * longest_s), 2)) * 2000).astype(np.int16)
     for number, seconds in enumerate(lengths):
         soundfile.write(folder / f"{number:04}.flac", noise[: int(44_100 * seconds)], 44_100)
     return float(lengths.sum())
+
+
+class Span:
+    """From an engine's first request to its last reply, and what it says it did meanwhile."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._submit = engine.submit
+        self._began: float | None = None
+        self._ended = 0.0
+        engine.take_stats()  # what was before is not ours
+        engine.submit = self._watch  # type: ignore[method-assign]
+
+    def _watch(self, request: Request) -> Any:
+        if self._began is None:
+            self._began = time.perf_counter()
+        future = self._submit(request)
+        future.add_done_callback(self._end)
+        return future
+
+    def _end(self, future: Any) -> None:
+        self._ended = time.perf_counter()
+
+    def shares(self, told: dict[str, float]) -> tuple[float, float]:
+        """The engine's idle share, and all of its time but what it worked.
+
+        Args:
+            told: Seconds by Beam counter (`idle_ms`, ...); none where nobody has asked the engine yet.
+        """
+        del self._engine.submit  # the class has its own
+        span_s = self._ended - (self._began or 0.0)
+        left = self._engine.take_stats()
+        idle_s = told.get("idle_ms", 0.0) + left.idle_s
+        busy_s = sum(told.get(name, 0.0) for name in WORK) + left.encode_s + left.prefill_s + left.decode_s
+        return idle_s / span_s, 1 - busy_s / span_s
 
 
 class AskPlainly(beam.DoFn):
@@ -75,28 +133,42 @@ def decode_plainly(recording: Recording, limits) -> list:
     return list(open_segments(recording, limits=limits))
 
 
-def run(folder: Path, engine: str, way: str) -> tuple[float, float]:
-    """One run: wall seconds, and the engine's idle share."""
+def lay(pipeline: beam.Pipeline, folder: Path, options: EngineOptions, way: str) -> None:
+    """The pipeline of one way."""
+    recordings = pipeline | ReadRecordings(str(folder))
+    decode = DecodeAudio(model="demo")
+    if way == "decode":
+        _ = recordings | decode
+    elif way == "overlap":
+        ask = AskAudioFlamingo(model="demo", tasks=[TASK], engine=options.engine, device="cpu", batch_size=BATCH_SIZE)
+        _ = recordings | AnswerRecordings(decode, ask)
+    else:
+        limits = open_checkpoint("demo").limits
+        _ = recordings.good | beam.FlatMap(decode_plainly, limits) | beam.ParDo(AskPlainly(options))
+
+
+def run(folder: Path, engine: str, way: str) -> Figures:
+    """One run."""
     options = EngineOptions("demo", engine, device="cpu", batch_size=BATCH_SIZE)
     held = acquire_engine(options)  # loading the model is not what is measured
-    held.take_stats()
-    taken = []
-    take, held.take_stats = held.take_stats, lambda: taken.append(take()) or taken[-1]
+    span = Span(held)
     began = time.perf_counter()
-    with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        recordings = pipeline | ReadRecordings(str(folder))
-        if way == "overlap":
-            ask = AskAudioFlamingo(model="demo", tasks=[TASK], engine=engine, device="cpu", batch_size=BATCH_SIZE)
-            _ = recordings | AnswerRecordings(DecodeAudio(model="demo"), ask)
-        else:
-            limits = open_checkpoint("demo").limits
-            _ = recordings.good | beam.FlatMap(decode_plainly, limits) | beam.ParDo(AskPlainly(options))
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    lay(pipeline, folder, options, way)
+    result = pipeline.run()
+    result.wait_until_finish()
     wall_s = time.perf_counter() - began
-    held.take_stats()
+    shares = () if way == "decode" else span.shares(told_s(result))
     release_engine(options)
-    idle_s = sum(stats.idle_s for stats in taken)
-    busy_s = sum(stats.encode_s + stats.prefill_s + stats.decode_s for stats in taken)
-    return wall_s, idle_s / (idle_s + busy_s)
+    return Figures(wall_s, *shares)
+
+
+def told_s(result: Any) -> dict[str, float]:
+    """What Beam's counters of this package say, in seconds."""
+    counters = result.metrics().query()["counters"]
+    ours = [counter.key.metric.name for counter in counters if counter.key.metric.namespace == metrics.NAMESPACE]
+    values = [counter.result for counter in counters if counter.key.metric.namespace == metrics.NAMESPACE]
+    return {name: value / 1000 for name, value in zip(ours, values, strict=True) if name.endswith("_ms")}
 
 
 @contextmanager
@@ -115,34 +187,63 @@ def latency(seconds: float) -> Iterator[None]:
         storage.open_input = opened
 
 
+def medians(found: list[Figures]) -> Figures:
+    columns = [[value for value in column if value is not None] for column in zip(*found, strict=True)]
+    return Figures(*(statistics.median(column) if column else None for column in columns))
+
+
+def measure(folder: Path, case: Case, repeat: int, ways: tuple[str, ...]) -> dict[str, Figures]:
+    """The medians of each way, taken in turns, so that a busy moment of the machine is shared."""
+    constant_engine.window_s = case.window_s or constant_engine.window_s
+    found: dict[str, list[Figures]] = {way: [] for way in ways}
+    for _ in range(repeat):
+        for way in ways:
+            with latency(case.latency_s):
+                found[way].append(run(folder, case.engine, way))
+    return {way: medians(figures) for way, figures in found.items()}
+
+
+def show(case: Case, found: dict[str, Figures], audio_s: float) -> None:
+    window = "" if case.window_s is None else f"{case.window_s * 1000:.0f} ms"
+    for way, figures in found.items():
+        engine = "none" if way == "decode" else case.engine
+        row = f"{engine:14}{window:>8}{case.latency_s * 1000:5.0f} ms{way:>9}"
+        row += f"{figures.wall_s:8.1f}{audio_s / figures.wall_s:11.0f}"
+        row += "".join(f"{share:10.1%}" for share in figures[1:] if share is not None)
+        if way == "overlap":
+            row += f"{found['plain'].wall_s / figures.wall_s:10.2f}"
+        print(row, flush=True)
+
+
+def cases(engine: str, windows_ms: list[float]) -> list[Case]:
+    constant = constant_engine.register()
+    found = [Case(constant, window / 1000, latency_s) for window in windows_ms for latency_s in (0.0, 0.05)]
+    return [
+        *(found if engine != "transformers" else []),
+        *([Case("transformers", None, 0.0)] if engine != "constant" else []),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recordings", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--engine", choices=["constant", "transformers", "both"], default="both")
+    parser.add_argument("--window-ms", type=float, nargs="+", default=[40.0], help="of the constant engine")
     asked = parser.parse_args()
-    constant = constant_engine.register()
-    cases = [(constant, 0.0), (constant, 0.05)] if asked.engine != "transformers" else []
-    cases += [("transformers", 0.0)] if asked.engine != "constant" else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         audio_s = make_recordings(folder, asked.recordings)
         print(machine.describe())
         print(f"{asked.recordings} recordings, {audio_s:.0f} s of audio; medians of {asked.repeat}")
-        print(f"{'engine':14}{'store':>8}{'way':>10}{'wall s':>9}{'audio s/s':>11}{'idle share':>12}")
-        for engine, latency_s in cases:
-            found: dict[str, list[tuple[float, float]]] = {"plain": [], "overlap": []}
-            for _ in range(asked.repeat):  # in turns, so that a busy moment of the machine is shared
-                for way, figures in found.items():
-                    with latency(latency_s):
-                        figures.append(run(folder, engine, way))
-            store = f"{latency_s * 1000:.0f} ms"
-            walls = {}
-            for way, figures in found.items():
-                wall_s, idle = (statistics.median(each) for each in zip(*figures, strict=True))
-                walls[way] = wall_s
-                print(f"{engine:14}{store:>8}{way:>10}{wall_s:9.1f}{audio_s / wall_s:11.1f}{idle:12.1%}")
-            print(f"{'':22}{'ratio':>10}{walls['plain'] / walls['overlap']:9.2f}", flush=True)
+        heads = f"{'engine':14}{'window':>8}{'store':>8}{'way':>9}{'wall s':>8}{'audio s/s':>11}"
+        print(f"{heads}{'idle':>10}{'not busy':>10}{'speed-up':>10}")
+        asking = cases(asked.engine, asked.window_ms)
+        for latency_s in sorted({case.latency_s for case in asking}):
+            case = Case(asking[0].engine, None, latency_s)
+            show(case, measure(folder, case, asked.repeat, ("decode",)), audio_s)
+        for case in asking:
+            show(case, measure(folder, case, asked.repeat, WAYS), audio_s)
 
 
 if __name__ == "__main__":
