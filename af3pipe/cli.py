@@ -148,6 +148,19 @@ def run(
     batch_size: Annotated[int | None, typer.Option(help="Most prompts decoded together.")] = None,
     batch_audio_s: Annotated[float | None, typer.Option(help="Most seconds of audio in them.")] = None,
     decode_threads: Annotated[int | None, typer.Option(help="Recordings decoded at once.")] = None,
+    decode_guard: Annotated[
+        bool | None,
+        typer.Option(
+            "--decode-guard/--no-decode-guard",
+            help="Decode in processes of their own (default), where a crash costs one recording, or in the worker's.",
+        ),
+    ] = None,
+    decode_timeout_s: Annotated[
+        float | None, typer.Option(help="Longest that a decoder may take for 10 s of audio; 60 by default.")
+    ] = None,
+    decode_memory_mib: Annotated[
+        int | None, typer.Option(help="Most memory that a decoder may take; 1024 by default.")
+    ] = None,
     accelerator: Annotated[str | None, typer.Option(help="Beam's accelerator hint for GPU workers.")] = None,
     fail_on_dead_letters: Annotated[
         str | None, typer.Option(help="Fail when there are more than this: a count, or a share such as 5%.")
@@ -171,6 +184,9 @@ def run(
         "batch_size": batch_size,
         "batch_audio_s": batch_audio_s,
         "decode_threads": decode_threads,
+        "decode_guard": decode_guard,
+        "decode_timeout_s": decode_timeout_s,
+        "decode_memory_mib": decode_memory_mib,
         "accelerator": accelerator,
         "fail_on_dead_letters": fail_on_dead_letters,
     }

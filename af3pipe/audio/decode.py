@@ -5,7 +5,8 @@ equal `librosa.load(path, sr=sample_rate, mono=True)` within 1e-5 (tests/audio/t
 """
 
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Literal, TypeAlias
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, BinaryIO, Literal, Protocol, TypeAlias
 
 import av
 import av.container
@@ -14,9 +15,9 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from af3pipe.audio.probe import Source, open_source
+from af3pipe.audio.probe import Source, open_source, raise_out_of_memory
 from af3pipe.audio.segments import AudioLimits, Cut, cut, is_over_length
-from af3pipe.schemas import Reason, Recording, Rejected, Segment, Stage
+from af3pipe.schemas import AudioInfo, Reason, Recording, Rejected, Segment, Stage
 
 Samples: TypeAlias = npt.NDArray[np.float32]
 OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
@@ -53,12 +54,35 @@ def decode(
         Rejected: As `probe`; decode_error (with the position), decode_short for a file that ends before the length
             its header states, too_short for an offset beyond the end.
     """
+    with open_decoding(file, sample_rate=sample_rate, offset_s=offset_s, duration_s=duration_s) as decoding:
+        yield from decoding.blocks()
+
+
+@contextmanager
+def open_decoding(
+    file: BinaryIO, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None
+) -> "Iterator[Decoding]":
+    """Opens what `decode` decodes, in this process; `guard.DecoderPool.open` does the same in another one."""
     with open_source(file) as source:
-        yield from _Decoding(source, sample_rate, offset_s, duration_s).blocks()
+        yield _SourceDecoding(source, sample_rate, offset_s, duration_s)
+
+
+class OpenDecoding(Protocol):
+    """What opens a file for decoding: `open_decoding`, or `guard.DecoderPool.open`."""
+
+    def __call__(
+        self, file: BinaryIO, *, sample_rate: int, offset_s: float, duration_s: float | None
+    ) -> "AbstractContextManager[Decoding]":
+        """The open recording, before its first sample is decoded."""
 
 
 def read_segments(
-    file: BinaryIO, recording: Recording, *, limits: AudioLimits, over_length: OverLength
+    file: BinaryIO,
+    recording: Recording,
+    *,
+    limits: AudioLimits,
+    over_length: OverLength,
+    open_decoding: OpenDecoding = open_decoding,
 ) -> Iterator[Segment]:
     """Decodes a recording, or the range of it that is asked for, into the segments the policy allows.
 
@@ -73,8 +97,9 @@ def read_segments(
     Raises:
         Rejected: As `decode`; too_long under `dead-letter`; too_short for less than `limits.min_samples`.
     """
-    with open_source(file) as source:
-        decoding = _Decoding(source, limits.sample_rate, recording.offset_s, recording.duration_s)
+    with open_decoding(
+        file, sample_rate=limits.sample_rate, offset_s=recording.offset_s, duration_s=recording.duration_s
+    ) as decoding:
         if over_length == "dead-letter":
             _check_stated_length(decoding, limits)
         found = False
@@ -89,21 +114,43 @@ def read_segments(
             raise _too_short(decoding, limits)
 
 
-class _Decoding:
-    """One pass over one open recording, and how far it has come."""
+class Decoding:
+    """One pass over one open recording, and how far it has come.
 
-    def __init__(self, source: Source, sample_rate: int, offset_s: float, duration_s: float | None) -> None:
+    Attributes:
+        info: What the header says.
+        stated_frames: See `probe.Source`.
+        sample_rate: Of the samples given, in Hz.
+        frames_read: Decoded so far, in frames as stored, counted from the start of the object.
+        samples: Given so far, at `sample_rate`.
+        ended: Whether the object's end was reached.
+    """
+
+    def __init__(
+        self,
+        info: AudioInfo,
+        stated_frames: int | None,
+        *,
+        sample_rate: int,
+        offset_s: float = 0.0,
+        duration_s: float | None = None,
+    ) -> None:
         if offset_s < 0:
             raise ValueError(f"offset_s is {offset_s}; it counts from the start of the object, so 0 or more")
-        self.source = source
+        self.info = info
+        self.stated_frames = stated_frames
         self.sample_rate = sample_rate
-        self.rate = source.info.sample_rate
+        self.rate = info.sample_rate
         self.offset_s = offset_s
         self.first_frame = round(offset_s * self.rate)
         self.frames_wanted = None if duration_s is None else max(round(duration_s * self.rate), 0)
         self.frames_read = 0
-        self.ended = False
         self.samples = 0
+        self.ended = False
+
+    def blocks(self) -> Iterator[Samples]:
+        """The samples asked for, at the rate asked for; see `decode`."""
+        raise NotImplementedError
 
     @property
     def position_s(self) -> float:
@@ -113,21 +160,30 @@ class _Decoding:
     @property
     def stated_samples(self) -> int | None:
         """Samples in the range asked for, by the header."""
-        if self.source.stated_frames is None:
+        if self.stated_frames is None:
             return None
-        frames = max(self.source.stated_frames - self.first_frame, 0)
+        frames = max(self.stated_frames - self.first_frame, 0)
         frames = frames if self.frames_wanted is None else min(frames, self.frames_wanted)
         return _resampled_length(frames, self.rate, self.sample_rate)
 
+    def rejected(self, reason: Reason, detail: str) -> Rejected:
+        """The error of this pass, with its decoder and position."""
+        return Rejected(Stage.DECODE, reason, detail, decoder=self.info.decoder, position_s=self.position_s)
+
+
+class _SourceDecoding(Decoding):
+    """Decodes in this process."""
+
+    def __init__(self, source: Source, sample_rate: int, offset_s: float, duration_s: float | None) -> None:
+        super().__init__(
+            source.info, source.stated_frames, sample_rate=sample_rate, offset_s=offset_s, duration_s=duration_s
+        )
+        self.source = source
+
     def blocks(self) -> Iterator[Samples]:
-        """The samples asked for, at the rate asked for."""
         for block in _resampled(self._finite(self._range()), self.rate, self.sample_rate):
             self.samples += len(block)
             yield block
-
-    def rejected(self, reason: Reason, detail: str) -> Rejected:
-        """The error of this pass, with its decoder and position."""
-        return Rejected(Stage.DECODE, reason, detail, decoder=self.source.info.decoder, position_s=self.position_s)
 
     def _native(self) -> Iterator[Samples]:
         """Mono blocks at the stored rate, from `frames_read` on."""
@@ -139,6 +195,7 @@ class _Decoding:
                 yield block
         except (soundfile.LibsndfileError, av.FFmpegError, _RateChanged) as error:
             self.source.reader.raise_error()
+            raise_out_of_memory(error)
             self._explain(error)
         self.source.reader.raise_error()
         self.ended = True
@@ -150,7 +207,7 @@ class _Decoding:
         if isinstance(self.source.handle, soundfile.SoundFile):
             # The block that failed holds good frames, too; libsndfile knows how many.
             self.frames_read = max(self.frames_read, int(self.source.handle.tell()))
-        if self.source.stated_frames is not None and not self._is_short():
+        if self.stated_frames is not None and not self._is_short():
             return
         if self._is_short() and self._nothing_follows():
             raise self._short() from error
@@ -169,11 +226,11 @@ class _Decoding:
             return True
 
     def _is_short(self) -> bool:
-        stated = self.source.stated_frames
+        stated = self.stated_frames
         return stated is not None and stated - self.frames_read > max(_SHORT_S * self.rate, _CODEC_FRAMES)
 
     def _short(self) -> Rejected:
-        stated_s = (self.source.stated_frames or 0) / self.rate
+        stated_s = (self.stated_frames or 0) / self.rate
         detail = f"The header states {stated_s:.1f} s, but the file ends after {self.position_s:.1f} s."
         return self.rejected(Reason.DECODE_SHORT, detail)
 
@@ -326,11 +383,11 @@ def _resampled(blocks: Iterator[Samples], in_rate: int, out_rate: int) -> Iterat
         yield np.pad(tail[:missing], (0, missing - len(tail[:missing])))
 
 
-def _check_stated_length(decoding: _Decoding, limits: AudioLimits) -> None:
+def _check_stated_length(decoding: Decoding, limits: AudioLimits) -> None:
     stated = decoding.stated_samples
     if stated is None or not is_over_length(stated, limits):
         return
-    whole_s = (decoding.source.stated_frames or 0) / decoding.rate
+    whole_s = (decoding.stated_frames or 0) / decoding.rate
     lasts = f"The recording lasts {whole_s:.1f} s by its header"
     if decoding.first_frame or decoding.frames_wanted is not None:
         lasts = f"{stated / limits.sample_rate:.1f} s are asked for of a recording that lasts {whole_s:.1f} s"
@@ -338,12 +395,12 @@ def _check_stated_length(decoding: _Decoding, limits: AudioLimits) -> None:
         Stage.PROBE,
         Reason.TOO_LONG,
         f"{lasts}; the model takes {limits.max_s:g} s; choose --over-length truncate or split.",
-        decoder=decoding.source.info.decoder,
+        decoder=decoding.info.decoder,
     )
 
 
-def _too_long_decoded(decoding: _Decoding, limits: AudioLimits) -> Rejected:
-    stated = decoding.source.info.duration_s
+def _too_long_decoded(decoding: Decoding, limits: AudioLimits) -> Rejected:
+    stated = decoding.info.duration_s
     header = "states no length" if stated is None else f"states {stated:.1f} s"
     detail = (
         f"The header {header}, but more than {limits.max_s:g} s were decoded, which is all the model takes; "
@@ -352,7 +409,7 @@ def _too_long_decoded(decoding: _Decoding, limits: AudioLimits) -> Rejected:
     return decoding.rejected(Reason.TOO_LONG, detail)
 
 
-def _too_short(decoding: _Decoding, limits: AudioLimits) -> Rejected:
+def _too_short(decoding: Decoding, limits: AudioLimits) -> Rejected:
     rate = limits.sample_rate
     detail = (
         f"{decoding.samples} samples at {rate} Hz ({decoding.samples / rate:.3f} s) were decoded; "
@@ -361,8 +418,8 @@ def _too_short(decoding: _Decoding, limits: AudioLimits) -> Rejected:
     return decoding.rejected(Reason.TOO_SHORT, detail)
 
 
-def _segment(recording: Recording, decoding: _Decoding, piece: Cut, index: int, *, truncated: bool) -> Segment:
-    info = decoding.source.info
+def _segment(recording: Recording, decoding: Decoding, piece: Cut, index: int, *, truncated: bool) -> Segment:
+    info = decoding.info
     if decoding.ended and piece.is_last:
         info = info._replace(duration_s=decoding.position_s)
     elif truncated and not piece.is_last:

@@ -28,6 +28,7 @@ _STREAMED_SIZES = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 1 << 32))
 _LIBSNDFILE_SIZE = re.compile(
     r"^\s*(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE
 )
+_LIBSNDFILE_MALLOC_FAILED = 17  # SFE_MALLOC_FAILED
 _UNKNOWN_FRAMES = 1 << 62
 # The demuxers whose duration is stated or read off the last page. Of the others (raw AAC, AMR, MPEG streams, WMA)
 # FFmpeg derives one from the bit rate, which is no ground to reject anything on.
@@ -143,6 +144,7 @@ def _open(reader: Reader) -> Source:
             source = opener(reader)
         except (soundfile.LibsndfileError, av.FFmpegError) as error:
             reader.raise_error()
+            raise_out_of_memory(error)
             causes.append(_cause(error))
             continue
         reader.raise_error()
@@ -150,6 +152,12 @@ def _open(reader: Reader) -> Source:
             return source
     detail = f"No decoder knows the format ({reader.size_bytes} bytes): {'; '.join(causes)}."
     raise Rejected(Stage.PROBE, Reason.UNSUPPORTED_FORMAT, detail)
+
+
+def raise_out_of_memory(error: Exception) -> None:
+    """Raises MemoryError where that is what a decoder's error means: it says nothing about the file."""
+    if isinstance(error, MemoryError) or getattr(error, "code", None) == _LIBSNDFILE_MALLOC_FAILED:
+        raise MemoryError(str(error)) from error
 
 
 def _cause(error: Exception) -> str:

@@ -16,6 +16,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from af3pipe import storage
+from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint, open_checkpoint
 from af3pipe.models.tasks import resolve, table_of
@@ -80,7 +81,11 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
     """
     tasks = job.all_tasks()
     decode = DecodeAudio(
-        model=job.model, revision=job.revision, over_length=job.over_length, threads=job.decode_threads
+        model=job.model,
+        revision=job.revision,
+        over_length=job.over_length,
+        threads=job.decode_threads,
+        guard=DecoderLimits(job.decode_timeout_s, job.decode_memory_mib) if job.decode_guard else None,
     )
     ask = AskAudioFlamingo(
         model=job.model,

@@ -11,6 +11,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from af3pipe.audio.decode import OverLength
+from af3pipe.audio.guard import DEFAULT_LIMITS
 from af3pipe.models.engine import ENGINES
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import answer, caption, prompt, transcript
@@ -108,6 +109,9 @@ class JobConfig(_Strict):
         tasks: What is asked of every recording.
         questions: Asked beside the tasks.
         over_length: What becomes of recordings longer than the model takes.
+        decode_guard: Whether decoders run in processes of their own, where a crash costs one recording.
+        decode_timeout_s: Longest that opening a recording, or decoding 10 s of it, may take there.
+        decode_memory_mib: Most memory that decoding may take there.
         accelerator: Beam's accelerator hint for the workers that hold the model.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
         beam: Beam's pipeline options.
@@ -127,6 +131,9 @@ class JobConfig(_Strict):
     batch_size: Annotated[int, Field(gt=0)] = 16
     batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
     decode_threads: Annotated[int, Field(gt=0)] | None = None
+    decode_guard: bool = True
+    decode_timeout_s: Annotated[float, Field(gt=0)] = DEFAULT_LIMITS.timeout_s
+    decode_memory_mib: Annotated[int, Field(ge=64)] = DEFAULT_LIMITS.memory_mib
     accelerator: str | None = None
     fail_on_dead_letters: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$")] | None = None
     beam: dict[str, Any] = {}

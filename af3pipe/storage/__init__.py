@@ -299,6 +299,9 @@ class _RetriedReads(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return int(self._handle.fileno())
+
     def tell(self) -> int:
         return self._position
 

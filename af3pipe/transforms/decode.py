@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, get_args
 import apache_beam as beam
 
 from af3pipe import storage
-from af3pipe.audio.decode import OverLength, read_segments
+from af3pipe.audio.decode import OpenDecoding, OverLength, open_decoding, read_segments
+from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, DecoderPool
+from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.models.family import DEFAULT_MODEL, open_checkpoint
 from af3pipe.schemas import DeadLetter, Recording, Segment, Stage
@@ -25,9 +27,19 @@ from af3pipe.transforms.overlap import OverlapDoFn
 
 
 def open_segments(
-    recording: Recording, *, limits: AudioLimits, over_length: OverLength = "dead-letter"
+    recording: Recording,
+    *,
+    limits: AudioLimits,
+    over_length: OverLength = "dead-letter",
+    open_decoding: OpenDecoding = open_decoding,
 ) -> Iterator[Segment]:
     """Opens a recording and decodes it, front to back, into segments: what DecodeAudio does, without Beam.
+
+    Args:
+        recording: What is read.
+        limits: The model's.
+        over_length: See `DecodeAudio`.
+        open_decoding: Where it is decoded: in this process, or `guard.DecoderPool.open`.
 
     Raises:
         Rejected: The recording cannot be read or decoded, or is too short or too long.
@@ -36,7 +48,7 @@ def open_segments(
         info = storage.stat(recording.uri)
         recording = recording._replace(size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime)
     with storage.open_input(recording.uri, size_bytes=recording.size_bytes) as file:
-        yield from read_segments(file, recording, limits=limits, over_length=over_length)
+        yield from read_segments(file, recording, limits=limits, over_length=over_length, open_decoding=open_decoding)
 
 
 class _Ahead(NamedTuple):
@@ -58,24 +70,35 @@ def _decode_ahead(segments: Iterator[Segment]) -> _Ahead:
 class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
     """Emits `Segment`, and `DeadLetter` to the tag `dead_letters`."""
 
-    def __init__(self, *, model: str, revision: str | None, over_length: OverLength, threads: int) -> None:
+    def __init__(
+        self, *, model: str, revision: str | None, over_length: OverLength, threads: int, guard: DecoderLimits | None
+    ) -> None:
         # Each pending recording holds at most one segment of PCM: 38 MB at a cap of 600 s.
         super().__init__(max_pending=2 * threads)
         self._model = model
         self._revision = revision
         self._over_length = over_length
         self._threads = threads
+        self._guard = guard
 
     def setup(self) -> None:
         self._limits = open_checkpoint(self._model, self._revision).limits
+        self._open_decoding: OpenDecoding = open_decoding
+        if self._guard is not None:
+            self._decoders = DecoderPool(self._guard)
+            self._open_decoding = self._decoders.open
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="af3pipe-decode")
 
     def teardown(self) -> None:
         super().teardown()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._guard is not None:
+            self._decoders.close()
 
     def submit(self, recording: Recording) -> "Future[_Ahead]":
-        segments = open_segments(recording, limits=self._limits, over_length=self._over_length)
+        segments = open_segments(
+            recording, limits=self._limits, over_length=self._over_length, open_decoding=self._open_decoding
+        )
         return self._pool.submit(_decode_ahead, segments)
 
     def emit(self, recording: Recording, future: "Future[_Ahead]") -> Iterator[Any]:
@@ -110,6 +133,8 @@ class DecodeAudio(beam.PTransform):
             the first part; `split`, which makes consecutive segments of it.
         threads: Recordings opened and decoded at once; the default is 4 more than cores, since a thread often
             waits for the store, and 8 at most, since each holds a segment.
+        guard: What decoders may take. They run in processes of their own, where a crash or a hang costs one
+            recording; None decodes in the worker's own process, and so does Windows.
 
     Raises:
         ValueError: `over_length` is not one of the three.
@@ -122,6 +147,7 @@ class DecodeAudio(beam.PTransform):
         revision: str | None = None,
         over_length: OverLength = "dead-letter",
         threads: int | None = None,
+        guard: DecoderLimits | None = DEFAULT_LIMITS,
     ) -> None:
         super().__init__()
         if over_length not in get_args(OverLength):
@@ -131,6 +157,7 @@ class DecodeAudio(beam.PTransform):
             revision=revision,
             over_length=over_length,
             threads=threads or min((os.cpu_count() or 1) + 4, 8),
+            guard=guard if IS_SUPPORTED else None,
         )
 
     def expand(self, inputs: Any) -> Any:

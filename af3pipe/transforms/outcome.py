@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import apache_beam as beam
 
+from af3pipe.audio.guard import GuardError
 from af3pipe.models.engine import EngineFailed, ModelError
 from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage, Task
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 DEAD_LETTERS = "dead_letters"
 """Tag of the output that carries dead letters, in every transform here."""
 
-_FATAL = (ModelError, EngineFailed)
+_FATAL = (ModelError, EngineFailed, GuardError)
 """These say that the worker is unfit, not the recording: the runner has to see them."""
 
 
@@ -61,7 +62,7 @@ def outcomes(
         catch: What may become one; anything else is raised as it is.
 
     Raises:
-        ModelError, EngineFailed: As they are: no recording is to blame.
+        ModelError, EngineFailed, GuardError: As they are: no recording is to blame.
     """
     try:
         yield from items

@@ -1,0 +1,284 @@
+"""The inside of a decoder process: serves one parent, decodes one recording at a time. See `guard`.
+
+The parent leads; every command has one reply, and before it the process may ask for bytes of the file:
+
+    parent                          process
+    open {size_bytes, asked}  ->                              with a descriptor, for a file on a disk
+                              <-    read {offset, size}       any number of times, for any command
+    bytes {count} or failed   ->
+                              <-    opened {info, stated_frames}
+    next                      ->
+                              <-    block {count, ...}        or end {...}
+    close                     ->                              no reply; ready for the next `open`
+
+Instead of a reply there may be `rejected`, `out_of_memory` or `error`, which end the recording. Messages are JSON, so
+that nothing a broken decoder left behind is ever unpickled; bytes and samples lie in memory that both sides share.
+"""
+
+import importlib
+import io
+import json
+import math
+import mmap
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from af3pipe.audio.decode import Decoding, OpenDecoding
+from af3pipe.schemas import Rejected
+
+INPUT_BYTES = 1 << 20
+"""Of the shared memory: bytes of the file, from its start on."""
+OUTPUT_FRAMES = 1 << 18
+"""Behind them: decoded samples, float32. A block of 10 s at 16 kHz takes 0.6 of it."""
+MEMORY_BYTES = INPUT_BYTES + 4 * OUTPUT_FRAMES
+
+# Read ahead from where a decoder seeks to, doubled while it reads on: headers cost little, bodies few messages.
+_FIRST_READ_BYTES = 1 << 16
+# What the parent takes to notice that the time is over; the alarm is for a process whose parent is dead.
+_GRACE_S = 5
+
+
+class Link:
+    """Messages over one end of a socket pair: a line of JSON each, and descriptors of open files."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._lines = b""
+        self._descriptors: list[int] = []
+
+    def send(self, kind: str, descriptor: int | None = None, **fields: Any) -> None:
+        """Sends one message; the other side gets a copy of `descriptor` with it."""
+        message = {"kind": kind, **fields}
+        if descriptor is None:
+            self._end.sendall(json.dumps(message).encode() + b"\n")
+        else:
+            message["descriptor"] = True
+            socket.send_fds(self._end, [json.dumps(message).encode() + b"\n"], [descriptor])
+
+    def receive(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """The next message; a descriptor that came with it is its field `descriptor`.
+
+        Raises:
+            EOFError: The other side is gone.
+            TimeoutError: It said nothing for that long.
+        """
+        if timeout_s != self._end.gettimeout():
+            self._end.settimeout(None if timeout_s is None else max(timeout_s, 0.001))
+        while b"\n" not in self._lines:
+            part, descriptors, _, _ = socket.recv_fds(self._end, 1 << 16, 1)
+            if not part:
+                raise EOFError("the other side of the link is gone")
+            self._lines += part
+            self._descriptors += descriptors
+        line, _, self._lines = self._lines.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        if "descriptor" in message:
+            message["descriptor"] = self._descriptors.pop(0)
+        return message
+
+    def close(self) -> None:
+        """Closes this end; the other one reads the end of the file."""
+        self._end.close()
+
+
+class Memory:
+    """What both sides share: a place for bytes of the file, and one for samples."""
+
+    def __init__(self, fd: int) -> None:
+        memory = mmap.mmap(fd, MEMORY_BYTES)
+        self.input = memoryview(memory)[:INPUT_BYTES]
+        self.output = np.frombuffer(memory, np.float32, OUTPUT_FRAMES, INPUT_BYTES)
+
+
+class DecoderLimits(NamedTuple):
+    """What a decoder may take before it is ended, and its recording rejected.
+
+    Attributes:
+        timeout_s: For one step, opening or a block of 10 s (some 20 ms); without the time that reading takes.
+        memory_mib: Beyond the process itself; kept on Linux only. 10 s of 8 channels at 192 kHz take some 200.
+    """
+
+    timeout_s: float = 60.0
+    memory_mib: int = 1024
+
+
+class _StoreFailed(Exception):
+    """The parent could not read the file; it has the error."""
+
+
+class _ParentsFile(io.RawIOBase):
+    """The file as the decoder process sees it: its parent reads it, a chunk at a time.
+
+    A file on a disk is read here, for speed; where that fails, its parent has the tries and the words for it.
+    """
+
+    def __init__(
+        self, link: Link, memory: Memory, limits: DecoderLimits, size_bytes: int, descriptor: int | None
+    ) -> None:
+        self._link = link
+        self._memory = memory
+        self._limits = limits
+        self._size = size_bytes
+        self._descriptor = descriptor
+        self._position = 0
+        self._chunk = memoryview(b"")
+        self._chunk_start = 0
+        self._read_bytes = _FIRST_READ_BYTES
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        """Fewer bytes than asked for where a chunk ends; none at the end of the file."""
+        if self._position >= self._size:
+            return b""
+        start = self._position - self._chunk_start
+        if not 0 <= start < len(self._chunk):
+            self._fetch()
+            start = 0
+        data = bytes(self._chunk[start : None if size < 0 else start + size])
+        self._position += len(data)
+        return data
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        super().close()
+
+    def _fetch(self) -> None:
+        goes_on = self._position == self._chunk_start + len(self._chunk)
+        self._read_bytes = min(2 * self._read_bytes, INPUT_BYTES) if goes_on else _FIRST_READ_BYTES
+        size = min(self._read_bytes, self._size - self._position)
+        self._chunk = self._read_here(size) or self._read_there(size)
+        self._chunk_start = self._position
+
+    def _read_here(self, size: int) -> memoryview:
+        if self._descriptor is None:
+            return memoryview(b"")
+        try:
+            return memoryview(os.pread(self._descriptor, size, self._position))
+        except OSError:
+            return memoryview(b"")
+
+    def _read_there(self, size: int) -> memoryview:
+        _set_alarm(0)  # a store may take its time
+        self._link.send("read", offset=self._position, size=size)
+        reply = self._link.receive()
+        _set_alarm(self._limits.timeout_s)
+        if reply["kind"] == "failed":
+            raise _StoreFailed
+        return self._memory.input[: reply["count"]]
+
+
+def _set_alarm(timeout_s: float) -> None:
+    """The system kills this process some time after `timeout_s`; 0 calls it off."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, timeout_s and timeout_s + _GRACE_S)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    """From here on this process gets no more than so much beyond what it has; allocations fail then."""
+    import resource  # not on Windows, where this module is imported but nothing of it is used
+
+    try:
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    except OSError:
+        return  # not Linux: elsewhere the limit is not kept, or counts what is only reserved
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = now + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+
+
+def serve(link_fd: int, memory_fd: int, decoder: str, limits: DecoderLimits) -> None:
+    """Decodes what the parent sends, until it closes its end.
+
+    Args:
+        link_fd: This process's end of the socket pair.
+        memory_fd: Of the shared memory.
+        decoder: `module:function` of an `OpenDecoding`.
+        limits: What each step may take.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a group: the parent decides
+    link, memory = Link(socket.socket(fileno=link_fd)), Memory(memory_fd)
+    module, _, function = decoder.partition(":")
+    open_decoding: OpenDecoding = getattr(importlib.import_module(module), function)
+    _limit_memory(limits.memory_mib << 20)
+    link.send("ready")
+    while True:
+        try:
+            command = link.receive()
+        except (EOFError, OSError):
+            return
+        if command["kind"] == "open":
+            _set_alarm(limits.timeout_s)
+            file = _ParentsFile(link, memory, limits, command["size_bytes"], command.get("descriptor"))
+            with closing(file):
+                _serve_recording(link, memory, limits, open_decoding(file, **command["asked"]))  # type: ignore[arg-type]
+            _set_alarm(0)
+
+
+def _serve_recording(
+    link: Link, memory: Memory, limits: DecoderLimits, opening: AbstractContextManager[Decoding]
+) -> None:
+    try:
+        with opening as decoding:
+            link.send("opened", info=decoding.info, stated_frames=decoding.stated_frames)
+            _serve_blocks(link, memory, limits, decoding)
+    except Rejected as rejected:
+        link.send("rejected", **_fields(rejected))
+    except _StoreFailed:
+        link.send("store_failed")
+    except MemoryError:
+        link.send("out_of_memory")
+    except Exception as error:  # noqa: BLE001  (raised again in the parent)
+        link.send("error", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+
+
+def _serve_blocks(link: Link, memory: Memory, limits: DecoderLimits, decoding: Decoding) -> None:
+    blocks = _in_pieces(decoding)
+    while True:
+        _set_alarm(0)
+        if link.receive()["kind"] == "close":
+            return
+        _set_alarm(limits.timeout_s)
+        block = next(blocks, None)
+        count = 0 if block is None else len(block)
+        if block is not None:
+            memory.output[:count] = block
+        state = {"frames_read": decoding.frames_read, "ended": decoding.ended}
+        link.send("end" if block is None else "block", count=count, **state)
+        if block is None:
+            return
+
+
+def _in_pieces(decoding: Decoding) -> Iterator[Any]:
+    for block in decoding.blocks():
+        for piece in range(math.ceil(len(block) / OUTPUT_FRAMES)):
+            yield block[piece * OUTPUT_FRAMES : (piece + 1) * OUTPUT_FRAMES]
+
+
+def _fields(rejected: Rejected) -> dict[str, Any]:
+    return {
+        "stage": rejected.stage.value,
+        "reason": rejected.reason.value,
+        "detail": rejected.detail,
+        "decoder": rejected.decoder,
+        "position_s": rejected.position_s,
+    }
