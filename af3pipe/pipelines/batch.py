@@ -80,7 +80,14 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
     """
     tasks = job.all_tasks()
     decode = DecodeAudio(
-        model=job.model, revision=job.revision, over_length=job.over_length, threads=job.decode_threads
+        model=job.model,
+        revision=job.revision,
+        over_length=job.over_length,
+        split_at=job.split_at,
+        split_tolerance_s=job.split_tolerance_s,
+        on_silent=job.on_silent,
+        silent_below_dbfs=job.silent_below,
+        threads=job.decode_threads,
     )
     ask = AskAudioFlamingo(
         model=job.model,

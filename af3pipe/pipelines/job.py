@@ -11,11 +11,13 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from af3pipe.audio.decode import OverLength
+from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.models.engine import ENGINES
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import answer, caption, prompt, transcript
 from af3pipe.schemas import Decoding, Task
 from af3pipe.transforms.ask import check_tasks
+from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
 
 
 class JobError(Exception):
@@ -108,6 +110,10 @@ class JobConfig(_Strict):
         tasks: What is asked of every recording.
         questions: Asked beside the tasks.
         over_length: What becomes of recordings longer than the model takes.
+        split_at: Where `over_length: split` cuts: at the cap, or at the quietest point before it.
+        split_tolerance_s: How long before the cap that point may be; 15 where it is not given.
+        on_silent: Whether a silent segment is asked about and flagged, or becomes a dead letter.
+        silent_below: In dBFS: a segment whose peak is at or below this is silent.
         accelerator: Beam's accelerator hint for the workers that hold the model.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
         beam: Beam's pipeline options.
@@ -124,6 +130,10 @@ class JobConfig(_Strict):
     questions: Annotated[tuple[QuestionConfig, ...], BeforeValidator(_question_configs)] = ()
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
     over_length: OverLength = "dead-letter"
+    split_at: SplitAt = "cap"
+    split_tolerance_s: Annotated[float, Field(gt=0)] | None = None
+    on_silent: OnSilent = "flag"
+    silent_below: Annotated[float, Field(ge=FLOOR_DBFS, lt=0)] = SILENT_BELOW_DBFS
     batch_size: Annotated[int, Field(gt=0)] = 16
     batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
     decode_threads: Annotated[int, Field(gt=0)] | None = None
@@ -147,6 +157,11 @@ class JobConfig(_Strict):
     @model_validator(mode="after")
     def _tasks_are_right(self) -> "JobConfig":
         check_tasks(self.all_tasks())
+        return self
+
+    @model_validator(mode="after")
+    def _splitting_makes_sense(self) -> "JobConfig":
+        check_split(self.over_length, self.split_at, self.split_tolerance_s)
         return self
 
     def all_tasks(self) -> list[Task]:

@@ -170,7 +170,7 @@ def test_tables():
 
 
 def part(index, text, **changes):
-    plain = {str: "x", int: 1, float: 1.0}
+    plain = {str: "x", int: 1, float: 1.0, bool: False}
     blank = Answer._make(plain.get(hint, ()) for hint in get_type_hints(Answer).values())
     segment = {"segment_index": index, "start_s": 600.0 * index, "end_s": 600.0 * (index + 1), "text": text}
     counts = {"audio_tokens": 10, "prompt_tokens": 20, "new_tokens": 3}
