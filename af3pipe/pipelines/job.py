@@ -131,7 +131,7 @@ class JobConfig(_Strict):
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
     over_length: OverLength = "dead-letter"
     split_at: SplitAt = "cap"
-    split_tolerance_s: Annotated[float, Field(gt=0)] | None = None
+    split_tolerance_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     on_silent: OnSilent = "flag"
     silent_below: Annotated[float, Field(ge=FLOOR_DBFS, lt=0)] = SILENT_BELOW_DBFS
     batch_size: Annotated[int, Field(gt=0)] = 16

@@ -1,9 +1,11 @@
 import io
 
+import librosa
 import numpy as np
 import pytest
 
 from af3pipe.audio.decode import decode, read_segments
+from af3pipe.audio.levels import measure
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Reason, Recording, Rejected, Stage
 from tests import fixtures_audio as make
@@ -159,3 +161,30 @@ def test_split_gives_what_lies_before_the_break_and_then_says_so():
     with pytest.raises(Rejected) as caught:
         list(reading)
     assert caught.value.reason is Reason.DECODE_SHORT
+
+
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_samples_beyond_full_scale_are_passed_on_as_they_are(rate):
+    data = make.wav(8 * make.sound(2, rate, 2), rate, "FLOAT")
+    [found] = segments(data, "dead-letter")
+    expected, _ = librosa.load(io.BytesIO(data), sr=RATE, mono=True)
+    assert np.abs(expected).max() > 1.5
+    np.testing.assert_allclose(found.samples, expected, rtol=0, atol=1e-5)
+    assert found.levels == measure(found.samples)
+    assert found.levels.peak_dbfs > 3.5
+    assert 0.01 < found.levels.clipped_share < 0.5
+
+
+def test_levels_are_of_what_the_model_hears_and_not_of_the_file():
+    opposite = make.sound(2, 44100)[:, 0]
+    [found] = segments(make.wav(np.stack([opposite, -opposite], axis=1), 44100, "FLOAT"), "dead-letter")
+    assert found.levels.silent  # two channels that cancel each other, as a wrongly wired cable makes them
+    [found] = segments(make.wav(make.sound(2, 44100), 44100), "dead-letter", offset_s=1.0)
+    assert found.levels == measure(found.samples)
+    assert not found.levels.silent
+
+
+def test_every_segment_has_levels_of_its_own():
+    tape = np.concatenate([make.sound(4, RATE), np.zeros((4 * RATE, 1), np.float32), make.sound(1, RATE) / 1000])
+    found = segments(make.wav(tape, RATE, "FLOAT"), "split")
+    assert [segment.levels.silent for segment in found] == [False, True, True]

@@ -1,5 +1,7 @@
 import itertools
+import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -117,3 +119,22 @@ def test_what_is_told_twice_counts_once():
 def test_two_pieces_over_the_same_seconds_hide_no_gap():
     twice = [Covered(next(KEYS), "caption/", ((0.0, 5.0),), 10.0, LEVELS) for _ in range(2)]
     assert state(RECORDING, twice) is TerminalState.OK_PARTIAL
+
+
+def test_levels_are_of_the_segments_that_were_answered_for():
+    loud, quiet = Levels(0.0, -10.0, 0.2, False), Levels(-70.0, -90.0, 0.0, True)
+    parts = [
+        Covered(next(KEYS), "caption", ((0.0, 600.0),), 800.0, loud),
+        Covered(next(KEYS), "caption", ((600.0, 800.0),), 800.0, quiet),
+        Covered(next(KEYS), "transcript", ((600.0, 800.0),), 800.0, quiet),  # heard less: the first one failed
+    ]
+    for order in itertools.permutations(parts):
+        result = settle(RECORDING, order, [LETTER])
+        assert (result.peak_dbfs, result.clipped_share, result.silent) == (0.0, pytest.approx(0.15), False)
+        assert result.rms_dbfs == pytest.approx(-10 + 10 * math.log10(0.75))
+    assert settle(RECORDING, parts[1:], [LETTER]).silent
+
+
+def test_levels_are_not_known_where_nothing_was_answered():
+    result = settle(RECORDING, [], [LETTER])
+    assert (result.peak_dbfs, result.rms_dbfs, result.clipped_share, result.silent) == (None, None, None, None)
