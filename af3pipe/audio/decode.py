@@ -85,18 +85,18 @@ def read_segments(
         decoding = _Decoding(source, limits.sample_rate, recording.offset_s, recording.duration_s)
         if over_length == "dead-letter":
             _check_stated_length(decoding, limits)
-        found = False
+        index = 0
         tolerance_s = min(split_tolerance_s, limits.max_s) if over_length == "split" else 0.0
-        pieces = cut(decoding.blocks(), limits, tolerance_samples=round(tolerance_s * limits.sample_rate))
-        for index, piece in enumerate(pieces):
-            found = True
+        for piece in cut(decoding.blocks(), limits, tolerance_samples=round(tolerance_s * limits.sample_rate)):
             if over_length == "dead-letter" and not piece.is_last:
                 raise _too_long_decoded(decoding, limits)
             levels = measure(piece.samples, silent_below_dbfs=silent_below_dbfs)
             yield _segment(recording, decoding, piece, index, levels, truncated=over_length == "truncate")
             if over_length == "truncate":
                 return
-        if not found:
+            index += 1
+            del piece  # or it is held while the next one is gathered; enumerate() would hold it, too
+        if not index:
             raise _too_short(decoding, limits)
 
 

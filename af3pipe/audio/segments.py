@@ -61,8 +61,8 @@ def cut(
     own, and it cannot lengthen the last one past the cap: it belongs to none, and the recording counts as covered
     without it. Yields nothing where all blocks together are that short.
 
-    A segment is held back until it is known whether another follows, so that `is_last` is right: at most one
-    segment and one block are in memory, and the segment twice while its pieces are joined.
+    A segment is held back until it is known whether another follows, so that `is_last` is right. It is gathered in
+    place, so at most one segment and one block are in memory here; a caller who keeps segments adds those.
 
     Args:
         blocks: float32 mono, each of shape (n,), any lengths.
@@ -70,38 +70,33 @@ def cut(
         tolerance_samples: How much earlier than at the cap a segment may end; half the cap at most counts.
     """
     decided = limits.max_samples + limits.min_samples  # so many, and another segment follows
-    held: list[npt.NDArray[np.float32]] = []
+    gathered = np.empty(decided, np.float32)
     count = start = 0
     for block in blocks:
         while len(block):
-            held.append(block[: decided - count])
-            count += len(held[-1])
-            block = block[len(held[-1]) :]
-            if count == decided:
-                end = _end(held, limits, tolerance_samples)
-                piece, held = Cut(start, _joined(held, 0, end), is_last=False), [_joined(held, end, count)]
-                start, count = start + end, count - end
-                yield piece
-                del piece  # or it would be held while the next one is gathered
+            taken = min(len(block), decided - count)
+            gathered[count : count + taken] = block[:taken]
+            count, block = count + taken, block[taken:]
+            if count < decided:
+                continue
+            end = _end(gathered, limits, tolerance_samples)
+            piece, rest = Cut(start, gathered[:end], is_last=False), gathered[end:].copy()
+            gathered = rest  # lets go of the segment, as does the next line but one
+            yield piece
+            del piece
+            gathered = np.empty(decided, np.float32)
+            start, count = start + end, len(rest)
+            gathered[:count] = rest
     if count >= limits.min_samples:
-        piece = Cut(start, _joined(held, 0, limits.max_samples), is_last=True)
-        held.clear()
-        yield piece
+        samples = gathered[: min(count, limits.max_samples)]
+        # A short one does not keep all of the buffer alive; a copy of a long one would take more than it saves.
+        yield Cut(start, samples.copy() if 8 * count < decided else samples, is_last=True)
 
 
-def _end(held: list[npt.NDArray[np.float32]], limits: AudioLimits, tolerance_samples: int) -> int:
-    """Where a segment ends of which more is held than the cap."""
+def _end(gathered: npt.NDArray[np.float32], limits: AudioLimits, tolerance_samples: int) -> int:
+    """Where a segment ends of which more is there than the cap."""
     cap = limits.max_samples
     tolerance = min(tolerance_samples, cap // 2, cap - limits.min_samples)
     if tolerance <= 0:
         return cap
-    return cap - tolerance + quietest_point(_joined(held, cap - tolerance, cap), limits.sample_rate)
-
-
-def _joined(held: list[npt.NDArray[np.float32]], start: int, end: int) -> npt.NDArray[np.float32]:
-    """Samples `start` to `end` of what is held, as a copy: a short one must not keep a long one alive."""
-    found = []
-    for block in held:
-        found.append(block[max(start, 0) : max(end, 0)])
-        start, end = start - len(block), end - len(block)
-    return np.concatenate(found)
+    return cap - tolerance + quietest_point(gathered[cap - tolerance : cap], limits.sample_rate)
