@@ -141,6 +141,19 @@ def run(
         str | None,
         typer.Option(help="Longer than the model takes: dead-letter (default), truncate or split."),
     ] = None,
+    split_at: Annotated[
+        str | None,
+        typer.Option(help="Where split cuts: at the cap (default), or at the quietest point before it: silence."),
+    ] = None,
+    split_tolerance_s: Annotated[
+        float | None, typer.Option(help="How many seconds before the cap that point may be; 15 by default.")
+    ] = None,
+    on_silent: Annotated[
+        str | None, typer.Option(help="Silent audio: flag it and ask (default), or dead-letter it unasked.")
+    ] = None,
+    silent_below: Annotated[
+        float | None, typer.Option(help="Silent is what peaks at or below this, in dBFS; -60 by default.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for every task.")] = None,
     engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
@@ -177,6 +190,10 @@ def run(
         "tasks": [*(task or []), *map(_own_task, prompt or [])] or None,
         "questions": [*map(_question, question or []), *(_question_file(questions) if questions else [])] or None,
         "over_length": over_length,
+        "split_at": split_at,
+        "split_tolerance_s": split_tolerance_s,
+        "on_silent": on_silent,
+        "silent_below": silent_below,
         "max_new_tokens": max_new_tokens,
         "engine": engine,
         "dtype": dtype,

@@ -94,11 +94,23 @@ def test_dead_letters_fail_a_run_only_when_asked(archive, tmp_path, allowed, cod
     assert ("more than --fail-on-dead-letters" in done.output) == (code == 3)
 
 
+def test_silence_is_left_unasked_when_told(archive, tmp_path):
+    (archive / "silent.wav").write_bytes(make.wav(0 * make.sound(1, 16000), 16000))
+    told = ["--on-silent", "dead-letter", "--silent-below", "-70", "--over-length", "split", "--split-at", "silence"]
+    done = quick(archive, tmp_path / "out", *told, "--split-tolerance-s", "5")
+    assert done.exit_code == 0, done.output
+    assert "1 silent" in done.output
+    (letter,) = [row for row in rows(tmp_path / "out", "dead_letters") if row["reason"] == "silent"]
+    assert "up to -70 counts as silence" in letter["detail"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--task", "sing"], "task 'sing' is not known"),
         (["--over-length", "cut"], "over_length is 'cut'"),
+        (["--split-at", "silence"], "split_at is 'silence', but over_length is 'dead-letter'"),
+        (["--silent-below", "60"], "silent_below is 60"),
         (["--ouput", "x"], "--ouput is neither an option of af3pipe nor of Beam"),
         (["--prompt", "no name"], "it must be NAME=TEXT"),
         (["--questions", "/nowhere.txt"], "--questions /nowhere.txt"),

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from af3pipe.audio.levels import SILENT_BELOW_DBFS, measure
 from af3pipe.audio.probe import Source, open_source, raise_out_of_memory
 from af3pipe.audio.segments import AudioLimits, Cut, cut, is_over_length
-from af3pipe.schemas import AudioInfo, Reason, Recording, Rejected, Segment, Stage
+from af3pipe.schemas import AudioInfo, Levels, Reason, Recording, Rejected, Segment, Stage
 
 Samples: TypeAlias = npt.NDArray[np.float32]
 OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
@@ -82,17 +83,20 @@ def read_segments(
     *,
     limits: AudioLimits,
     over_length: OverLength,
+    split_tolerance_s: float = 0.0,
+    silent_below_dbfs: float = SILENT_BELOW_DBFS,
     open_decoding: OpenDecoding = open_decoding,
 ) -> Iterator[Segment]:
     """Decodes a recording, or the range of it that is asked for, into the segments the policy allows.
 
-    Over-length is known from the header before the body is read, or at the cap where the header lies or is
-    silent. `dead-letter` rejects it, `truncate` gives one segment of exactly the cap, `split` gives consecutive
-    ones. At the cap exactly, give or take `limits.min_samples`, a recording is not over-length.
+    Over-length is known from the header before the body is read, or at the cap where the header lies or states
+    nothing. `dead-letter` rejects it, `truncate` gives one segment of exactly the cap, `split` gives consecutive
+    ones, each of which ends at the quietest point of the last `split_tolerance_s` before the cap (0: at the cap).
+    At the cap exactly, give or take `limits.min_samples`, a recording is not over-length.
 
     The last segment's `info.duration_s` is what decoding found the object to last. Where decoding stopped before
-    the object's end it is what the header states, or at least what was decoded, so that `reaches_end` is false for
-    a truncated segment; for a range that was asked for it may be None.
+    the object's end it is what the header states, or at least what was decoded, so that a truncated segment is seen
+    to end before it; for a range that was asked for it may be None.
 
     Raises:
         Rejected: As `decode`; too_long under `dead-letter`; too_short for less than `limits.min_samples`.
@@ -102,15 +106,18 @@ def read_segments(
     ) as decoding:
         if over_length == "dead-letter":
             _check_stated_length(decoding, limits)
-        found = False
-        for index, piece in enumerate(cut(decoding.blocks(), limits)):
-            found = True
+        index = 0
+        tolerance_s = min(split_tolerance_s, limits.max_s) if over_length == "split" else 0.0
+        for piece in cut(decoding.blocks(), limits, tolerance_samples=round(tolerance_s * limits.sample_rate)):
             if over_length == "dead-letter" and not piece.is_last:
                 raise _too_long_decoded(decoding, limits)
-            yield _segment(recording, decoding, piece, index, truncated=over_length == "truncate")
+            levels = measure(piece.samples, silent_below_dbfs=silent_below_dbfs)
+            yield _segment(recording, decoding, piece, index, levels, truncated=over_length == "truncate")
             if over_length == "truncate":
                 return
-        if not found:
+            index += 1
+            del piece  # or it is held while the next one is gathered; enumerate() would hold it, too
+        if not index:
             raise _too_short(decoding, limits)
 
 
@@ -418,7 +425,9 @@ def _too_short(decoding: Decoding, limits: AudioLimits) -> Rejected:
     return decoding.rejected(Reason.TOO_SHORT, detail)
 
 
-def _segment(recording: Recording, decoding: Decoding, piece: Cut, index: int, *, truncated: bool) -> Segment:
+def _segment(
+    recording: Recording, decoding: Decoding, piece: Cut, index: int, levels: Levels, *, truncated: bool
+) -> Segment:
     info = decoding.info
     if decoding.ended and piece.is_last:
         info = info._replace(duration_s=decoding.position_s)
@@ -434,4 +443,5 @@ def _segment(recording: Recording, decoding: Decoding, piece: Cut, index: int, *
         is_last=piece.is_last or truncated,
         sample_rate=decoding.sample_rate,
         samples=piece.samples,
+        levels=levels,
     )

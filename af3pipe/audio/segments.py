@@ -1,10 +1,12 @@
-"""Where a recording is cut: sample counts to segment bounds, in whole samples."""
+"""Where a recording is cut: blocks of PCM to segments, in whole samples."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from af3pipe.audio.levels import quietest_point
 
 
 class AudioLimits(NamedTuple):
@@ -42,57 +44,59 @@ class Cut(NamedTuple):
     is_last: bool
 
 
-def segment_bounds(total: int, limits: AudioLimits) -> list[tuple[int, int]]:
-    """Cuts `total` samples into half-open segments: all of the cap's length but the last.
-
-    A remainder shorter than `min_samples` (under 0.03 s) gives not a single audio token. It is no segment of
-    its own, and it cannot lengthen the last one past the cap: it belongs to no segment, and the recording
-    counts as covered without it (see `reaches_end`). So no bounds at all mean that all of it is too short.
-    """
-    cap = limits.max_samples
-    bounds = [(start, min(start + cap, total)) for start in range(0, total, cap)]
-    return [(start, end) for start, end in bounds if end - start >= limits.min_samples]
-
-
 def is_over_length(total: int, limits: AudioLimits) -> bool:
     """Whether `total` samples need more than one segment."""
     return total >= limits.max_samples + limits.min_samples
 
 
-def reaches_end(end_s: float, whole_s: float, limits: AudioLimits) -> bool:
-    """Whether a segment that ends at `end_s` leaves nothing of `whole_s` seconds that could be answered."""
-    # Half a sample: both times were divided by a rate, and the comparison is meant in whole samples.
-    return (whole_s - end_s) * limits.sample_rate < limits.min_samples - 0.5
+def cut(
+    blocks: Iterator[npt.NDArray[np.float32]], limits: AudioLimits, *, tolerance_samples: int = 0
+) -> Iterator[Cut]:
+    """Regroups blocks of PCM into consecutive segments that join without a gap, in linear time.
 
+    A segment ends at the cap, or at the quietest point (`levels.quietest_point`) of the tolerance before it, so
+    that no word is cut where there is a pause. Only what lies before the cap decides, not how it came in blocks.
 
-def cut(blocks: Iterator[npt.NDArray[np.float32]], limits: AudioLimits) -> Iterator[Cut]:
-    """Regroups blocks of PCM into segments, with the same bounds as `segment_bounds`.
+    A remainder shorter than `min_samples` (under 0.03 s) gives not a single audio token. It is no segment of its
+    own, and it cannot lengthen the last one past the cap: it belongs to none, and the recording counts as covered
+    without it. Yields nothing where all blocks together are that short.
 
-    A segment is held back until it is known whether another follows, so that `is_last` is right: at most one
-    segment and one block are in memory. Yields nothing where all blocks together are shorter than `min_samples`.
+    A segment is held back until it is known whether another follows, so that `is_last` is right. It is gathered in
+    place, so at most one segment and one block are in memory here; a caller who keeps segments adds those.
 
     Args:
         blocks: float32 mono, each of shape (n,), any lengths.
         limits: The cap, and the shortest that can be answered.
+        tolerance_samples: How much earlier than at the cap a segment may end; half the cap at most counts.
     """
-    held: list[npt.NDArray[np.float32]] = []
+    decided = limits.max_samples + limits.min_samples  # so many, and another segment follows
+    gathered = np.empty(decided, np.float32)
     count = start = 0
     for block in blocks:
-        held.append(block)
-        count += len(block)
-        while is_over_length(count, limits):
-            samples, rest = _split(held, limits.max_samples)
-            yield Cut(start, samples, is_last=False)
-            start += len(samples)
-            held, count = [rest], len(rest)
+        while len(block):
+            taken = min(len(block), decided - count)
+            gathered[count : count + taken] = block[:taken]
+            count, block = count + taken, block[taken:]
+            if count < decided:
+                continue
+            end = _end(gathered, limits, tolerance_samples)
+            piece, rest = Cut(start, gathered[:end], is_last=False), gathered[end:].copy()
+            gathered = rest  # lets go of the segment, as does the next line but one
+            yield piece
+            del piece
+            gathered = np.empty(decided, np.float32)
+            start, count = start + end, len(rest)
+            gathered[:count] = rest
     if count >= limits.min_samples:
-        samples, _ = _split(held, limits.max_samples)
-        yield Cut(start, samples, is_last=True)
+        samples = gathered[: min(count, limits.max_samples)]
+        # A short one does not keep all of the buffer alive; a copy of a long one would take more than it saves.
+        yield Cut(start, samples.copy() if 8 * count < decided else samples, is_last=True)
 
 
-def _split(
-    held: list[npt.NDArray[np.float32]], length: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    joined = np.concatenate(held)
-    # Copies, so that a short remainder does not keep the whole segment alive, nor the reverse.
-    return joined[:length].copy() if len(joined) > length else joined, joined[length:].copy()
+def _end(gathered: npt.NDArray[np.float32], limits: AudioLimits, tolerance_samples: int) -> int:
+    """Where a segment ends of which more is there than the cap."""
+    cap = limits.max_samples
+    tolerance = min(tolerance_samples, cap // 2, cap - limits.min_samples)
+    if tolerance <= 0:
+        return cap
+    return cap - tolerance + quietest_point(gathered[cap - tolerance : cap], limits.sample_rate)

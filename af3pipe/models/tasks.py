@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
+from af3pipe.audio.levels import combine
 from af3pipe.models.engine import ModelError
 from af3pipe.schemas import Answer, Decoding, Reason, Rejected, Stage, Task, TimedText
 
@@ -213,6 +214,7 @@ def stitch(answers: Sequence[Answer]) -> Answer:
     parts = sorted(answers, key=lambda part: part.segment_index)
     first, last = parts[0], parts[-1]
     keys = [part.answer_key for part in parts]
+    levels = combine([(part.end_s - part.start_s, part.levels) for part in parts])
     return last._replace(
         segment_index=0,
         start_s=first.start_s,
@@ -225,6 +227,7 @@ def stitch(answers: Sequence[Answer]) -> Answer:
         new_tokens=sum(part.new_tokens for part in parts),
         answer_key=keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest(),
         created_at=max(part.created_at for part in parts),
+        **levels._asdict(),
     )
 
 

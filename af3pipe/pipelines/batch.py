@@ -84,6 +84,10 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
         model=job.model,
         revision=job.revision,
         over_length=job.over_length,
+        split_at=job.split_at,
+        split_tolerance_s=job.split_tolerance_s,
+        on_silent=job.on_silent,
+        silent_below_dbfs=job.silent_below,
         threads=job.decode_threads,
         guard=DecoderLimits(job.decode_timeout_s, job.decode_memory_mib) if job.decode_guard else None,
     )

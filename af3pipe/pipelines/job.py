@@ -12,11 +12,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from af3pipe.audio.decode import OverLength
 from af3pipe.audio.guard import DEFAULT_LIMITS
+from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.models.engine import ENGINES
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import answer, caption, prompt, transcript
 from af3pipe.schemas import Decoding, Task
 from af3pipe.transforms.ask import check_tasks
+from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
 
 
 class JobError(Exception):
@@ -112,6 +114,10 @@ class JobConfig(_Strict):
         decode_guard: Whether decoders run in processes of their own, where a crash costs one recording.
         decode_timeout_s: Longest that opening a recording, or decoding 10 s of it, may take there.
         decode_memory_mib: Most memory that decoding may take there.
+        split_at: Where `over_length: split` cuts: at the cap, or at the quietest point before it.
+        split_tolerance_s: How long before the cap that point may be; 15 where it is not given.
+        on_silent: Whether a silent segment is asked about and flagged, or becomes a dead letter.
+        silent_below: In dBFS: a segment whose peak is at or below this is silent.
         accelerator: Beam's accelerator hint for the workers that hold the model.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
         beam: Beam's pipeline options.
@@ -128,6 +134,10 @@ class JobConfig(_Strict):
     questions: Annotated[tuple[QuestionConfig, ...], BeforeValidator(_question_configs)] = ()
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
     over_length: OverLength = "dead-letter"
+    split_at: SplitAt = "cap"
+    split_tolerance_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    on_silent: OnSilent = "flag"
+    silent_below: Annotated[float, Field(ge=FLOOR_DBFS, lt=0)] = SILENT_BELOW_DBFS
     batch_size: Annotated[int, Field(gt=0)] = 16
     batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
     decode_threads: Annotated[int, Field(gt=0)] | None = None
@@ -154,6 +164,11 @@ class JobConfig(_Strict):
     @model_validator(mode="after")
     def _tasks_are_right(self) -> "JobConfig":
         check_tasks(self.all_tasks())
+        return self
+
+    @model_validator(mode="after")
+    def _splitting_makes_sense(self) -> "JobConfig":
+        check_split(self.over_length, self.split_at, self.split_tolerance_s)
         return self
 
     def all_tasks(self) -> list[Task]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from af3pipe.schemas.recording import Recording
+from af3pipe.schemas.recording import Levels, Recording
 
 
 class Decoding(NamedTuple):
@@ -109,6 +109,7 @@ class Answer(NamedTuple):
         start_s: Of what was heard, in seconds from the start of the object.
         end_s: End of what was heard, exclusive.
         duration_s: Of the whole object, in seconds; None when it was never learnt.
+        peak_dbfs: This and the next three as `Levels`, of what was heard.
         choice: The choice that the reply names; None for free text.
         segments: The pieces of a transcript with their times; empty for other tasks.
         decoding: JSON of `Decoding`.
@@ -128,6 +129,10 @@ class Answer(NamedTuple):
     sample_rate: int
     channels: int
     codec: str
+    peak_dbfs: float
+    rms_dbfs: float
+    clipped_share: float
+    silent: bool
     task: str
     prompt: str
     question_id: str | None
@@ -151,6 +156,11 @@ class Answer(NamedTuple):
     run_id: str
     created_at: int
 
+    @property
+    def levels(self) -> Levels:
+        """Its four columns as one."""
+        return Levels(self.peak_dbfs, self.rms_dbfs, self.clipped_share, self.silent)
+
 
 ANSWER_SCHEMA = pa.schema(
     [
@@ -166,6 +176,10 @@ ANSWER_SCHEMA = pa.schema(
         pa.field("sample_rate", pa.int32(), nullable=False),
         pa.field("channels", pa.int32(), nullable=False),
         pa.field("codec", pa.string(), nullable=False),
+        pa.field("peak_dbfs", pa.float64(), nullable=False),
+        pa.field("rms_dbfs", pa.float64(), nullable=False),
+        pa.field("clipped_share", pa.float64(), nullable=False),
+        pa.field("silent", pa.bool_(), nullable=False),
         pa.field("task", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
         ("question_id", pa.string()),

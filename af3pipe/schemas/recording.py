@@ -81,6 +81,26 @@ class AudioInfo(NamedTuple):
     decoder: str
 
 
+class Levels(NamedTuple):
+    """How loud a piece of audio is as the model hears it: mixed to mono, at its sampling rate, never normalised.
+
+    dBFS are decibels relative to a sample of 1.0: a square wave of full scale has an RMS of 0, a sine one of -3.
+
+    Attributes:
+        peak_dbfs: Of the largest sample; -120 at least, so for digital silence; above 0 for float files that go
+            beyond full scale, which are passed on as they are.
+        rms_dbfs: Over all samples; -120 at least.
+        clipped_share: Share of the samples, 0 to 1, at or beyond full scale (32767/32768, the most that 16-bit PCM
+            holds). Mixing and resampling move samples off that mark, so it is lower than in the file.
+        silent: Whether the peak is at or below the job's threshold, -60 dBFS unless it says otherwise.
+    """
+
+    peak_dbfs: float
+    rms_dbfs: float
+    clipped_share: float
+    silent: bool
+
+
 class Segment(NamedTuple):
     """A contiguous part of a recording, given to the model as one sample.
 
@@ -92,7 +112,8 @@ class Segment(NamedTuple):
         end_s: End of the last sample, exclusive.
         is_last: Whether the recording ends with this segment.
         sample_rate: Of `samples`, in Hz: the model's.
-        samples: float32 mono PCM in [-1, 1], shape (n,).
+        samples: float32 mono PCM, shape (n,); full scale is 1.0, which float files may exceed.
+        levels: Of `samples`, as `audio.levels.measure` gives them.
     """
 
     recording: Recording
@@ -103,6 +124,7 @@ class Segment(NamedTuple):
     is_last: bool
     sample_rate: int
     samples: npt.NDArray[np.float32]
+    levels: Levels
 
     @property
     def audio_s(self) -> float:
@@ -121,6 +143,7 @@ class RecordingResult(NamedTuple):
         duration_s: Of the object, in seconds; None when it was never learnt.
         covered_s: Seconds for which every task has an answer.
         reasons: Of the recording's dead letters, sorted, without repeats.
+        peak_dbfs: This and the next three as `Levels`, over what was answered for; None where nothing was.
         created_at: Microseconds since 1970-01-01 UTC, as Arrow's timestamp stores it.
     """
 
@@ -132,6 +155,10 @@ class RecordingResult(NamedTuple):
     answers: int
     dead_letters: int
     reasons: tuple[str, ...]
+    peak_dbfs: float | None
+    rms_dbfs: float | None
+    clipped_share: float | None
+    silent: bool | None
     size_bytes: int | None
     etag: str | None
     mtime: str | None
@@ -151,6 +178,10 @@ RECORDING_SCHEMA = pa.schema(
         pa.field("answers", pa.int32(), nullable=False),
         pa.field("dead_letters", pa.int32(), nullable=False),
         ("reasons", pa.list_(pa.string())),
+        ("peak_dbfs", pa.float64()),
+        ("rms_dbfs", pa.float64()),
+        ("clipped_share", pa.float64()),
+        ("silent", pa.bool_()),
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),
         ("mtime", pa.string()),

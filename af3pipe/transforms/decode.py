@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import apache_beam as beam
 
@@ -11,9 +11,10 @@ from af3pipe import storage
 from af3pipe.audio.decode import OpenDecoding, OverLength, open_decoding, read_segments
 from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, DecoderPool
 from af3pipe.audio.guarded import DecoderLimits
+from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.models.family import DEFAULT_MODEL, open_checkpoint
-from af3pipe.schemas import DeadLetter, Recording, Segment, Stage
+from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage
 from af3pipe.transforms import metrics
 from af3pipe.transforms.outcome import (
     DEAD_LETTERS,
@@ -25,21 +26,32 @@ from af3pipe.transforms.outcome import (
 )
 from af3pipe.transforms.overlap import OverlapDoFn
 
+SplitAt: TypeAlias = Literal["cap", "silence"]
+OnSilent: TypeAlias = Literal["flag", "dead-letter"]
+
+_SPLIT_TOLERANCE_S = 15.0  # in nearly any speech somebody draws breath in it, and it costs 1% more segments
+
 
 def open_segments(
     recording: Recording,
     *,
     limits: AudioLimits,
     over_length: OverLength = "dead-letter",
+    split_tolerance_s: float = 0.0,
+    silent_below_dbfs: float = SILENT_BELOW_DBFS,
     open_decoding: OpenDecoding = open_decoding,
 ) -> Iterator[Segment]:
     """Opens a recording and decodes it, front to back, into segments: what DecodeAudio does, without Beam.
 
+    Silent segments are given like all others, and say so in `levels.silent`.
+
     Args:
-        recording: What is read.
-        limits: The model's.
-        over_length: See `DecodeAudio`.
-        open_decoding: Where it is decoded: in this process, or `guard.DecoderPool.open`.
+        recording: What to open.
+        limits: The model's, from `models.open_checkpoint(...).limits`.
+        over_length: As for `DecodeAudio`.
+        split_tolerance_s: With `split`, how long before the cap the quietest point is looked for; 0 cuts at the cap.
+        silent_below_dbfs: A peak at or below this is silence.
+        open_decoding: Where it is decoded: in this process, or in another one by `guard.DecoderPool.open`.
 
     Raises:
         Rejected: The recording cannot be read or decoded, or is too short or too long.
@@ -48,7 +60,33 @@ def open_segments(
         info = storage.stat(recording.uri)
         recording = recording._replace(size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime)
     with storage.open_input(recording.uri, size_bytes=recording.size_bytes) as file:
-        yield from read_segments(file, recording, limits=limits, over_length=over_length, open_decoding=open_decoding)
+        yield from read_segments(
+            file,
+            recording,
+            limits=limits,
+            over_length=over_length,
+            split_tolerance_s=split_tolerance_s,
+            silent_below_dbfs=silent_below_dbfs,
+            open_decoding=open_decoding,
+        )
+
+
+def check_split(over_length: OverLength, split_at: SplitAt, split_tolerance_s: float | None) -> None:
+    """Raises ValueError for settings about splitting that would have no effect, or make no sense."""
+    if split_at == "silence" and over_length != "split":
+        raise ValueError(
+            f"split_at is 'silence', but over_length is {over_length!r}, so that nothing is split; "
+            "set over_length to 'split'"
+        )
+    if split_tolerance_s is None:
+        return
+    if split_at != "silence":
+        raise ValueError(
+            f"split_tolerance_s is {split_tolerance_s:g}, but split_at is {split_at!r}, so that no silence is "
+            "looked for; set split_at to 'silence'"
+        )
+    if not split_tolerance_s > 0:
+        raise ValueError(f"split_tolerance_s is {split_tolerance_s:g}; it must be more than 0 s, for example 15")
 
 
 class _Ahead(NamedTuple):
@@ -71,13 +109,25 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
     """Emits `Segment`, and `DeadLetter` to the tag `dead_letters`."""
 
     def __init__(
-        self, *, model: str, revision: str | None, over_length: OverLength, threads: int, guard: DecoderLimits | None
+        self,
+        *,
+        model: str,
+        revision: str | None,
+        over_length: OverLength,
+        split_tolerance_s: float,
+        on_silent: OnSilent,
+        silent_below_dbfs: float,
+        threads: int,
+        guard: DecoderLimits | None,
     ) -> None:
         # Each pending recording holds at most one segment of PCM: 38 MB at a cap of 600 s.
         super().__init__(max_pending=2 * threads)
         self._model = model
         self._revision = revision
         self._over_length = over_length
+        self._split_tolerance_s = split_tolerance_s
+        self._on_silent = on_silent
+        self._silent_below_dbfs = silent_below_dbfs
         self._threads = threads
         self._guard = guard
 
@@ -97,7 +147,12 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
 
     def submit(self, recording: Recording) -> "Future[_Ahead]":
         segments = open_segments(
-            recording, limits=self._limits, over_length=self._over_length, open_decoding=self._open_decoding
+            recording,
+            limits=self._limits,
+            over_length=self._over_length,
+            split_tolerance_s=self._split_tolerance_s,
+            silent_below_dbfs=self._silent_below_dbfs,
+            open_decoding=self._open_decoding,
         )
         return self._pool.submit(_decode_ahead, segments)
 
@@ -112,12 +167,30 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
 
         for outcome in outcomes(segments(), rejected):
             if isinstance(outcome, DeadLetter):
-                metrics.count("recordings_done")
-                metrics.count(f"dead_letters_{outcome.reason.value}")
-                yield beam.pvalue.TaggedOutput(DEAD_LETTERS, outcome)
+                yield _dead(outcome, is_last=True)
+            elif outcome.levels.silent and self._on_silent == "dead-letter":
+                yield _dead(self._silent(outcome), is_last=outcome.is_last)
             else:
                 metrics.count("segments")
                 yield outcome
+
+    def _silent(self, segment: Segment) -> DeadLetter:
+        """Not raised, because the segments that follow may well be heard."""
+        peak, rms, *_ = segment.levels
+        detail = (
+            f"{segment.start_s:.1f} to {segment.end_s:.1f} s is silent: its peak is {peak:.1f} dBFS (RMS {rms:.1f}), "
+            f"and up to {self._silent_below_dbfs:g} counts as silence."
+        )
+        error = Rejected(Stage.DECODE, Reason.SILENT, detail)
+        return to_dead_letter(error, segment.recording, stage=Stage.DECODE, segment=segment)
+
+
+def _dead(letter: DeadLetter, *, is_last: bool) -> Any:
+    """A dead letter on its way out, counted; with the last of a recording, no other step counts it as done."""
+    if is_last:
+        metrics.count("recordings_done")
+    metrics.count(f"dead_letters_{letter.reason.value}")
+    return beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
 
 
 class DecodeAudio(beam.PTransform):
@@ -131,13 +204,20 @@ class DecodeAudio(beam.PTransform):
         revision: Of the model on the hub.
         over_length: What becomes of a recording longer than the cap: `dead-letter`; `truncate`, which answers for
             the first part; `split`, which makes consecutive segments of it.
+        split_at: Where `split` cuts: at the `cap`, or at the quietest point before it (`silence`), so that words
+            are not cut.
+        split_tolerance_s: With `silence`, how long before the cap that point may be; the default is 15, and half
+            the cap is the most that counts.
+        on_silent: What becomes of a silent segment: `flag`, which asks about it and says so in the column
+            `silent`; `dead-letter`, which does not ask.
+        silent_below_dbfs: A segment whose largest sample is at or below this is silent, -120 to below 0 dBFS.
         threads: Recordings opened and decoded at once; the default is 4 more than cores, since a thread often
             waits for the store, and 8 at most, since each holds a segment.
         guard: What decoders may take. They run in processes of their own, where a crash or a hang costs one
             recording; None decodes in the worker's own process, and so does Windows.
 
     Raises:
-        ValueError: `over_length` is not one of the three.
+        ValueError: An argument is none of the values allowed, or two do not go together.
     """
 
     def __init__(
@@ -146,16 +226,27 @@ class DecodeAudio(beam.PTransform):
         model: str = DEFAULT_MODEL,
         revision: str | None = None,
         over_length: OverLength = "dead-letter",
+        split_at: SplitAt = "cap",
+        split_tolerance_s: float | None = None,
+        on_silent: OnSilent = "flag",
+        silent_below_dbfs: float = SILENT_BELOW_DBFS,
         threads: int | None = None,
         guard: DecoderLimits | None = DEFAULT_LIMITS,
     ) -> None:
         super().__init__()
-        if over_length not in get_args(OverLength):
-            raise ValueError(f"over_length is {over_length!r}; it must be one of {', '.join(get_args(OverLength))}")
+        _check_choice("over_length", over_length, OverLength)
+        _check_choice("split_at", split_at, SplitAt)
+        _check_choice("on_silent", on_silent, OnSilent)
+        check_split(over_length, split_at, split_tolerance_s)
+        if not FLOOR_DBFS <= silent_below_dbfs < 0:
+            raise ValueError(f"silent_below_dbfs is {silent_below_dbfs:g}; it must be from {FLOOR_DBFS:g} to below 0")
         self._dofn = DecodeDoFn(
             model=model,
             revision=revision,
             over_length=over_length,
+            split_tolerance_s=(split_tolerance_s or _SPLIT_TOLERANCE_S) if split_at == "silence" else 0.0,
+            on_silent=on_silent,
+            silent_below_dbfs=silent_below_dbfs,
             threads=threads or min((os.cpu_count() or 1) + 4, 8),
             guard=guard if IS_SUPPORTED else None,
         )
@@ -166,3 +257,8 @@ class DecodeAudio(beam.PTransform):
             Segment, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="segments")
         return Outcome(decoded.segments, join_dead_letters(decoded[DEAD_LETTERS], before))
+
+
+def _check_choice(name: str, value: str, allowed: Any) -> None:
+    if value not in get_args(allowed):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(allowed))}")

@@ -1,6 +1,7 @@
 """Every recording that was found, held against what became of it: one terminal state each."""
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -8,9 +9,11 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from apache_beam.coders import registry
 
+from af3pipe.audio.levels import combine
 from af3pipe.schemas import (
     Answer,
     DeadLetter,
+    Levels,
     Recording,
     RecordingResult,
     Stage,
@@ -35,12 +38,14 @@ class Covered(NamedTuple):
         task: See `task_key`.
         pieces: (start_s, end_s) of each part answered for.
         duration_s: Of the whole object, as far as was known with this answer.
+        levels: Of the parts together.
     """
 
     key: str
     task: str
     pieces: tuple[tuple[float, float], ...]
     duration_s: float | None
+    levels: Levels
 
 
 class Failed(NamedTuple):
@@ -69,6 +74,7 @@ def covered_by(answer: Answer) -> Covered:
         task_key(answer.task, answer.question_id),
         pieces or ((answer.start_s, answer.end_s),),
         answer.duration_s,
+        answer.levels,
     )
 
 
@@ -107,6 +113,7 @@ def settle(
         answers=len(covered),
         dead_letters=len(failed),
         reasons=tuple(sorted({found.reason for found in failed})),
+        **_levels(covered),
         size_bytes=recording.size_bytes,
         etag=recording.etag,
         mtime=recording.mtime,
@@ -123,6 +130,20 @@ def _covered_s(covered: Iterable[Covered]) -> float:
     for found in covered:
         by_task[found.task] += found.pieces
     return min((_length_s(pieces) for pieces in by_task.values()), default=0.0)
+
+
+def _levels(covered: Iterable[Covered]) -> dict[str, Any]:
+    """The columns of what was heard: by the task that heard most, since all measured the same samples."""
+    by_task: dict[str, list[tuple[float, Levels]]] = defaultdict(list)
+    for found in covered:
+        by_task[found.task].append((_length_s(found.pieces), found.levels))
+    # Sorted, so that tasks that heard as much give the same to the last digit, whatever order they come in.
+    parts = max((by_task[task] for task in sorted(by_task)), key=_heard_s, default=[])
+    return combine(parts)._asdict() if parts else dict.fromkeys(Levels._fields)
+
+
+def _heard_s(parts: Iterable[tuple[float, Levels]]) -> float:
+    return math.fsum(length_s for length_s, _ in parts)
 
 
 def _length_s(pieces: Iterable[tuple[float, float]]) -> float:

@@ -1,10 +1,12 @@
 import io
 
+import librosa
 import numpy as np
 import pytest
 
 from af3pipe.audio.decode import decode, read_segments
-from af3pipe.audio.segments import AudioLimits, reaches_end
+from af3pipe.audio.levels import measure
+from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Reason, Recording, Rejected, Stage
 from tests import fixtures_audio as make
 
@@ -47,7 +49,7 @@ def test_a_recording_exactly_at_the_cap_is_one_whole_segment(policy, encode, rat
     [found] = segments(encode(make.sound(4, rate), rate), policy)
     assert bounds([found]) == [(0, 0.0, 4.0, True)]
     assert found.samples.shape == (4 * RATE,)
-    assert reaches_end(found.end_s, found.info.duration_s, LIMITS)
+    assert found.info.duration_s == pytest.approx(4.0, abs=0.03)
 
 
 @pytest.mark.parametrize("encode", [make.wav, make.flac, make.mp3, make.m4a])
@@ -83,13 +85,12 @@ def test_truncate_gives_one_segment_that_is_recognisably_partial():
     [found] = segments(LONG, "truncate")
     assert bounds([found]) == [(0, 0.0, 4.0, True)]
     assert found.info.duration_s == 10.5
-    assert not reaches_end(found.end_s, found.info.duration_s, LIMITS)
 
 
 def test_truncate_of_an_unknown_length_states_more_than_it_covers():
     [found] = segments(make.mp3_without_length(make.sound(30, 44100), 44100), "truncate")
     assert found.samples.shape == (4 * RATE,)
-    assert not reaches_end(found.end_s, found.info.duration_s, LIMITS)
+    assert found.info.duration_s > 4.1
 
 
 def test_split_covers_everything_in_consecutive_segments():
@@ -105,7 +106,6 @@ def test_a_remainder_without_an_audio_token_is_no_segment_and_not_over_length(po
     [found] = segments(make.wav(make.sound(4.02, RATE), RATE), policy)
     assert bounds([found]) == [(0, 0.0, 4.0, True)]
     assert found.info.duration_s == 4.02
-    assert reaches_end(found.end_s, found.info.duration_s, LIMITS)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -161,3 +161,30 @@ def test_split_gives_what_lies_before_the_break_and_then_says_so():
     with pytest.raises(Rejected) as caught:
         list(reading)
     assert caught.value.reason is Reason.DECODE_SHORT
+
+
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_samples_beyond_full_scale_are_passed_on_as_they_are(rate):
+    data = make.wav(8 * make.sound(2, rate, 2), rate, "FLOAT")
+    [found] = segments(data, "dead-letter")
+    expected, _ = librosa.load(io.BytesIO(data), sr=RATE, mono=True)
+    assert np.abs(expected).max() > 1.5
+    np.testing.assert_allclose(found.samples, expected, rtol=0, atol=1e-5)
+    assert found.levels == measure(found.samples)
+    assert found.levels.peak_dbfs > 3.5
+    assert 0.01 < found.levels.clipped_share < 0.5
+
+
+def test_levels_are_of_what_the_model_hears_and_not_of_the_file():
+    opposite = make.sound(2, 44100)[:, 0]
+    [found] = segments(make.wav(np.stack([opposite, -opposite], axis=1), 44100, "FLOAT"), "dead-letter")
+    assert found.levels.silent  # two channels that cancel each other, as a wrongly wired cable makes them
+    [found] = segments(make.wav(make.sound(2, 44100), 44100), "dead-letter", offset_s=1.0)
+    assert found.levels == measure(found.samples)
+    assert not found.levels.silent
+
+
+def test_every_segment_has_levels_of_its_own():
+    tape = np.concatenate([make.sound(4, RATE), np.zeros((4 * RATE, 1), np.float32), make.sound(1, RATE) / 1000])
+    found = segments(make.wav(tape, RATE, "FLOAT"), "split")
+    assert [segment.levels.silent for segment in found] == [False, True, True]

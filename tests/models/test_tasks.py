@@ -1,4 +1,5 @@
 import hashlib
+import math
 from typing import get_type_hints
 
 import pytest
@@ -170,7 +171,7 @@ def test_tables():
 
 
 def part(index, text, **changes):
-    plain = {str: "x", int: 1, float: 1.0}
+    plain = {str: "x", int: 1, float: 1.0, bool: False}
     blank = Answer._make(plain.get(hint, ()) for hint in get_type_hints(Answer).values())
     segment = {"segment_index": index, "start_s": 600.0 * index, "end_s": 600.0 * (index + 1), "text": text}
     counts = {"audio_tokens": 10, "prompt_tokens": 20, "new_tokens": 3}
@@ -190,6 +191,17 @@ def test_stitching_joins_segments_in_order():
     assert (whole.audio_tokens, whole.prompt_tokens, whole.new_tokens) == (30, 60, 9)
     assert whole.finish_reason == "length"
     assert whole.answer_key == hashlib.sha256(b"key0key1key2").hexdigest()
+
+
+def test_stitching_combines_levels_by_length():
+    whole = stitch(
+        [
+            part(0, "a", peak_dbfs=-60.0, rms_dbfs=-100.0, clipped_share=0.0, silent=True),
+            part(1, "b", end_s=900.0, peak_dbfs=-1.0, rms_dbfs=-10.0, clipped_share=0.3, silent=False),
+        ]
+    )
+    assert whole.levels == pytest.approx((-1.0, -10.0 + 10 * math.log10(300 / 900), 0.1, False))
+    assert stitch([part(0, "a", silent=True), part(1, "b", silent=True)]).silent
 
 
 def test_one_segment_keeps_its_key():

@@ -50,6 +50,16 @@ def test_a_limit_for_all_tasks():
     ("changes", "says"),
     [
         ({"over_length": "cut"}, ["over_length is 'cut'", "'dead-letter', 'truncate' or 'split'"]),
+        ({"split_at": "pause"}, ["split_at is 'pause'", "'cap' or 'silence'"]),
+        ({"split_at": "silence"}, ["split_at is 'silence'", "'dead-letter'", "set over_length to 'split'"]),
+        (
+            {"over_length": "split", "split_tolerance_s": 5},
+            ["split_tolerance_s is 5, but split_at is 'cap'", "set split_at to 'silence'"],
+        ),
+        ({"split_tolerance_s": 0}, ["split_tolerance_s is 0", "greater than 0"]),
+        ({"on_silent": "drop"}, ["on_silent is 'drop'", "'flag' or 'dead-letter'"]),
+        ({"silent_below": 60}, ["silent_below is 60", "less than 0"]),
+        ({"silent_below": -200}, ["silent_below is -200", "greater than or equal to -120"]),
         ({"ouput": "x"}, ["ouput is not a key of a job", "did you mean 'output'"]),
         ({"inputs": []}, ["inputs is []"]),
         ({"batch_size": 0}, ["batch_size is 0", "greater than 0"]),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from apache_beam.testing.util import assert_that
 
+from af3pipe.audio.levels import measure
 from af3pipe.models import (
     EngineFailed,
     EngineOptions,
@@ -28,7 +29,7 @@ NOISE = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
 def segment(name, samples=NOISE, **changes):
     recording = Recording(name, f"{name}.wav", 1, None, "now", **changes)
     info = AudioInfo(len(samples) / 16000, 16000, 1, "pcm_16", "soundfile")
-    return Segment(recording, info, 0, 0.0, len(samples) / 16000, True, 16000, samples)
+    return Segment(recording, info, 0, 0.0, len(samples) / 16000, True, 16000, samples, measure(samples))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from apache_beam.coders import registry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from af3pipe.schemas import AudioInfo, Recording, Segment
+from af3pipe.schemas import AudioInfo, Levels, Recording, Segment
 from af3pipe.transforms.coders import ROW_CLASSES, RowTupleCoder
 from tests.rows import rows
 
@@ -33,7 +33,8 @@ def test_round_trip_keeps_value_and_class(row_class, data):
 
 def segment(samples):
     recording = Recording("id", "gs://bucket/Grüße aus Köln.flac")
-    return Segment(recording, AudioInfo(1.0, 16000, 1, "flac", "soundfile"), 0, 0.0, 1.0, True, 16000, samples)
+    info = AudioInfo(1.0, 16000, 1, "flac", "soundfile")
+    return Segment(recording, info, 0, 0.0, 1.0, True, 16000, samples, Levels(0.0, -4.8, 0.0, False))
 
 
 def test_pcm_is_carried_as_its_bytes_alone():

@@ -17,6 +17,7 @@ from af3pipe.transforms import (
 )
 
 HINT = "beam:resources:accelerator:v1"
+AT_SILENCE = {"over_length": "split", "split_at": "silence"}
 
 
 def proto(**changes):
@@ -94,13 +95,32 @@ def test_segments_are_typed_for_the_next_transform():
     ("make", "says"),
     [
         (lambda: DecodeAudio(over_length="cut"), "over_length is 'cut'; it must be one of dead-letter"),
+        (lambda: DecodeAudio(split_at="pause"), "split_at is 'pause'; it must be one of cap, silence"),
+        (lambda: DecodeAudio(split_at="silence"), "split_at is 'silence', but over_length is 'dead-letter'"),
+        (lambda: DecodeAudio(over_length="split", split_tolerance_s=9), "tolerance_s is 9, but split_at is 'cap'"),
+        (lambda: DecodeAudio(**AT_SILENCE, split_tolerance_s=0), "split_tolerance_s is 0; it must be more than 0"),
+        (lambda: DecodeAudio(on_silent="drop"), "on_silent is 'drop'; it must be one of flag, dead-letter"),
+        (lambda: DecodeAudio(silent_below_dbfs=60), "silent_below_dbfs is 60; it must be from -120 to below 0"),
         (lambda: AskAudioFlamingo(tasks=[]), "tasks is empty"),
         (lambda: AskAudioFlamingo(tasks=[caption(), caption()]), "task 'caption' is asked twice"),
         (lambda: AskAudioFlamingo(tasks=[answer("Who?"), answer("Who?")]), "question 'Who\\?' is asked twice"),
         (lambda: beam.Pipeline() | ReadRecordings([]), "inputs is empty"),
         (lambda: beam.Pipeline() | PeriodicImpulse() | WriteAnswers("out"), "WriteAnswers writes bounded"),
     ],
-    ids=["over_length", "no task", "task twice", "question twice", "no input", "a stream"],
+    ids=[
+        "over_length",
+        "split_at",
+        "no split",
+        "no silence",
+        "tolerance",
+        "on_silent",
+        "loud",
+        "no task",
+        "task twice",
+        "question twice",
+        "no input",
+        "a stream",
+    ],
 )
 def test_mistakes_are_found_while_the_graph_is_built(make, says):
     with pytest.raises(ValueError, match=says):
