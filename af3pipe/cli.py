@@ -141,6 +141,12 @@ def run(
         str | None,
         typer.Option(help="Longer than the model takes: dead-letter (default), truncate or split."),
     ] = None,
+    channel: Annotated[
+        str | None, typer.Option(help="What is heard: mix (default), left, right, or a channel's number from 0.")
+    ] = None,
+    stream: Annotated[
+        str | None, typer.Option(help="Which audio stream of a video, from 0; the default is its main one.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for every task.")] = None,
     engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
@@ -164,6 +170,8 @@ def run(
         "tasks": [*(task or []), *map(_own_task, prompt or [])] or None,
         "questions": [*map(_question, question or []), *(_question_file(questions) if questions else [])] or None,
         "over_length": over_length,
+        "channel": channel,
+        "stream": stream,
         "max_new_tokens": max_new_tokens,
         "engine": engine,
         "dtype": dtype,

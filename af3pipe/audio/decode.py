@@ -5,6 +5,8 @@ equal `librosa.load(path, sr=sample_rate, mono=True)` within 1e-5 (tests/audio/t
 """
 
 from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import av
@@ -13,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 import soxr
+from av.audio.frame import format_dtypes
 
 from af3pipe.audio.probe import Source, open_source
 from af3pipe.audio.segments import AudioLimits, Cut, cut, is_over_length
-from af3pipe.schemas import Reason, Recording, Rejected, Segment, Stage
+from af3pipe.schemas import MIX, Reason, Recording, Rejected, Segment, Stage
 
 Samples: TypeAlias = npt.NDArray[np.float32]
 OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
@@ -28,14 +31,21 @@ _BLOCK_S = 10
 _SHORT_S = 0.1
 _CODEC_FRAMES = 4096
 # PCM and FLAC: a seek is sample-exact there (test_offset_is_exact). Everything else is read from the front.
-_SEEKABLE = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"})
+_SEEKABLE = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "RAW"})
 _SEEKABLE_CODECS = frozenset(
     {"flac", "pcm_s8", "pcm_u8", "pcm_16", "pcm_24", "pcm_32", "float", "double", "ulaw", "alaw"}
 )
 
 
 def decode(
-    file: BinaryIO, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None
+    file: BinaryIO,
+    *,
+    sample_rate: int,
+    offset_s: float = 0.0,
+    duration_s: float | None = None,
+    extension: str = "",
+    channel: str | int = MIX,
+    stream: int | None = None,
 ) -> Iterator[Samples]:
     """Decodes a recording front to back, in bounded memory.
 
@@ -44,16 +54,19 @@ def decode(
         sample_rate: Of the samples wanted, in Hz.
         offset_s: Where to begin, in seconds; rounded to the nearest frame as stored.
         duration_s: How much to take, in seconds; None takes all. What the file does not have is not missed.
+        extension: Of the file's name; see `probe`.
+        channel: `mix`, the mean over all; `left`, `right` (of two or more); or an index from 0.
+        stream: See `probe`.
 
     Yields:
-        float32 mono blocks of about 10 s, shape (n,), the mean over the channels; together
-        ceil(frames * sample_rate / stored rate) samples.
+        float32 mono blocks of about 10 s, shape (n,); together ceil(frames * sample_rate / stored rate) samples.
 
     Raises:
-        Rejected: As `probe`; decode_error (with the position), decode_short for a file that ends before the length
-            its header states, too_short for an offset beyond the end.
+        Rejected: As `probe`; no_audio_stream for a channel the audio does not have; decode_error (with the
+            position), decode_short for a file that ends before the length its header states, too_short for an
+            offset beyond the end.
     """
-    with open_source(file) as source:
+    with open_source(file, extension=extension, channel=channel, stream=stream) as source:
         yield from _Decoding(source, sample_rate, offset_s, duration_s).blocks()
 
 
@@ -73,7 +86,8 @@ def read_segments(
     Raises:
         Rejected: As `decode`; too_long under `dead-letter`; too_short for less than `limits.min_samples`.
     """
-    with open_source(file) as source:
+    extension = Path(recording.uri).suffix
+    with open_source(file, extension=extension, channel=recording.channel, stream=recording.stream) as source:
         decoding = _Decoding(source, limits.sample_rate, recording.offset_s, recording.duration_s)
         if over_length == "dead-letter":
             _check_stated_length(decoding, limits)
@@ -137,7 +151,7 @@ class _Decoding:
                 self.source.reader.raise_error()
                 self.frames_read += len(block)
                 yield block
-        except (soundfile.LibsndfileError, av.FFmpegError, _RateChanged) as error:
+        except (soundfile.LibsndfileError, av.FFmpegError, _StreamChanged) as error:
             self.source.reader.raise_error()
             self._explain(error)
         self.source.reader.raise_error()
@@ -164,7 +178,7 @@ class _Decoding:
         if not isinstance(handle, av.container.InputContainer):
             return self.source.reader.at_end
         try:
-            return not any(packet.size for packet in handle.demux(handle.streams.best("audio")))
+            return not any(packet.size for packet in handle.demux(self.source.stream))
         except av.FFmpegError:
             return True
 
@@ -212,8 +226,8 @@ class _Decoding:
             yield block
 
 
-class _RateChanged(Exception):
-    """The sampling rate changes inside the stream; the resampler was made for the first one."""
+class _StreamChanged(Exception):
+    """The sampling rate changes inside the stream, for which the resampler was made; or the channel is gone."""
 
 
 def _seeks_exactly(source: Source) -> bool:
@@ -227,40 +241,59 @@ def _blocks(source: Source) -> Iterator[Samples]:
     length = _BLOCK_S * source.info.sample_rate
     if not isinstance(handle, av.container.InputContainer):
         while len(frames := handle.read(length, dtype="float32", always_2d=True)):
-            yield _mono(np.ascontiguousarray(frames.T))
+            yield _mono(np.ascontiguousarray(frames.T), source.channel)
         return
-    frames = _pyav_frames(handle, source.info.sample_rate)
+    frames = _pyav_frames(handle, source)
     if source.info.codec == "aac" and source.stated_frames is not None:
-        frames = _without_padding(frames, source.stated_frames)
-    yield from _gathered(frames, length)
+        samples = _without_padding(frames, source)
+    else:
+        samples = (_mono(_floats(frame), source.channel) for frame in frames)
+    yield from _gathered(samples, length)
 
 
-def _pyav_frames(container: av.container.InputContainer, sample_rate: int) -> Iterator[Samples]:
-    for frame in container.decode(container.streams.best("audio")):
+def _pyav_frames(container: av.container.InputContainer, source: Source) -> Iterator[av.AudioFrame]:
+    rate, channel = source.info.sample_rate, source.channel
+    for frame in container.decode(source.stream):
         if not isinstance(frame, av.AudioFrame):
             continue
-        if frame.sample_rate != sample_rate:
-            raise _RateChanged(f"the sampling rate changes from {sample_rate} Hz to {frame.sample_rate} Hz")
-        yield _mono(_floats(frame))
+        if frame.sample_rate != rate:
+            raise _StreamChanged(f"the sampling rate changes from {rate} Hz to {frame.sample_rate} Hz")
+        if channel is not None and frame.layout.nb_channels != source.info.channels:
+            change = f"from {source.info.channels} to {frame.layout.nb_channels}"
+            raise _StreamChanged(f"the number of channels changes {change}, and channel {channel} was asked for")
+        yield frame
 
 
-def _without_padding(frames: Iterator[Samples], stated: int) -> Iterator[Samples]:
+def _without_padding(frames: Iterator[av.AudioFrame], source: Source) -> Iterator[Samples]:
     """Drops what an AAC encoder added to fill its last frame, so that 600.0 s of M4A stay 600.0 s.
 
     More than that is no padding but a header that lies, and all of it is kept.
     """
+    stated = source.stated_frames or 0
     count = 0
     beyond: list[Samples] = []
     for frame in frames:
-        kept = frame[: max(stated - count, 0)]
-        count += len(frame)
+        samples = _mono(_floats(frame), source.channel)
+        kept = samples[: max(_sounding(frame, stated - count), 0)]
+        count += len(samples)
         if len(kept):
             yield kept
-        if len(kept) < len(frame):
-            beyond.append(frame[len(kept) :])
+        if len(kept) < len(samples):
+            beyond.append(samples[len(kept) :])
         if count > stated + _CODEC_FRAMES:
             yield from beyond
             beyond = []
+
+
+def _sounding(frame: av.AudioFrame, stated: int) -> int:
+    """How much of the last frame is sound: what the container says of that very frame, to the sample, where it does.
+
+    The length of the whole is often rounded to a millisecond: up to 22 samples at 44.1 kHz.
+    """
+    if frame.duration and frame.time_base == Fraction(1, frame.sample_rate) and frame.duration < frame.samples:
+        rounding = frame.sample_rate // 1000 + 1
+        return frame.duration if abs(frame.duration - stated) <= rounding else stated
+    return stated
 
 
 def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
@@ -275,7 +308,7 @@ def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
             if count >= length:
                 yield np.concatenate(held)
                 held, count = [], 0
-    except (av.FFmpegError, _RateChanged) as error:
+    except (av.FFmpegError, _StreamChanged) as error:
         failure = error  # the frames before it are good, and tell where it happened
     if held:
         yield np.concatenate(held)
@@ -285,9 +318,14 @@ def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
 
 def _floats(frame: av.AudioFrame) -> Samples:
     """Shape (channels, n), in [-1, 1], scaled as libsndfile does."""
-    stored: npt.NDArray[Any] = frame.to_ndarray()
-    if not frame.format.is_planar:
-        stored = stored.reshape(-1, frame.layout.nb_channels).T
+    # Not frame.to_ndarray(): PyAV counts planes up to a null pointer, which is not there behind eight of them, and
+    # reads what is no memory (tests/audio/test_formats.py: test_one_to_eight_channels).
+    dtype, channels = format_dtypes[frame.format.name], frame.layout.nb_channels
+    planes: tuple[Any, ...] = frame.planes  # buffers, which its types do not say
+    if frame.format.is_planar:
+        stored = np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in planes[:channels]])
+    else:
+        stored = np.frombuffer(planes[0], dtype, frame.samples * channels).reshape(-1, channels).T
     floats: Samples = stored.astype(np.float32, copy=False)
     if stored.dtype == np.uint8:
         floats = (floats - np.float32(128)) / np.float32(128)
@@ -296,8 +334,10 @@ def _floats(frame: av.AudioFrame) -> Samples:
     return floats
 
 
-def _mono(frames: Samples) -> Samples:
-    """Mean over the channels of (channels, n), in float32 as librosa.to_mono takes it."""
+def _mono(frames: Samples, channel: int | None) -> Samples:
+    """One channel of (channels, n), or their mean, in float32 as librosa.to_mono takes it."""
+    if channel is not None:
+        return np.ascontiguousarray(frames[channel])
     mixed: Samples = frames[0] if len(frames) == 1 else frames.mean(axis=0, dtype=np.float32)
     return mixed
 

@@ -14,7 +14,7 @@ from af3pipe.audio.decode import OverLength
 from af3pipe.models.engine import ENGINES
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import answer, caption, prompt, transcript
-from af3pipe.schemas import Decoding, Task
+from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.transforms.ask import check_tasks
 
 
@@ -108,6 +108,8 @@ class JobConfig(_Strict):
         tasks: What is asked of every recording.
         questions: Asked beside the tasks.
         over_length: What becomes of recordings longer than the model takes.
+        channel: What is heard of each: `mix`, `left`, `right`, or an index; a manifest's own column goes before it.
+        stream: Index among the audio streams of a container; a manifest's own column goes before it.
         accelerator: Beam's accelerator hint for the workers that hold the model.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
         beam: Beam's pipeline options.
@@ -124,6 +126,8 @@ class JobConfig(_Strict):
     questions: Annotated[tuple[QuestionConfig, ...], BeforeValidator(_question_configs)] = ()
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
     over_length: OverLength = "dead-letter"
+    channel: Annotated[str, BeforeValidator(channel_text)] = MIX
+    stream: Annotated[int | None, BeforeValidator(stream_index)] = None
     batch_size: Annotated[int, Field(gt=0)] = 16
     batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
     decode_threads: Annotated[int, Field(gt=0)] | None = None
@@ -212,7 +216,8 @@ def _explain(found: dict[str, Any]) -> str:
         return f"{key} is missing"
     message = found["msg"].removeprefix("Value error, ")
     if found["type"] == "value_error":
-        return f"{key}: {message}" if key else str(message)
+        names_itself = not key or message.startswith(f"{key} is ")
+        return str(message) if names_itself else f"{key}: {message}"
     return f"{key} is {found['input']!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -21,9 +21,11 @@ from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.storage.retry import advice, cause, retried, tries
 
 _EXTENSIONS = (
-    "3g2 3gp aac ac3 aif aifc aiff alac amr ape asf au avi awb caf dff dsf dts eac3 f4v flac flv gsm m2ts m4a m4b "
-    "m4r m4v mka mkv mov mp1 mp2 mp3 mp4 mpc mpeg mpg mts mxf oga ogg ogv opus ra rf64 snd spx tta ts vob w64 wav "
-    "wave weba webm wma wmv wv"
+    "3g2 3gp aac ac3 aif aifc aiff alac amr ape asf au avi awb bwf caf dff dsf dts eac3 f4v flac flv gsm m2ts m4a "
+    "m4b m4r m4v mka mkv mov mp1 mp2 mp3 mp4 mpc mpeg mpg mts mxf oga ogg ogv opus ra rf64 snd sph spx tta ts vob "
+    "voc w64 wav wave weba webm wma wmv wv "
+    # Without a header: audio.headers.HEADERLESS says what they hold.
+    "al alaw alw g722 mulaw sln sln8 sln12 sln16 sln24 sln32 sln44 sln48 sln96 sln192 ul ulaw ulw"
 )
 AUDIO_EXTENSIONS = frozenset(_EXTENSIONS.split())
 """Lower-case extensions, without the dot, by which audio and video are told from the rest of a folder."""

@@ -67,6 +67,8 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
         sample_rate=segment.info.sample_rate,
         channels=segment.info.channels,
         codec=segment.info.codec,
+        channel=recording.channel,
+        stream=recording.stream,
         task=task.name,
         prompt=prompt,
         question_id=task.question_id,

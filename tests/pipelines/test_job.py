@@ -50,6 +50,8 @@ def test_a_limit_for_all_tasks():
     ("changes", "says"),
     [
         ({"over_length": "cut"}, ["over_length is 'cut'", "'dead-letter', 'truncate' or 'split'"]),
+        ({"channel": "middle"}, ["channel is 'middle'; it must be mix, left, right, or a number from 0"]),
+        ({"stream": "first"}, ["stream is 'first'; it must be a number from 0"]),
         ({"ouput": "x"}, ["ouput is not a key of a job", "did you mean 'output'"]),
         ({"inputs": []}, ["inputs is []"]),
         ({"batch_size": 0}, ["batch_size is 0", "greater than 0"]),
@@ -89,6 +91,11 @@ def test_dead_letters_allowed(limit, recordings, allowed):
 
 def test_any_number_of_dead_letters_is_allowed_unless_said():
     assert make_job(BASE).dead_letters_allowed(1) == float("inf")
+
+
+def test_channel_and_stream_may_be_written_as_numbers():
+    job = make_job(BASE | {"channel": 1, "stream": "2"})
+    assert (job.channel, job.stream) == ("1", 2)
 
 
 def test_job_file(tmp_path):
