@@ -64,9 +64,16 @@ def m4a(samples: Samples, rate: int) -> bytes:
     return _by_ffmpeg(samples, rate, "ipod", "aac", options={"movflags": "faststart"})
 
 
-def alac(samples: Samples, rate: int) -> bytes:
+def alac(samples: Samples, rate: int, *, index_at_end: bool = False) -> bytes:
     """Lossless, in 16 bits."""
-    return _by_ffmpeg(samples, rate, "ipod", "alac", options={"movflags": "faststart"})
+    return _by_ffmpeg(samples, rate, "ipod", "alac", options={} if index_at_end else {"movflags": "faststart"})
+
+
+def id3(cover: bytes) -> bytes:
+    """An ID3 tag with a cover, to be put in front of an MP3 as taggers do."""
+    frame = b"\x00image/png\x00\x03\x00" + cover
+    frame = b"APIC" + len(frame).to_bytes(4, "big") + b"\x00\x00" + frame
+    return b"ID3\x03\x00\x00" + bytes(len(frame) >> shift & 0x7F for shift in (21, 14, 7, 0)) + frame
 
 
 def two_streams(first: Samples, second: Samples, rate: int) -> bytes:
