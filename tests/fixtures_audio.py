@@ -124,6 +124,16 @@ def by_program(samples: Samples, rate: int, suffix: str, *options: str) -> bytes
         return path.read_bytes()
 
 
+def repeated(data: bytes, suffix: str, times: int, *options: str) -> bytes:
+    """A file as often as that in one of the same kind, without encoding it anew: long files, quickly."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, long = Path(folder) / f"once.{suffix}", Path(folder) / f"long.{suffix}"
+        path.write_bytes(data)
+        loop = ["-stream_loop", str(times - 1), "-i", str(path)]
+        subprocess.run([*_PROGRAM, *loop, "-map", "0", "-c", "copy", *options, str(long)], check=True)
+        return long.read_bytes()
+
+
 def heard_by_program(data: bytes, suffix: str, *options: str, stream: int = 0) -> Samples:
     """What the `ffmpeg` program decodes of a file: float32 at the rate it is stored at, shape (n, channels).
 
