@@ -17,7 +17,8 @@ import soundfile
 import soxr
 from av.audio.frame import format_dtypes
 
-from af3pipe.audio.probe import Source, open_source
+from af3pipe.audio.mp4 import stated_by_large_index
+from af3pipe.audio.probe import Reader, Source, open_source
 from af3pipe.audio.segments import AudioLimits, Cut, cut, is_over_length
 from af3pipe.schemas import MIX, Reason, Recording, Rejected, Segment, Stage
 
@@ -87,6 +88,8 @@ def read_segments(
         Rejected: As `decode`; too_long under `dead-letter`; too_short for less than `limits.min_samples`.
     """
     extension = Path(recording.uri).suffix
+    if over_length == "dead-letter":
+        _check_large_index(file, recording, limits)
     with open_source(file, extension=extension, channel=recording.channel, stream=recording.stream) as source:
         decoding = _Decoding(source, limits.sample_rate, recording.offset_s, recording.duration_s)
         if over_length == "dead-letter":
@@ -366,20 +369,33 @@ def _resampled(blocks: Iterator[Samples], in_rate: int, out_rate: int) -> Iterat
         yield np.pad(tail[:missing], (0, missing - len(tail[:missing])))
 
 
-def _check_stated_length(decoding: _Decoding, limits: AudioLimits) -> None:
-    stated = decoding.stated_samples
-    if stated is None or not is_over_length(stated, limits):
+def _check_large_index(file: BinaryIO, recording: Recording, limits: AudioLimits) -> None:
+    """Rejects a long MP4 before the decoder reads all of its index; `_check_stated_length` has the last word."""
+    reader = Reader(file)
+    whole_s = stated_by_large_index(reader, reader.size_bytes, recording.stream)
+    reader.raise_error()
+    if whole_s is None:
         return
-    whole_s = (decoding.source.stated_frames or 0) / decoding.rate
+    available_s = max(whole_s - recording.offset_s, 0.0)
+    wanted_s = available_s if recording.duration_s is None else min(available_s, recording.duration_s)
+    _check_length(round(wanted_s * limits.sample_rate), whole_s, limits, "pyav")
+
+
+def _check_stated_length(decoding: _Decoding, limits: AudioLimits) -> None:
+    if decoding.stated_samples is not None:
+        whole_s = (decoding.source.stated_frames or 0) / decoding.rate
+        _check_length(decoding.stated_samples, whole_s, limits, decoding.source.info.decoder)
+
+
+def _check_length(wanted: int, whole_s: float, limits: AudioLimits, decoder: str) -> None:
+    if not is_over_length(wanted, limits):
+        return
+    wanted_s = wanted / limits.sample_rate
     lasts = f"The recording lasts {whole_s:.1f} s by its header"
-    if decoding.first_frame or decoding.frames_wanted is not None:
-        lasts = f"{stated / limits.sample_rate:.1f} s are asked for of a recording that lasts {whole_s:.1f} s"
-    raise Rejected(
-        Stage.PROBE,
-        Reason.TOO_LONG,
-        f"{lasts}; the model takes {limits.max_s:g} s; choose --over-length truncate or split.",
-        decoder=decoding.source.info.decoder,
-    )
+    if whole_s - wanted_s > 0.5 / limits.sample_rate:
+        lasts = f"{wanted_s:.1f} s are asked for of a recording that lasts {whole_s:.1f} s"
+    advice = f"the model takes {limits.max_s:g} s; choose --over-length truncate or split."
+    raise Rejected(Stage.PROBE, Reason.TOO_LONG, f"{lasts}; {advice}", decoder=decoder)
 
 
 def _too_long_decoded(decoding: _Decoding, limits: AudioLimits) -> Rejected:

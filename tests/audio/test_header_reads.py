@@ -1,11 +1,17 @@
 """The length of a long recording is known before its body is read: at most 1 MiB of it, wherever the header is."""
 
+import functools
 import io
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from af3pipe.audio.decode import decode, read_segments
+from af3pipe.audio.mp4 import stated_by_large_index
 from af3pipe.audio.probe import probe
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Reason, Recording, Rejected, Stage
@@ -90,6 +96,70 @@ def test_at_most_a_mebibyte_tells_the_length(name):
     assert (caught.value.stage, caught.value.reason) == (Stage.PROBE, Reason.TOO_LONG)
     assert file.bytes_read <= 1 << 20
     assert len(file.getvalue()) > file.bytes_read
+
+
+LARGE_INDEX = {
+    "three hours": (lambda: long("m4a", 180), 10800),
+    "a cover in the index": (lambda: with_cover_inside(11), 660),
+    "video of three hours": (lambda: long("mp4", 180), 10800),
+}
+
+
+def with_cover_inside(minutes):
+    """As FFmpeg and iTunes write it: the picture is in the index."""
+    if not make.program_encodes("aac"):
+        pytest.skip("needs the ffmpeg program")
+    with tempfile.TemporaryDirectory() as folder:
+        cover = Path(folder) / "cover.png"
+        cover.write_bytes(make.picture(6 << 20))
+        mapped = ("-i", str(cover), "-map", "0", "-map", "1", "-c:v", "copy", "-disposition:v", "attached_pic")
+        return make.by_program(SILENCE[: minutes * 60 * 44100], 44100, "m4a", *mapped, "-c:a", "aac")
+
+
+@pytest.mark.parametrize("name", LARGE_INDEX)
+def test_an_mp4_is_too_long_before_its_index_is_read(name):
+    make_data, seconds = LARGE_INDEX[name]
+    file = CountingFile(make_data())
+    with pytest.raises(Rejected) as caught:
+        next(read_segments(file, Recording("id", "x.m4a"), limits=LIMITS, over_length="dead-letter"))
+    assert (caught.value.stage, caught.value.reason) == (Stage.PROBE, Reason.TOO_LONG)
+    assert f"lasts {seconds}." in caught.value.detail
+    assert file.bytes_read <= 64 << 10
+    assert probe(file).duration_s == pytest.approx(seconds, abs=0.1)
+    asked = Recording("id", "x.m4a", offset_s=30.0, duration_s=3.0)
+    (segment,) = read_segments(file, asked, limits=LIMITS, over_length="dead-letter")
+    assert segment.audio_s == 3.0
+
+
+def test_an_mp4_s_length_is_the_decoder_s():
+    """The boxes say what FFmpeg says, for every kind that it writes."""
+    for options in ((), ("-movflags", "faststart"), ("-metadata", "title=x")):
+        file = io.BytesIO(long("m4a", 120, *options))
+        stated = stated_by_large_index(file, len(file.getvalue()), None)
+        assert stated == pytest.approx(probe(file).duration_s, abs=0.002)
+    for data in (long("m4a", 2), make.m4a(make.sound(1, 44100), 44100), make.wav(make.sound(1, 8000), 8000), b"x"):
+        assert stated_by_large_index(io.BytesIO(data), len(data), None) is None
+    fragmented = long("m4a", 60, "-movflags", "frag_keyframe+empty_moov")
+    assert stated_by_large_index(io.BytesIO(fragmented), len(fragmented), None) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 700_000), st.integers(0, 255)), max_size=20), st.integers(0, 700_000))
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_index_is_not_trusted_with_more_than_a_number(changes, length):
+    data = bytearray(_large_index())
+    for position, value in changes:
+        data[position % len(data)] = value
+    stated = stated_by_large_index(io.BytesIO(data[: len(data) - length % len(data)]), len(data), None)
+    assert stated is None or stated > 0
+
+
+@functools.cache
+def _large_index():
+    made = make.m4a(make.sound(1, 44100), 44100)
+    start = made.index(b"moov") - 4
+    size = int.from_bytes(made[start : start + 4], "big")
+    padding = (600_000).to_bytes(4, "big") + b"free" + bytes(600_000 - 8)
+    return made[:start] + (size + 600_000).to_bytes(4, "big") + made[start + 4 : start + size] + padding
 
 
 def test_a_cover_changes_no_sample():
