@@ -5,6 +5,8 @@ import re
 from typing import NamedTuple, Protocol
 
 _CHUNK = 64 << 10
+# Of tags, blocks or chunks one after another: more than anybody writes, and an end to a file made of nothing else.
+_MOST = 256
 # Content that says what it is, whatever the file's name says.
 _MAGIC = (
     *(b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"FORM", b"fLaC", b"OggS", b"ID3", b"caff", b".snd", b"#!AMR"),
@@ -99,17 +101,18 @@ def audio_start(file: _File) -> tuple[bytes, int]:
 
 def _behind_id3(file: _File) -> int:
     start = 0
-    while True:
+    for _ in range(_MOST):
         file.seek(start)
         tag = file.read(10)
         if len(tag) < 10 or tag[:3] != b"ID3" or tag[3] > 4 or max(tag[6:]) > 0x7F:
             return start
         size = tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9]
         start += 10 + size + (10 if tag[5] & 0x10 else 0)  # a footer repeats the header
+    return start
 
 
 def _behind_flac_blocks(file: _File, position: int) -> int | None:
-    while True:
+    for _ in range(_MOST):
         file.seek(position)
         block = file.read(4)
         if len(block) < 4:
@@ -117,6 +120,7 @@ def _behind_flac_blocks(file: _File, position: int) -> int | None:
         position += 4 + int.from_bytes(block[1:], "big")
         if block[0] & 0x80:
             return position
+    return None
 
 
 def xing_states_length(file: _File, size_bytes: int) -> bool:
@@ -147,7 +151,9 @@ def xing_states_length(file: _File, size_bytes: int) -> bool:
 def caf_frames(file: _File, size_bytes: int) -> int | None:
     """Frames of a CAF file of packets (ALAC, AAC), without the padding of the last, which FFmpeg counts in."""
     position = 8
-    while position + 12 <= size_bytes:
+    for _ in range(_MOST):
+        if position + 12 > size_bytes:
+            break
         file.seek(position)
         header = file.read(20 + 8)
         length = int.from_bytes(header[4:12], "big", signed=True)
