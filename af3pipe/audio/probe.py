@@ -41,7 +41,6 @@ _LIBSNDFILE_SIZE = re.compile(
     r"^\s*(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE
 )
 _UNKNOWN_FRAMES = 1 << 62
-_MISREAD = ("MPEG", "GSM610")
 # The demuxers whose duration is stated or read off the last page. Of the others (raw AAC, AMR, MPEG streams, WMA)
 # FFmpeg derives one from the bit rate, which is no ground to reject anything on.
 _STATES_LENGTH = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg", "ape", "tta", "wv"})
@@ -246,7 +245,8 @@ def _cause(error: Exception) -> str:
 def _open_soundfile(reader: Reader, stream: int | None) -> Source | None:
     """None for what libsndfile misreads, and where it cannot tell the end: FFmpeg reads on while there is more."""
     handle = soundfile.SoundFile(reader)
-    if not 0 < handle.frames < _UNKNOWN_FRAMES or handle.subtype.startswith(_MISREAD):
+    misread = handle.subtype.startswith("MPEG") or (handle.subtype == "GSM610" and handle.format in ("WAV", "W64"))
+    if not 0 < handle.frames < _UNKNOWN_FRAMES or misread:
         handle.close()
         return None
     _only_stream(stream, handle.format, "soundfile")
