@@ -154,6 +154,12 @@ def run(
     silent_below: Annotated[
         float | None, typer.Option(help="Silent is what peaks at or below this, in dBFS; -60 by default.")
     ] = None,
+    channel: Annotated[
+        str | None, typer.Option(help="What is heard: mix (default), left, right, or a channel's number from 0.")
+    ] = None,
+    stream: Annotated[
+        str | None, typer.Option(help="Which audio stream of a video, from 0; the default is its main one.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for every task.")] = None,
     engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
@@ -194,6 +200,8 @@ def run(
         "split_tolerance_s": split_tolerance_s,
         "on_silent": on_silent,
         "silent_below": silent_below,
+        "channel": channel,
+        "stream": stream,
         "max_new_tokens": max_new_tokens,
         "engine": engine,
         "dtype": dtype,

@@ -4,9 +4,12 @@ import pty
 import re
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from typer.testing import CliRunner
 
 from af3pipe import cli
@@ -111,6 +114,8 @@ def test_silence_is_left_unasked_when_told(archive, tmp_path):
         (["--over-length", "cut"], "over_length is 'cut'"),
         (["--split-at", "silence"], "split_at is 'silence', but over_length is 'dead-letter'"),
         (["--silent-below", "60"], "silent_below is 60"),
+        (["--channel", "middle"], "channel is 'middle'"),
+        (["--stream", "-1"], "stream is '-1'"),
         (["--ouput", "x"], "--ouput is neither an option of af3pipe nor of Beam"),
         (["--prompt", "no name"], "it must be NAME=TEXT"),
         (["--questions", "/nowhere.txt"], "--questions /nowhere.txt"),
@@ -127,6 +132,32 @@ def test_a_wrong_job_exits_2_and_says_why(archive, tmp_path, arguments, says):
     assert done.exit_code == 2, done.output
     assert says in done.output.replace("\n", " ")
     assert not rows(tmp_path / "out", "captions")
+
+
+def test_the_two_sides_of_a_call_are_two_recordings(tmp_path):
+    with resources.as_file(resources.files("af3pipe.demo") / "clips") as clips:
+        sides = [
+            soundfile.read(clips / name)[0] for name in ("digits_seven_three_one.flac", "command_open_door.flac")
+        ]
+    call = np.zeros((max(map(len, sides)), 2))
+    for index, side in enumerate(sides):
+        call[: len(side), index] = side
+    soundfile.write(tmp_path / "call.wav", call, 16_000)
+    (tmp_path / "calls.csv").write_text("uri,channel\ncall.wav,left\ncall.wav,right\ncall.wav,2\n")
+    done = quick(tmp_path / "calls.csv", tmp_path / "out", "--task", "transcript", "--max-new-tokens", 16)
+    assert done.exit_code == 0, done.output
+    assert {row["channel"]: row["text"] for row in rows(tmp_path / "out", "transcripts")} == {
+        "left": "seven three one",
+        "right": "open door",
+    }
+    (letter,) = rows(tmp_path / "out", "dead_letters")
+    assert "Channel 2 was asked for, but the audio has 2 channels" in letter["detail"]
+    states = {row["channel"]: row["terminal_state"] for row in rows(tmp_path / "out", "recordings")}
+    assert states == {"left": "ok", "right": "ok", "2": "dead_letter"}
+    one = quick(tmp_path / "call.wav", tmp_path / "one", "--task", "transcript", "--channel", "right")
+    assert one.exit_code == 0, one.output
+    (row,) = rows(tmp_path / "one", "transcripts")
+    assert (row["channel"], row["stream"], row["channels"]) == ("right", None, 2)
 
 
 def test_nothing_to_read_exits_2(tmp_path):

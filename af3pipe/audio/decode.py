@@ -4,9 +4,10 @@ A chain of small generators: decoder -> length check -> requested range -> finit
 equal `librosa.load(path, sr=sample_rate, mono=True)` within 1e-5 (tests/audio/test_decode.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, BinaryIO, Literal, Protocol, TypeAlias
+from fractions import Fraction
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import av
 import av.container
@@ -14,14 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 import soxr
+from av.audio.frame import format_dtypes
 
-from af3pipe.audio.levels import SILENT_BELOW_DBFS, measure
 from af3pipe.audio.probe import Source, open_source, raise_out_of_memory
-from af3pipe.audio.segments import AudioLimits, Cut, cut, is_over_length
-from af3pipe.schemas import AudioInfo, Levels, Reason, Recording, Rejected, Segment, Stage
+from af3pipe.schemas import MIX, AudioInfo, Reason, Rejected, Stage
 
 Samples: TypeAlias = npt.NDArray[np.float32]
-OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
 
 _BLOCK_S = 10
 # How much less than its header states a recording may hold. Encoders count their own delay and the padding of the
@@ -30,14 +29,36 @@ _BLOCK_S = 10
 _SHORT_S = 0.1
 _CODEC_FRAMES = 4096
 # PCM and FLAC: a seek is sample-exact there (test_offset_is_exact). Everything else is read from the front.
-_SEEKABLE = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"})
+_SEEKABLE = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "RAW"})
 _SEEKABLE_CODECS = frozenset(
     {"flac", "pcm_s8", "pcm_u8", "pcm_16", "pcm_24", "pcm_32", "float", "double", "ulaw", "alaw"}
 )
 
 
+class Asked(NamedTuple):
+    """What is to be decoded of a file; see `decode` for each."""
+
+    sample_rate: int
+    offset_s: float = 0.0
+    duration_s: float | None = None
+    extension: str = ""
+    channel: str | int = MIX
+    stream: int | None = None
+
+
+OpenDecoding: TypeAlias = "Callable[[BinaryIO, Asked], AbstractContextManager[Decoding]]"
+"""What opens a file for decoding: `open_decoding`, or `guard.DecoderPool.open`."""
+
+
 def decode(
-    file: BinaryIO, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None
+    file: BinaryIO,
+    *,
+    sample_rate: int,
+    offset_s: float = 0.0,
+    duration_s: float | None = None,
+    extension: str = "",
+    channel: str | int = MIX,
+    stream: int | None = None,
 ) -> Iterator[Samples]:
     """Decodes a recording front to back, in bounded memory.
 
@@ -46,79 +67,28 @@ def decode(
         sample_rate: Of the samples wanted, in Hz.
         offset_s: Where to begin, in seconds; rounded to the nearest frame as stored.
         duration_s: How much to take, in seconds; None takes all. What the file does not have is not missed.
+        extension: Of the file's name; see `probe`.
+        channel: `mix`, the mean over all; `left`, `right` (of two or more); or an index from 0.
+        stream: See `probe`.
 
     Yields:
-        float32 mono blocks of about 10 s, shape (n,), the mean over the channels; together
-        ceil(frames * sample_rate / stored rate) samples.
+        float32 mono blocks of about 10 s, shape (n,); together ceil(frames * sample_rate / stored rate) samples.
 
     Raises:
-        Rejected: As `probe`; decode_error (with the position), decode_short for a file that ends before the length
-            its header states, too_short for an offset beyond the end.
+        Rejected: As `probe`; no_audio_stream for a channel the audio does not have; decode_error (with the
+            position), decode_short for a file that ends before the length its header states, too_short for an
+            offset beyond the end.
     """
-    with open_decoding(file, sample_rate=sample_rate, offset_s=offset_s, duration_s=duration_s) as decoding:
+    asked = Asked(sample_rate, offset_s, duration_s, extension, channel, stream)
+    with open_decoding(file, asked) as decoding:
         yield from decoding.blocks()
 
 
 @contextmanager
-def open_decoding(
-    file: BinaryIO, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None
-) -> "Iterator[Decoding]":
+def open_decoding(file: BinaryIO, asked: Asked) -> "Iterator[Decoding]":
     """Opens what `decode` decodes, in this process; `guard.DecoderPool.open` does the same in another one."""
-    with open_source(file) as source:
-        yield _SourceDecoding(source, sample_rate, offset_s, duration_s)
-
-
-class OpenDecoding(Protocol):
-    """What opens a file for decoding: `open_decoding`, or `guard.DecoderPool.open`."""
-
-    def __call__(
-        self, file: BinaryIO, *, sample_rate: int, offset_s: float, duration_s: float | None
-    ) -> "AbstractContextManager[Decoding]":
-        """The open recording, before its first sample is decoded."""
-
-
-def read_segments(
-    file: BinaryIO,
-    recording: Recording,
-    *,
-    limits: AudioLimits,
-    over_length: OverLength,
-    split_tolerance_s: float = 0.0,
-    silent_below_dbfs: float = SILENT_BELOW_DBFS,
-    open_decoding: OpenDecoding = open_decoding,
-) -> Iterator[Segment]:
-    """Decodes a recording, or the range of it that is asked for, into the segments the policy allows.
-
-    Over-length is known from the header before the body is read, or at the cap where the header lies or states
-    nothing. `dead-letter` rejects it, `truncate` gives one segment of exactly the cap, `split` gives consecutive
-    ones, each of which ends at the quietest point of the last `split_tolerance_s` before the cap (0: at the cap).
-    At the cap exactly, give or take `limits.min_samples`, a recording is not over-length.
-
-    The last segment's `info.duration_s` is what decoding found the object to last. Where decoding stopped before
-    the object's end it is what the header states, or at least what was decoded, so that a truncated segment is seen
-    to end before it; for a range that was asked for it may be None.
-
-    Raises:
-        Rejected: As `decode`; too_long under `dead-letter`; too_short for less than `limits.min_samples`.
-    """
-    with open_decoding(
-        file, sample_rate=limits.sample_rate, offset_s=recording.offset_s, duration_s=recording.duration_s
-    ) as decoding:
-        if over_length == "dead-letter":
-            _check_stated_length(decoding, limits)
-        index = 0
-        tolerance_s = min(split_tolerance_s, limits.max_s) if over_length == "split" else 0.0
-        for piece in cut(decoding.blocks(), limits, tolerance_samples=round(tolerance_s * limits.sample_rate)):
-            if over_length == "dead-letter" and not piece.is_last:
-                raise _too_long_decoded(decoding, limits)
-            levels = measure(piece.samples, silent_below_dbfs=silent_below_dbfs)
-            yield _segment(recording, decoding, piece, index, levels, truncated=over_length == "truncate")
-            if over_length == "truncate":
-                return
-            index += 1
-            del piece  # or it is held while the next one is gathered; enumerate() would hold it, too
-        if not index:
-            raise _too_short(decoding, limits)
+    with open_source(file, extension=asked.extension, channel=asked.channel, stream=asked.stream) as source:
+        yield _SourceDecoding(source, asked)
 
 
 class Decoding:
@@ -133,24 +103,16 @@ class Decoding:
         ended: Whether the object's end was reached.
     """
 
-    def __init__(
-        self,
-        info: AudioInfo,
-        stated_frames: int | None,
-        *,
-        sample_rate: int,
-        offset_s: float = 0.0,
-        duration_s: float | None = None,
-    ) -> None:
-        if offset_s < 0:
-            raise ValueError(f"offset_s is {offset_s}; it counts from the start of the object, so 0 or more")
+    def __init__(self, info: AudioInfo, stated_frames: int | None, asked: Asked) -> None:
+        if asked.offset_s < 0:
+            raise ValueError(f"offset_s is {asked.offset_s}; it counts from the start of the object, so 0 or more")
         self.info = info
         self.stated_frames = stated_frames
-        self.sample_rate = sample_rate
+        self.sample_rate = asked.sample_rate
         self.rate = info.sample_rate
-        self.offset_s = offset_s
-        self.first_frame = round(offset_s * self.rate)
-        self.frames_wanted = None if duration_s is None else max(round(duration_s * self.rate), 0)
+        self.offset_s = asked.offset_s
+        self.first_frame = round(asked.offset_s * self.rate)
+        self.frames_wanted = None if asked.duration_s is None else max(round(asked.duration_s * self.rate), 0)
         self.frames_read = 0
         self.samples = 0
         self.ended = False
@@ -181,10 +143,8 @@ class Decoding:
 class _SourceDecoding(Decoding):
     """Decodes in this process."""
 
-    def __init__(self, source: Source, sample_rate: int, offset_s: float, duration_s: float | None) -> None:
-        super().__init__(
-            source.info, source.stated_frames, sample_rate=sample_rate, offset_s=offset_s, duration_s=duration_s
-        )
+    def __init__(self, source: Source, asked: Asked) -> None:
+        super().__init__(source.info, source.stated_frames, asked)
         self.source = source
 
     def blocks(self) -> Iterator[Samples]:
@@ -200,7 +160,7 @@ class _SourceDecoding(Decoding):
                 self.source.reader.raise_error()
                 self.frames_read += len(block)
                 yield block
-        except (soundfile.LibsndfileError, av.FFmpegError, _RateChanged) as error:
+        except (soundfile.LibsndfileError, av.FFmpegError, _StreamChanged) as error:
             self.source.reader.raise_error()
             raise_out_of_memory(error)
             self._explain(error)
@@ -228,7 +188,7 @@ class _SourceDecoding(Decoding):
         if not isinstance(handle, av.container.InputContainer):
             return self.source.reader.at_end
         try:
-            return not any(packet.size for packet in handle.demux(handle.streams.best("audio")))
+            return not any(packet.size for packet in handle.demux(self.source.stream))
         except av.FFmpegError:
             return True
 
@@ -276,8 +236,8 @@ class _SourceDecoding(Decoding):
             yield block
 
 
-class _RateChanged(Exception):
-    """The sampling rate changes inside the stream; the resampler was made for the first one."""
+class _StreamChanged(Exception):
+    """The sampling rate changes inside the stream, for which the resampler was made; or the channel is gone."""
 
 
 def _seeks_exactly(source: Source) -> bool:
@@ -291,40 +251,59 @@ def _blocks(source: Source) -> Iterator[Samples]:
     length = _BLOCK_S * source.info.sample_rate
     if not isinstance(handle, av.container.InputContainer):
         while len(frames := handle.read(length, dtype="float32", always_2d=True)):
-            yield _mono(np.ascontiguousarray(frames.T))
+            yield _mono(np.ascontiguousarray(frames.T), source.channel)
         return
-    frames = _pyav_frames(handle, source.info.sample_rate)
+    frames = _pyav_frames(handle, source)
     if source.info.codec == "aac" and source.stated_frames is not None:
-        frames = _without_padding(frames, source.stated_frames)
-    yield from _gathered(frames, length)
+        samples = _without_padding(frames, source)
+    else:
+        samples = (_mono(_floats(frame), source.channel) for frame in frames)
+    yield from _gathered(samples, length)
 
 
-def _pyav_frames(container: av.container.InputContainer, sample_rate: int) -> Iterator[Samples]:
-    for frame in container.decode(container.streams.best("audio")):
+def _pyav_frames(container: av.container.InputContainer, source: Source) -> Iterator[av.AudioFrame]:
+    rate, channel = source.info.sample_rate, source.channel
+    for frame in container.decode(source.stream):
         if not isinstance(frame, av.AudioFrame):
             continue
-        if frame.sample_rate != sample_rate:
-            raise _RateChanged(f"the sampling rate changes from {sample_rate} Hz to {frame.sample_rate} Hz")
-        yield _mono(_floats(frame))
+        if frame.sample_rate != rate:
+            raise _StreamChanged(f"the sampling rate changes from {rate} Hz to {frame.sample_rate} Hz")
+        if channel is not None and frame.layout.nb_channels != source.info.channels:
+            change = f"from {source.info.channels} to {frame.layout.nb_channels}"
+            raise _StreamChanged(f"the number of channels changes {change}, and channel {channel} was asked for")
+        yield frame
 
 
-def _without_padding(frames: Iterator[Samples], stated: int) -> Iterator[Samples]:
+def _without_padding(frames: Iterator[av.AudioFrame], source: Source) -> Iterator[Samples]:
     """Drops what an AAC encoder added to fill its last frame, so that 600.0 s of M4A stay 600.0 s.
 
     More than that is no padding but a header that lies, and all of it is kept.
     """
+    stated = source.stated_frames or 0
     count = 0
     beyond: list[Samples] = []
     for frame in frames:
-        kept = frame[: max(stated - count, 0)]
-        count += len(frame)
+        samples = _mono(_floats(frame), source.channel)
+        kept = samples[: max(_sounding(frame, stated - count), 0)]
+        count += len(samples)
         if len(kept):
             yield kept
-        if len(kept) < len(frame):
-            beyond.append(frame[len(kept) :])
+        if len(kept) < len(samples):
+            beyond.append(samples[len(kept) :])
         if count > stated + _CODEC_FRAMES:
             yield from beyond
             beyond = []
+
+
+def _sounding(frame: av.AudioFrame, stated: int) -> int:
+    """How much of the last frame is sound: what the container says of that very frame, to the sample, where it does.
+
+    The length of the whole is often rounded to a millisecond: up to 22 samples at 44.1 kHz.
+    """
+    if frame.duration and frame.time_base == Fraction(1, frame.sample_rate) and frame.duration < frame.samples:
+        rounding = frame.sample_rate // 1000 + 1
+        return frame.duration if abs(frame.duration - stated) <= rounding else stated
+    return stated
 
 
 def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
@@ -339,7 +318,7 @@ def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
             if count >= length:
                 yield np.concatenate(held)
                 held, count = [], 0
-    except (av.FFmpegError, _RateChanged) as error:
+    except (av.FFmpegError, _StreamChanged) as error:
         failure = error  # the frames before it are good, and tell where it happened
     if held:
         yield np.concatenate(held)
@@ -349,9 +328,14 @@ def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
 
 def _floats(frame: av.AudioFrame) -> Samples:
     """Shape (channels, n), in [-1, 1], scaled as libsndfile does."""
-    stored: npt.NDArray[Any] = frame.to_ndarray()
-    if not frame.format.is_planar:
-        stored = stored.reshape(-1, frame.layout.nb_channels).T
+    # Not frame.to_ndarray(): PyAV counts planes up to a null pointer, which is not there behind eight of them, and
+    # reads what is no memory (tests/audio/test_formats.py: test_one_to_eight_channels).
+    dtype, channels = format_dtypes[frame.format.name], frame.layout.nb_channels
+    planes: tuple[Any, ...] = frame.planes  # buffers, which its types do not say
+    if frame.format.is_planar:
+        stored = np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in planes[:channels]])
+    else:
+        stored = np.frombuffer(planes[0], dtype, frame.samples * channels).reshape(-1, channels).T
     floats: Samples = stored.astype(np.float32, copy=False)
     if stored.dtype == np.uint8:
         floats = (floats - np.float32(128)) / np.float32(128)
@@ -360,8 +344,10 @@ def _floats(frame: av.AudioFrame) -> Samples:
     return floats
 
 
-def _mono(frames: Samples) -> Samples:
-    """Mean over the channels of (channels, n), in float32 as librosa.to_mono takes it."""
+def _mono(frames: Samples, channel: int | None) -> Samples:
+    """One channel of (channels, n), or their mean, in float32 as librosa.to_mono takes it."""
+    if channel is not None:
+        return np.ascontiguousarray(frames[channel])
     mixed: Samples = frames[0] if len(frames) == 1 else frames.mean(axis=0, dtype=np.float32)
     return mixed
 
@@ -388,60 +374,3 @@ def _resampled(blocks: Iterator[Samples], in_rate: int, out_rate: int) -> Iterat
     missing = max(_resampled_length(taken, in_rate, out_rate) - given, 0)
     if missing:
         yield np.pad(tail[:missing], (0, missing - len(tail[:missing])))
-
-
-def _check_stated_length(decoding: Decoding, limits: AudioLimits) -> None:
-    stated = decoding.stated_samples
-    if stated is None or not is_over_length(stated, limits):
-        return
-    whole_s = (decoding.stated_frames or 0) / decoding.rate
-    lasts = f"The recording lasts {whole_s:.1f} s by its header"
-    if decoding.first_frame or decoding.frames_wanted is not None:
-        lasts = f"{stated / limits.sample_rate:.1f} s are asked for of a recording that lasts {whole_s:.1f} s"
-    raise Rejected(
-        Stage.PROBE,
-        Reason.TOO_LONG,
-        f"{lasts}; the model takes {limits.max_s:g} s; choose --over-length truncate or split.",
-        decoder=decoding.info.decoder,
-    )
-
-
-def _too_long_decoded(decoding: Decoding, limits: AudioLimits) -> Rejected:
-    stated = decoding.info.duration_s
-    header = "states no length" if stated is None else f"states {stated:.1f} s"
-    detail = (
-        f"The header {header}, but more than {limits.max_s:g} s were decoded, which is all the model takes; "
-        "choose --over-length truncate or split."
-    )
-    return decoding.rejected(Reason.TOO_LONG, detail)
-
-
-def _too_short(decoding: Decoding, limits: AudioLimits) -> Rejected:
-    rate = limits.sample_rate
-    detail = (
-        f"{decoding.samples} samples at {rate} Hz ({decoding.samples / rate:.3f} s) were decoded; "
-        f"the model needs {limits.min_samples} ({limits.min_samples / rate:.3f} s)."
-    )
-    return decoding.rejected(Reason.TOO_SHORT, detail)
-
-
-def _segment(
-    recording: Recording, decoding: Decoding, piece: Cut, index: int, levels: Levels, *, truncated: bool
-) -> Segment:
-    info = decoding.info
-    if decoding.ended and piece.is_last:
-        info = info._replace(duration_s=decoding.position_s)
-    elif truncated and not piece.is_last:
-        info = info._replace(duration_s=max(info.duration_s or 0.0, decoding.position_s))
-    start_s = recording.offset_s + piece.start / decoding.sample_rate
-    return Segment(
-        recording=recording,
-        info=info,
-        segment_index=index,
-        start_s=start_s,
-        end_s=recording.offset_s + (piece.start + len(piece.samples)) / decoding.sample_rate,
-        is_last=piece.is_last or truncated,
-        sample_rate=decoding.sample_rate,
-        samples=piece.samples,
-        levels=levels,
-    )

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from af3pipe.audio.decode import Decoding, Samples
+from af3pipe.audio.decode import Asked, Decoding, Samples
 from af3pipe.audio.guarded import MEMORY_BYTES, DecoderLimits, Link, Memory
 from af3pipe.schemas import AudioInfo, Reason, Rejected, Stage
 
@@ -81,8 +81,8 @@ class DecoderPool:
         self._closed = False
 
     @contextmanager
-    def open(self, file: BinaryIO, **asked: Any) -> Iterator[Decoding]:
-        """Opens a file as `decode.open_decoding` does, with the same arguments.
+    def open(self, file: BinaryIO, asked: Asked) -> Iterator[Decoding]:
+        """Opens a file as `decode.open_decoding` does.
 
         A process that dies before it gave a sample may have been broken by an earlier recording: unless it was new
         or hangs, this one is tried again in a new one.
@@ -132,10 +132,9 @@ class DecoderPool:
 class _GuardedDecoding(Decoding):
     """Decodes in another process."""
 
-    def __init__(self, session: "_Session", asked: dict[str, Any]) -> None:
+    def __init__(self, session: "_Session", asked: Asked) -> None:
         opened = session.ask("open")
-        ours = {name: asked[name] for name in ("sample_rate", "offset_s", "duration_s") if name in asked}
-        super().__init__(AudioInfo(*opened["info"]), opened["stated_frames"], **ours)
+        super().__init__(AudioInfo(*opened["info"]), opened["stated_frames"], asked)
         self._session = session
 
     def blocks(self) -> Iterator[Samples]:
@@ -152,7 +151,7 @@ class _GuardedDecoding(Decoding):
 class _Session:
     """One recording in one process; in a second one, where the first may have been broken before."""
 
-    def __init__(self, pool: DecoderPool, file: BinaryIO, asked: dict[str, Any]) -> None:
+    def __init__(self, pool: DecoderPool, file: BinaryIO, asked: Asked) -> None:
         self._pool = pool
         self._file = file
         self._asked = asked

@@ -27,11 +27,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from af3pipe.audio.decode import Decoding, OpenDecoding
+from af3pipe.audio.decode import Asked, Decoding, OpenDecoding
 from af3pipe.schemas import Rejected
 
 INPUT_BYTES = 1 << 20
@@ -230,7 +230,7 @@ def serve(link_fd: int, memory_fd: int, decoder: str, limits: DecoderLimits) -> 
             _set_alarm(limits.timeout_s)
             file = _ParentsFile(link, memory, limits, command["size_bytes"], command.get("descriptor"))
             with closing(file):
-                _serve_recording(link, memory, limits, open_decoding(file, **command["asked"]))  # type: ignore[arg-type]
+                _serve_recording(link, memory, limits, open_decoding(cast(BinaryIO, file), Asked(*command["asked"])))
             _set_alarm(0)
 
 

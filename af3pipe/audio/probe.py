@@ -3,20 +3,32 @@
 libsndfile reads what states its length in samples (WAV, FLAC, AIFF, AU, CAF, W64, ...). FFmpeg, through PyAV,
 reads the rest, and MP3 and Ogg too: libsndfile gives the same samples there, but trusts a length that it
 estimates. Of a variable-rate MP3 without a Xing header it returned 28%, and of MP3 or Ogg files joined end to end
-only the first, both without an error (tests/audio/test_decode.py: test_nothing_is_lost_...).
+only the first, both without an error (tests/audio/test_decode.py: test_nothing_is_lost_...). MP3 in WAV it decodes
+wrongly when it is read block by block (tests/audio/test_formats.py: `wav mp3`), and of 568 telephone prompts stored
+as bare samples it took 47 for MPEG audio. Of GSM in WAV it decodes the byte that pads the file as 40 ms of noise.
+docs/formats.md says of each format which of the two reads it, and whether its length is known from the header.
 """
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import av
 import av.container
 import soundfile
 
-from af3pipe.schemas import AudioInfo, Reason, Rejected, Stage
+from af3pipe.audio.headers import (
+    HEADERLESS,
+    Headerless,
+    audio_start,
+    caf_frames,
+    has_header,
+    is_no_audio,
+    xing_states_length,
+)
+from af3pipe.schemas import MIX, AudioInfo, Reason, Rejected, Stage, channel_text
 
 # Content may be a playlist or a concat script, which FFmpeg would follow to other files and to the network.
 # No protocol has this name, so nothing but the file object itself is ever opened.
@@ -35,6 +47,9 @@ _UNKNOWN_FRAMES = 1 << 62
 _STATES_LENGTH = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg", "ape", "tta", "wv"})
 
 
+_T = TypeVar("_T")
+
+
 class Reader:
     """The file as the decoders see it: it remembers the first exception instead of raising it.
 
@@ -42,7 +57,7 @@ class Reader:
     that fails would look like a short recording. So the error is kept, and raised again by `raise_error`.
 
     Attributes:
-        size_bytes: Of the whole file.
+        size_bytes: Of what the decoders see: the whole file, until `begin_at`.
         at_end: Whether a decoder has asked for bytes beyond the end.
     """
 
@@ -50,18 +65,27 @@ class Reader:
         self._file = file
         self._position = 0
         self._error: BaseException | None = None
+        self._file_bytes = file.seek(0, io.SEEK_END)
         self.at_end = False
-        self.size_bytes = file.seek(0, io.SEEK_END)
+        self.begin_at(b"", 0)
+
+    def begin_at(self, head: bytes, start: int) -> None:
+        """Shows `head` and what the file holds from `start` on, in place of the whole file."""
+        self._head = head
+        self._shift = start - len(head)
+        self.size_bytes = max(self._file_bytes - self._shift, len(head))
 
     def read(self, size: int = -1) -> bytes:
         """Returns `size` bytes, fewer only at the end of the file or once it has failed."""
         if self._error is not None:
             return b""
         missing = size if size >= 0 else max(self.size_bytes - self._position, 0)
-        parts: list[bytes] = []
+        parts = [self._head[self._position : self._position + missing]]
+        missing -= len(parts[0])
         try:
-            if missing and self._file.tell() != self._position:
-                self._file.seek(self._position)
+            position = max(self._position, len(self._head)) + self._shift
+            if missing and self._file.tell() != position:
+                self._file.seek(position)
             while missing and (part := self._file.read(missing)):
                 parts.append(part)
                 missing -= len(part)
@@ -98,59 +122,74 @@ class Source(NamedTuple):
             for headers written before the length was known. Not clamped to what is there.
         handle: The decoder.
         reader: The file below it.
+        stream: The stream to decode; None where the decoder knows but one.
+        channel: Index of the channel to decode; None for the mean over all.
     """
 
     info: AudioInfo
     stated_frames: int | None
     handle: "soundfile.SoundFile | av.container.InputContainer"
     reader: Reader
+    stream: av.AudioStream | None = None
+    channel: int | None = None
 
 
-def probe(file: BinaryIO) -> AudioInfo:
+def probe(file: BinaryIO, *, extension: str = "", stream: int | None = None) -> AudioInfo:
     """Reads what the header states; decodes nothing.
 
     Args:
         file: Seekable, from its start; left open, at any position.
+        extension: Of the file's name, with or without the dot. Counts only for content without a header (`.g722`,
+            `.gsm`, `.ulaw`, `.alaw`, `.sln16`, ...): a WAV named `call.gsm` is a WAV.
+        stream: Index among the audio streams; None takes what FFmpeg holds for the best, as a player would.
 
     Raises:
         Rejected: empty_file, unsupported_format, or no_audio_stream; and what `file` itself raises.
     """
-    with open_source(file) as source:
+    with open_source(file, extension=extension, stream=stream) as source:
         return source.info
 
 
 @contextmanager
-def open_source(file: BinaryIO) -> Iterator[Source]:
+def open_source(
+    file: BinaryIO, *, extension: str = "", channel: str | int = MIX, stream: int | None = None
+) -> Iterator[Source]:
     """Opens `file` with the decoder that reads it whole; closes the decoder, not the file. Raises as `probe` does."""
+    wanted = channel_text(channel)
     reader = Reader(file)
     if reader.size_bytes == 0:
         raise Rejected(Stage.PROBE, Reason.EMPTY_FILE, "The object has 0 bytes.")
-    source = _open(reader)
+    source = _open(reader, extension.lower().removeprefix("."), stream)
     try:
-        yield source
+        yield source._replace(channel=_channel_index(wanted, source.info))
     finally:
         source.handle.close()
 
 
-def _open(reader: Reader) -> Source:
-    head = reader.read(4)
+def _open(reader: Reader, extension: str, stream: int | None) -> Source:
+    head = reader.read(512)
     reader.raise_error()
-    # MP3 and Ogg; why not libsndfile is in the module's docstring.
-    ffmpeg_first = head[:3] == b"ID3" or head == b"OggS" or (head[0] == 0xFF and head[1:2] >= b"\xe0")
+    stored = HEADERLESS.get(extension)
+    if stored is not None and not has_header(head):
+        return _open_headerless(reader, head, stored, extension, stream)
+    begins = list(dict.fromkeys([audio_start(reader), (b"", 0)]))  # as it is, where nothing is known without its tag
     causes = []
-    for opener in (_open_pyav, _open_soundfile) if ffmpeg_first else (_open_soundfile, _open_pyav):
-        reader.seek(0)
-        try:
-            source = opener(reader)
-        except (soundfile.LibsndfileError, av.FFmpegError) as error:
-            reader.raise_error()
-            raise_out_of_memory(error)
-            causes.append(_cause(error))
-            continue
+    for begin in begins:
         reader.raise_error()
-        if source is not None:
-            return source
-    detail = f"No decoder knows the format ({reader.size_bytes} bytes): {'; '.join(causes)}."
+        reader.begin_at(*begin)
+        for opener in _openers(reader):
+            reader.seek(0)
+            try:
+                source = opener(reader, stream)
+            except (soundfile.LibsndfileError, av.FFmpegError) as error:
+                reader.raise_error()
+                raise_out_of_memory(error)
+                causes.append(_cause(error))
+                continue
+            reader.raise_error()
+            if source is not None:
+                return source
+    detail = f"No decoder knows the format ({reader.size_bytes} bytes): {'; '.join(dict.fromkeys(causes))}."
     raise Rejected(Stage.PROBE, Reason.UNSUPPORTED_FORMAT, detail)
 
 
@@ -160,18 +199,65 @@ def raise_out_of_memory(error: Exception) -> None:
         raise MemoryError(str(error)) from error
 
 
+def _openers(reader: Reader) -> "tuple[Callable[[Reader, int | None], Source | None], ...]":
+    reader.seek(0)
+    head = reader.read(4)
+    # MP3 and Ogg; why not libsndfile is in the module's docstring.
+    ffmpeg_first = head[:3] == b"ID3" or head == b"OggS" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
+    return (_open_pyav, _open_soundfile) if ffmpeg_first else (_open_soundfile, _open_pyav)
+
+
+def _open_headerless(reader: Reader, head: bytes, stored: Headerless, extension: str, stream: int | None) -> Source:
+    frames = stored.count(reader.size_bytes)
+    if is_no_audio(head) or not frames:
+        what = "the content is text or another kind of file" if frames else "there is not one whole sample"
+        detail = f"A .{extension} file is nothing but samples, but {what} ({reader.size_bytes} bytes)."
+        raise Rejected(Stage.PROBE, Reason.UNSUPPORTED_FORMAT, detail)
+    rate = stored.sample_rate
+    reader.seek(0)
+    if stored.decoder == "pyav":
+        source = _open_pyav(reader, stream, format=stored.encoding)
+        info = source.info._replace(duration_s=frames / rate)
+        return source._replace(info=info, stated_frames=frames)
+    _only_stream(stream, "RAW", "soundfile")
+    raw = {"format": "RAW", "subtype": stored.encoding, "endian": "LITTLE"}
+    handle = soundfile.SoundFile(reader, samplerate=rate, channels=1, **raw)
+    info = AudioInfo(frames / rate, rate, 1, stored.encoding.lower(), "soundfile")
+    return Source(info, frames, handle, reader)
+
+
+def _only_stream(stream: int | None, container: str, decoder: str) -> None:
+    if stream:
+        detail = f"Audio stream {stream} was asked for, but {container} holds one, number 0; leave --stream out."
+        raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder=decoder)
+
+
+def _channel_index(channel: str, info: AudioInfo) -> int | None:
+    """None for the mean over all channels."""
+    if channel == MIX:
+        return None
+    index = {"left": 0, "right": 1}.get(channel)
+    if (info.channels < 2) if index is not None else (int(channel) >= info.channels):
+        has = "1 channel, number 0" if info.channels == 1 else f"{info.channels} channels, 0 to {info.channels - 1}"
+        detail = f"Channel {channel} was asked for, but the audio has {has}; choose --channel mix or one of these."
+        raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder=info.decoder)
+    return int(channel) if index is None else index
+
+
 def _cause(error: Exception) -> str:
     if isinstance(error, soundfile.LibsndfileError):
         return f"libsndfile says {error.error_string.rstrip('.')!r}"
     return f"FFmpeg says {getattr(error, 'strerror', None) or str(error)!r}"
 
 
-def _open_soundfile(reader: Reader) -> Source | None:
-    """None for a file whose end libsndfile cannot tell: FFmpeg reads on while there is something."""
+def _open_soundfile(reader: Reader, stream: int | None) -> Source | None:
+    """None for what libsndfile misreads, and where it cannot tell the end: FFmpeg reads on while there is more."""
     handle = soundfile.SoundFile(reader)
-    if not 0 < handle.frames < _UNKNOWN_FRAMES:
+    misread = handle.subtype.startswith("MPEG") or (handle.subtype == "GSM610" and handle.format in ("WAV", "W64"))
+    if not 0 < handle.frames < _UNKNOWN_FRAMES or misread:
         handle.close()
         return None
+    _only_stream(stream, handle.format, "soundfile")
     stated = _stated_by_libsndfile(handle)
     rate = handle.samplerate
     codec = "flac" if handle.format == "FLAC" else handle.subtype.lower()
@@ -194,25 +280,59 @@ def _stated_by_libsndfile(handle: soundfile.SoundFile) -> int | None:
     return max(frames * stated // present, frames)
 
 
-def _open_pyav(reader: Reader) -> Source:
-    handle = av.open(reader, mode="r", options=_NO_OTHER_FILES, metadata_errors="replace")
-    stream = handle.streams.best("audio")
-    if not isinstance(stream, av.AudioStream):
-        kinds = ", ".join(sorted({other.type for other in handle.streams})) or "no"
+def _open_pyav(reader: Reader, stream: int | None, format: str | None = None) -> Source:
+    handle = av.open(reader, mode="r", format=format, options=_NO_OTHER_FILES, metadata_errors="replace")
+    try:
+        chosen = _chosen_stream(handle, stream)
+    except Rejected:
         handle.close()
-        detail = f"The {handle.format.name} container holds {kinds} streams, and no audio."
-        raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder="pyav")
-    duration_s = _stated_by_ffmpeg(handle, stream, reader)
-    codec = stream.codec_context
+        raise
+    codec = chosen.codec_context
+    stated = _stated_by_ffmpeg(handle, chosen, reader)
+    duration_s = None if stated is None else stated / codec.sample_rate
     info = AudioInfo(duration_s, codec.sample_rate, codec.channels, codec.codec.canonical_name, "pyav")
-    stated = None if duration_s is None else round(duration_s * codec.sample_rate)
-    return Source(info, stated, handle, reader)
+    return Source(info, stated, handle, reader, chosen)
 
 
-def _stated_by_ffmpeg(handle: av.container.InputContainer, stream: av.AudioStream, reader: Reader) -> float | None:
+def _chosen_stream(handle: av.container.InputContainer, stream: int | None) -> av.AudioStream:
+    found = handle.streams.audio
+    best = handle.streams.best("audio")
+    if isinstance(best, av.AudioStream) and (stream is None or stream < len(found)):
+        return best if stream is None else found[stream]
+    kinds = ", ".join(sorted({other.type for other in handle.streams})) or "no"
+    detail = f"The {handle.format.name} container holds {kinds} streams, and no audio."
+    if found:
+        has = "one, number 0" if len(found) == 1 else f"{len(found)}, 0 to {len(found) - 1}"
+        detail = f"Audio stream {stream} was asked for, but the file has {has}; choose --stream among these."
+    raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder="pyav")
+
+
+def _stated_by_ffmpeg(handle: av.container.InputContainer, stream: av.AudioStream, reader: Reader) -> int | None:
+    """Frames at the stream's rate."""
     name = handle.format.name
-    if name not in _STATES_LENGTH and not (name == "mp3" and _xing_covers_file(reader)):
+    if name == "caf":
+        return _aside(reader, caf_frames)
+    states = (
+        name in _STATES_LENGTH
+        or (name == "mp3" and _aside(reader, xing_states_length))
+        # Coded, so its `fact` chunk counts the samples. PCM is here only where no size is stated, and was not to be.
+        or (name == "wav" and not stream.codec_context.codec.canonical_name.startswith("pcm_"))
+    )
+    if not states:
         return None
+    seconds = _stated_seconds(handle, stream)
+    return None if seconds is None else round(seconds * stream.codec_context.sample_rate)
+
+
+def _aside(reader: Reader, look: "Callable[[Reader, int], _T]") -> "_T":
+    """Looks at the file without the decoder noticing."""
+    position = reader.tell()
+    found = look(reader, reader.size_bytes)
+    reader.seek(position)
+    return found
+
+
+def _stated_seconds(handle: av.container.InputContainer, stream: av.AudioStream) -> float | None:
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     if "DURATION" in stream.metadata:  # Matroska and WebM: the track's own
@@ -226,31 +346,3 @@ def _clock_s(text: str) -> float | None:
     """Seconds of `00:00:05.008000000`."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", text.strip("\0 "))
     return None if match is None else int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
-
-
-def _xing_covers_file(reader: Reader) -> bool:
-    """Whether an MP3 states its own length, and states it for all of the file.
-
-    Without the Xing, Info or VBRI header the length is guessed from the first frame's bit rate. With it, the length
-    is wrong for files joined end to end, which are longer than the header's count of bytes.
-    """
-    position = reader.tell()
-    reader.seek(0)
-    tag = reader.read(10)
-    start = 0
-    if tag[:3] == b"ID3":
-        start = 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])
-    reader.seek(start)
-    head = reader.read(4096)
-    reader.seek(position)
-    found = re.search(rb"(?:Xing|Info)(.{4})(.{4})(.{4})|VBRI.{6}(.{4})", head, re.DOTALL)
-    if found is None:
-        return False
-    if found[4] is not None:
-        stated = int.from_bytes(found[4], "big")
-    elif found[1][3] & 3 == 3:  # the count of frames is there, and the count of bytes behind it
-        stated = int.from_bytes(found[3], "big")
-    else:
-        return bool(found[1][3] & 1)
-    # Tags behind the music are no second recording: FFmpeg's own margin is a sixteenth, too.
-    return reader.size_bytes - start <= stated + (stated >> 4) + 1024

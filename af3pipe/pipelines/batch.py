@@ -102,7 +102,7 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
         batch_audio_s=job.batch_audio_s,
         question_tokens=job.max_new_tokens or 256,
     )
-    recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs)
+    recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs, channel=job.channel, stream=job.stream)
     answers: Outcome = recordings | "AnswerRecordings" >> AnswerRecordings(decode, ask, accelerator=job.accelerator)
     results = {
         "recordings": recordings.good,

@@ -10,13 +10,13 @@ import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from af3pipe.audio.decode import OverLength
 from af3pipe.audio.guard import DEFAULT_LIMITS
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
+from af3pipe.audio.recording import OverLength
 from af3pipe.models.engine import ENGINES
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import answer, caption, prompt, transcript
-from af3pipe.schemas import Decoding, Task
+from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.transforms.ask import check_tasks
 from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
 
@@ -118,6 +118,8 @@ class JobConfig(_Strict):
         split_tolerance_s: How long before the cap that point may be; 15 where it is not given.
         on_silent: Whether a silent segment is asked about and flagged, or becomes a dead letter.
         silent_below: In dBFS: a segment whose peak is at or below this is silent.
+        channel: What is heard of each: `mix`, `left`, `right`, or an index; a manifest's own column goes before it.
+        stream: Index among the audio streams of a container; a manifest's own column goes before it.
         accelerator: Beam's accelerator hint for the workers that hold the model.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
         beam: Beam's pipeline options.
@@ -138,6 +140,8 @@ class JobConfig(_Strict):
     split_tolerance_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     on_silent: OnSilent = "flag"
     silent_below: Annotated[float, Field(ge=FLOOR_DBFS, lt=0)] = SILENT_BELOW_DBFS
+    channel: Annotated[str, BeforeValidator(channel_text)] = MIX
+    stream: Annotated[int | None, BeforeValidator(stream_index)] = None
     batch_size: Annotated[int, Field(gt=0)] = 16
     batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
     decode_threads: Annotated[int, Field(gt=0)] | None = None
@@ -234,7 +238,8 @@ def _explain(found: dict[str, Any]) -> str:
         return f"{key} is missing"
     message = found["msg"].removeprefix("Value error, ")
     if found["type"] == "value_error":
-        return f"{key}: {message}" if key else str(message)
+        names_itself = not key or message.startswith(f"{key} is ")
+        return str(message) if names_itself else f"{key}: {message}"
     return f"{key} is {found['input']!r}: {message[0].lower()}{message[1:]}"
 
 

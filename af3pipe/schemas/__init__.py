@@ -12,6 +12,7 @@ from af3pipe.schemas.answer import (
 )
 from af3pipe.schemas.dead_letter import DEAD_LETTER_SCHEMA, DeadLetter, Reason, Rejected, Stage, dead_letter_key
 from af3pipe.schemas.recording import (
+    MIX,
     RECORDING_SCHEMA,
     AudioInfo,
     Levels,
@@ -20,12 +21,15 @@ from af3pipe.schemas.recording import (
     RecordingResult,
     Segment,
     TerminalState,
+    channel_text,
     make_recording_id,
+    stream_index,
 )
 
 __all__ = [
     "ANSWER_SCHEMA",
     "DEAD_LETTER_SCHEMA",
+    "MIX",
     "RECORDING_SCHEMA",
     "Answer",
     "AudioInfo",
@@ -45,6 +49,8 @@ __all__ = [
     "TerminalState",
     "TimedText",
     "answer_key",
+    "channel_text",
     "dead_letter_key",
     "make_recording_id",
+    "stream_index",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from af3pipe.schemas.recording import Levels, Recording
+from af3pipe.schemas.recording import Levels, Recording, taken_from
 
 
 class Decoding(NamedTuple):
@@ -110,6 +110,9 @@ class Answer(NamedTuple):
         end_s: End of what was heard, exclusive.
         duration_s: Of the whole object, in seconds; None when it was never learnt.
         peak_dbfs: This and the next three as `Levels`, of what was heard.
+        channels: How many the object has, as stored.
+        channel: The one that was heard: `mix`, `left`, `right`, or its index as text.
+        stream: Index of the audio stream that was heard; None for the object's main one.
         choice: The choice that the reply names; None for free text.
         segments: The pieces of a transcript with their times; empty for other tasks.
         decoding: JSON of `Decoding`.
@@ -133,6 +136,8 @@ class Answer(NamedTuple):
     rms_dbfs: float
     clipped_share: float
     silent: bool
+    channel: str
+    stream: int | None
     task: str
     prompt: str
     question_id: str | None
@@ -180,6 +185,8 @@ ANSWER_SCHEMA = pa.schema(
         pa.field("rms_dbfs", pa.float64(), nullable=False),
         pa.field("clipped_share", pa.float64(), nullable=False),
         pa.field("silent", pa.bool_(), nullable=False),
+        pa.field("channel", pa.string(), nullable=False),
+        ("stream", pa.int32()),
         pa.field("task", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
         ("question_id", pa.string()),
@@ -214,7 +221,8 @@ def answer_key(
 ) -> str:
     """Names a piece of work: the same work has the same key on every run, so a rerun can skip it.
 
-    sha256 over the content's identity, the segment's bounds, the task, its prompt, the model and the decoding.
+    sha256 over the content's identity, the segment's bounds, the task, its prompt, the model and the decoding; and
+    the channel and stream, where one was chosen.
     """
     parts = [
         recording.uri,
@@ -227,5 +235,6 @@ def answer_key(
         model_id,
         model_revision,
         task.decoding.to_json(),
+        *taken_from(recording.channel, recording.stream),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

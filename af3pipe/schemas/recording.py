@@ -2,7 +2,7 @@
 
 import hashlib
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,47 @@ class TerminalState(str, Enum):
     OK_PARTIAL = "ok_partial"
     SKIPPED_DONE = "skipped_done"
     DEAD_LETTER = "dead_letter"
+
+
+MIX = "mix"
+"""The mean over all channels: how a recording is heard unless one channel is asked for."""
+
+
+def channel_text(value: Any) -> str:
+    """A channel as users write it, in one spelling: `mix`, `left`, `right`, or an index from 0 (`"1"`, `1`, `1.0`).
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    text = str(value).strip().lower()
+    if text in (MIX, "left", "right"):
+        return text
+    index = _index(value)
+    if index is None:
+        raise ValueError(f"channel is {value!r}; it must be mix, left, right, or a number from 0")
+    return str(index)
+
+
+def stream_index(value: Any) -> int | None:
+    """An audio stream as users write it: a number from 0, or None for the file's main one.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    index = _index(value)
+    if index is None and value is not None:
+        raise ValueError(f"stream is {value!r}; it must be a number from 0, which counts the audio streams")
+    return index
+
+
+def _index(value: Any) -> int | None:
+    """Manifests have numbers as text, and pandas makes 1.0 of a 1 beside a gap."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    is_index = not isinstance(value, bool) and number.is_integer() and 0 <= number < 2**31
+    return int(number) if is_index else None
 
 
 class Question(NamedTuple):
@@ -37,6 +78,8 @@ class Recording(NamedTuple):
         mtime: Modification time of the object, ISO 8601 UTC, None when the listing did not state it.
         offset_s: Where to begin, in seconds from the start of the object.
         duration_s: How much to take, in seconds; None takes all that follows.
+        channel: `mix`, the mean over all; `left`, `right`, or an index from 0 as text. See `channel_text`.
+        stream: Index among the audio streams of the object; None takes its main one.
         questions: Asked of this recording beside the job's own tasks.
         metadata: Further manifest columns; they ride along to the output.
     """
@@ -50,6 +93,8 @@ class Recording(NamedTuple):
     duration_s: float | None = None
     questions: tuple[Question, ...] = ()
     metadata: tuple[tuple[str, str], ...] = ()
+    channel: str = MIX
+    stream: int | None = None
 
     @property
     def content_identity(self) -> str:
@@ -57,10 +102,23 @@ class Recording(NamedTuple):
         return self.etag or f"{self.size_bytes}:{self.mtime}"
 
 
-def make_recording_id(uri: str, offset_s: float = 0.0, duration_s: float | None = None) -> str:
-    """Names a recording by what it is: 20 hex digits over the URI and the time range taken from it."""
-    text = "\x00".join((uri, repr(float(offset_s)), repr(None if duration_s is None else float(duration_s))))
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:20]
+def make_recording_id(
+    uri: str,
+    offset_s: float = 0.0,
+    duration_s: float | None = None,
+    *,
+    channel: str = MIX,
+    stream: int | None = None,
+) -> str:
+    """Names a recording by what it is: 20 hex digits over the URI and what is taken from it."""
+    parts = [uri, repr(float(offset_s)), repr(None if duration_s is None else float(duration_s))]
+    parts += taken_from(channel, stream)
+    return hashlib.sha256("\x00".join(parts).encode(errors="surrogateescape")).hexdigest()[:20]
+
+
+def taken_from(channel: str, stream: int | None) -> list[str]:
+    """What ids and keys say of a channel or stream: nothing where none is chosen, so that they stay as they were."""
+    return [] if (channel, stream) == (MIX, None) else [f"channel={channel}", f"stream={stream}"]
 
 
 class AudioInfo(NamedTuple):
@@ -163,6 +221,8 @@ class RecordingResult(NamedTuple):
     etag: str | None
     mtime: str | None
     offset_s: float
+    channel: str
+    stream: int | None
     metadata: tuple[tuple[str, str], ...]
     run_id: str
     created_at: int
@@ -186,6 +246,8 @@ RECORDING_SCHEMA = pa.schema(
         ("etag", pa.string()),
         ("mtime", pa.string()),
         pa.field("offset_s", pa.float64(), nullable=False),
+        pa.field("channel", pa.string(), nullable=False),
+        ("stream", pa.int32()),
         ("metadata", pa.map_(pa.string(), pa.string())),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),

@@ -21,14 +21,17 @@ from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.storage.retry import advice, cause, retried, tries
 
 _EXTENSIONS = (
-    "3g2 3gp aac ac3 aif aifc aiff alac amr ape asf au avi awb caf dff dsf dts eac3 f4v flac flv gsm m2ts m4a m4b "
-    "m4r m4v mka mkv mov mp1 mp2 mp3 mp4 mpc mpeg mpg mts mxf oga ogg ogv opus ra rf64 snd spx tta ts vob w64 wav "
-    "wave weba webm wma wmv wv"
+    "3g2 3gp aac ac3 aif aifc aiff alac amr ape asf au avi awb bwf caf dff dsf dts eac3 f4v flac flv gsm m2ts m4a "
+    "m4b m4r m4v mka mkv mov mp1 mp2 mp3 mp4 mpc mpeg mpg mts mxf oga ogg ogv opus ra rf64 snd sph spx tta ts vob "
+    "voc w64 wav wave weba webm wma wmv wv "
+    # Without a header: audio.headers.HEADERLESS says what they hold.
+    "al alaw alw g722 mulaw sln sln8 sln12 sln16 sln24 sln32 sln44 sln48 sln96 sln192 ul ulaw ulw"
 )
 AUDIO_EXTENSIONS = frozenset(_EXTENSIONS.split())
 """Lower-case extensions, without the dot, by which audio and video are told from the rest of a folder."""
 
 _BLOCK_BYTES = 1 << 20
+_FIRST_BYTES = 1 << 16
 _STREAMS_IN_MEMORY_BYTES = 64 << 20
 # Stores whose files take a known size, which saves the request that would ask for it.
 _SIZED_STORES = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
@@ -76,7 +79,10 @@ def stat(uri: str) -> ObjectInfo:
 
 
 def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
-    """Opens an object for reading: seekable, reading ahead by 1 MiB, every read tried up to five times.
+    """Opens an object for reading: seekable, every read tried up to five times.
+
+    It reads ahead by 64 KiB at first, and further the longer it is read in one go, up to 1 MiB: a header takes few
+    bytes, wherever in the file it is, and a body few requests.
 
     Args:
         uri: A URL, or a local path.
@@ -87,7 +93,8 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
     """
     fs, path = _locate(uri)
     raw = retried(lambda: _open(fs, path, size_bytes), uri, Stage.READ)
-    return cast(BinaryIO, io.BufferedReader(_RetriedReads(raw, uri), _BLOCK_BYTES if _is_local(fs) else 1 << 16))
+    block_bytes = _BLOCK_BYTES if _is_local(fs) else _FIRST_BYTES
+    return cast(BinaryIO, io.BufferedReader(_RetriedReads(raw, uri), block_bytes))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -272,7 +279,7 @@ def _open(fs: Any, path: str, size_bytes: int | None) -> Any:
     if _is_local(fs):
         return Path(path).open("rb", buffering=0)
     known = {"size": size_bytes} if size_bytes and _SIZED_STORES.intersection(_protocols(fs)) else {}
-    handle = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead", **known)
+    handle = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="none", **known)
     if isinstance(handle, io.BytesIO):
         # The memory store hands out its own object, whose position all readers would share.
         return io.BytesIO(handle.getbuffer())
@@ -286,12 +293,15 @@ def _open(fs: Any, path: str, size_bytes: int | None) -> Any:
 
 
 class _RetriedReads(io.RawIOBase):
-    """A file whose reads are tried again, each from where it began."""
+    """A file whose reads are tried again, each from where it began, and which reads ahead."""
 
     def __init__(self, handle: Any, uri: str) -> None:
         self._handle = handle
         self._uri = uri
         self._position = 0
+        self._held = b""
+        self._held_from = 0
+        self._ahead_bytes = _FIRST_BYTES
 
     def readable(self) -> bool:
         return True
@@ -310,10 +320,20 @@ class _RetriedReads(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        data = retried(lambda: self._read(len(buffer)), self._uri, Stage.READ)
+        if not self._held_from <= self._position < self._held_from + len(self._held):
+            self._fetch(len(buffer))
+        start = self._position - self._held_from
+        data = self._held[start : start + len(buffer)]
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _fetch(self, wanted: int) -> None:
+        goes_on = self._held and self._position == self._held_from + len(self._held)
+        self._ahead_bytes = min(2 * self._ahead_bytes, _BLOCK_BYTES) if goes_on else _FIRST_BYTES
+        size = max(wanted, self._ahead_bytes)
+        self._held = retried(lambda: self._read(size), self._uri, Stage.READ)
+        self._held_from = self._position
 
     def _read(self, size: int) -> bytes:
         # After a failed read the handle may stand anywhere.

@@ -68,6 +68,8 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
         channels=segment.info.channels,
         codec=segment.info.codec,
         **segment.levels._asdict(),
+        channel=recording.channel,
+        stream=recording.stream,
         task=task.name,
         prompt=prompt,
         question_id=task.question_id,

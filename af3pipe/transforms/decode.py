@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import apache_beam as beam
 
 from af3pipe import storage
-from af3pipe.audio.decode import OpenDecoding, OverLength, open_decoding, read_segments
+from af3pipe.audio.decode import OpenDecoding, open_decoding
 from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, DecoderPool
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
+from af3pipe.audio.recording import OverLength, read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.models.family import DEFAULT_MODEL, open_checkpoint
 from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage

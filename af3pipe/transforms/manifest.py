@@ -11,7 +11,17 @@ import pyarrow.parquet
 
 from af3pipe import storage
 from af3pipe.models.tasks import answer
-from af3pipe.schemas import Question, Reason, Recording, Rejected, Stage, make_recording_id
+from af3pipe.schemas import (
+    MIX,
+    Question,
+    Reason,
+    Recording,
+    Rejected,
+    Stage,
+    channel_text,
+    make_recording_id,
+    stream_index,
+)
 
 MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _URI_COLUMNS = ("uri", "audio_filepath", "path")
@@ -23,23 +33,27 @@ def is_manifest(uri: str) -> bool:
     return uri.lower().endswith(MANIFEST_SUFFIXES)
 
 
-def read_manifest(uri: str) -> Iterator[Recording | Rejected]:
+def read_manifest(uri: str, *, channel: str = MIX, stream: int | None = None) -> Iterator[Recording | Rejected]:
     """A manifest's recordings, in order; a bad row gives the `Rejected` that says what is wrong with it.
 
     Columns: `uri` (or NeMo's `audio_filepath`, or `path`; relative names start from the manifest's folder), and if
-    wanted `id`, `offset` and `duration` in seconds, `question` with `choices` (a list, or text split at `|`),
-    `questions` (a list). All other columns ride along as metadata.
+    wanted `id`, `offset` and `duration` in seconds, `channel` (`mix`, `left`, `right` or an index from 0), `stream`
+    (an index from 0), `question` with `choices` (a list, or text split at `|`), `questions` (a list). All other
+    columns ride along as metadata.
 
     Args:
         uri: A `.jsonl`, `.csv`, `.tsv` or `.parquet` file on any fsspec URL.
+        channel: Of rows that name none.
+        stream: Of rows that name none.
 
     Raises:
         Rejected: The manifest itself cannot be read.
     """
+    chosen = {"channel": channel, "stream": stream}
     for number, row in enumerate(_rows(uri), start=1):
         where = f"row {number} of {uri}"
         try:
-            yield _recording(_checked(row, where), uri, where)
+            yield _recording(chosen | _checked(row, where), uri, where)
         except Rejected as rejected:
             yield rejected
         except Exception as error:  # noqa: BLE001 - whatever a row holds, the rows after it are read
@@ -92,7 +106,7 @@ def _json(line: str) -> Any:
         return error
 
 
-def _checked(row: Any, where: str) -> Mapping[str, Any]:
+def _checked(row: Any, where: str) -> dict[str, Any]:
     if isinstance(row, ValueError):
         raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where} is not JSON: {row}")
     if not isinstance(row, dict):
@@ -114,15 +128,21 @@ def _recording(row: Mapping[str, Any], manifest: str, where: str) -> Recording:
     offset_s = _seconds(left.pop("offset", 0.0), "offset", where)
     duration = left.pop("duration", None)
     duration_s = None if duration is None else _seconds(duration, "duration", where)
+    try:
+        channel, stream = channel_text(left.pop("channel")), stream_index(left.pop("stream"))
+    except ValueError as error:
+        raise Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{where}: {error}") from error
     uri = storage.resolve(named, storage.parent(manifest))
     named_id = next((str(left.pop(name)) for name in _ID_COLUMNS if name in left), None)
     return Recording(
-        recording_id=named_id or make_recording_id(uri, offset_s, duration_s),
+        recording_id=named_id or make_recording_id(uri, offset_s, duration_s, channel=channel, stream=stream),
         uri=uri,
         offset_s=offset_s,
         duration_s=duration_s,
         questions=tuple(_questions(left, where)),
         metadata=tuple(sorted((name, _text(value)) for name, value in left.items())),
+        channel=channel,
+        stream=stream,
     )
 
 

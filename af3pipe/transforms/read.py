@@ -1,30 +1,54 @@
 """Names of files, folders, globs and manifests to recordings: listed, each once, spread over the workers."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import apache_beam as beam
 
 from af3pipe import storage
-from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Stage, make_recording_id
+from af3pipe.schemas import (
+    MIX,
+    DeadLetter,
+    Reason,
+    Recording,
+    Rejected,
+    Stage,
+    channel_text,
+    make_recording_id,
+    stream_index,
+)
 from af3pipe.transforms import metrics
 from af3pipe.transforms.manifest import is_manifest, is_text, manifest_row_uri, read_manifest
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, join_dead_letters, outcomes, to_dead_letter
 
 
-def list_recordings(name: str) -> Iterator[Recording | DeadLetter]:
-    """What a file, a folder, a glob or a manifest names: what ReadRecordings does for one input, without Beam."""
+class _Chosen(TypedDict):
+    channel: str
+    stream: int | None
+
+
+def list_recordings(
+    name: str, *, channel: str | int = MIX, stream: int | None = None
+) -> Iterator[Recording | DeadLetter]:
+    """What a file, a folder, a glob or a manifest names: what ReadRecordings does for one input, without Beam.
+
+    Raises:
+        ValueError: As ReadRecordings.
+    """
+    chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
 
     def rejected(error: Exception) -> DeadLetter:
         return to_dead_letter(error, Recording(make_recording_id(name), name), stage=Stage.LIST)
 
+    listed = _manifests(name, chosen) if is_manifest(name) else _objects(name, chosen)
     # Only what says that the input is bad: a listing that ends in surprise would lose all that it has not told.
-    yield from outcomes(_manifests(name) if is_manifest(name) else _objects(name), rejected, catch=Rejected)
+    yield from outcomes(listed, rejected, catch=Rejected)
 
 
-def _objects(name: str) -> Iterator[Recording | DeadLetter]:
+def _objects(name: str, chosen: _Chosen) -> Iterator[Recording | DeadLetter]:
     for found in storage.list_objects(name):
-        recording = Recording(make_recording_id(found.uri), found.uri, found.size_bytes, found.etag, found.mtime)
+        own_id = make_recording_id(found.uri, **chosen)
+        recording = Recording(own_id, found.uri, found.size_bytes, found.etag, found.mtime, **chosen)
         yield recording if is_text(found.uri) else _misnamed(recording)
 
 
@@ -35,13 +59,13 @@ def _misnamed(recording: Recording) -> DeadLetter:
     return to_dead_letter(rejected, recording._replace(uri=shown), stage=Stage.LIST)
 
 
-def _manifests(name: str) -> Iterator[Recording | DeadLetter]:
+def _manifests(name: str, chosen: _Chosen) -> Iterator[Recording | DeadLetter]:
     for found in storage.list_objects(name):
-        yield from _manifest(found.uri)
+        yield from _manifest(found.uri, chosen)
 
 
-def _manifest(name: str) -> Iterator[Recording | DeadLetter]:
-    for number, row in enumerate(read_manifest(name), start=1):
+def _manifest(name: str, chosen: _Chosen) -> Iterator[Recording | DeadLetter]:
+    for number, row in enumerate(read_manifest(name, **chosen), start=1):
         if isinstance(row, Rejected):
             uri = manifest_row_uri(name, number)
             yield to_dead_letter(row, Recording(make_recording_id(uri), uri), stage=Stage.LIST)
@@ -55,9 +79,10 @@ def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
     Ids that a manifest gives may be given twice: mentions that name other audio than the first are dead letters,
     under an id of their own, so that neither is lost.
     """
-    by_audio: dict[tuple[str, float, float | None], list[Recording]] = {}
+    by_audio: dict[tuple[Any, ...], list[Recording]] = {}
     for found in sorted(recordings, key=lambda found: (found.uri, found.size_bytes is None, repr(found))):
-        by_audio.setdefault((found.uri, found.offset_s, found.duration_s), []).append(found)
+        audio = (found.uri, found.offset_s, found.duration_s, found.channel, found.stream)
+        by_audio.setdefault(audio, []).append(found)
     first, *others = by_audio.values()
     questions = tuple(dict.fromkeys(question for found in first for question in found.questions))
     metadata = tuple(sorted(dict(pair for found in first for pair in found.metadata).items()))
@@ -65,14 +90,23 @@ def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
     for other in others:
         detail = f"id {first[0].recording_id!r} also names {first[0].uri}; ids must be unique"
         # An id that neither the first has, nor this audio where it is named without an id.
-        own_id = make_recording_id(f"{first[0].recording_id} {other[0].uri}", other[0].offset_s, other[0].duration_s)
+        own_id = make_recording_id(
+            f"{first[0].recording_id} {other[0].uri}",
+            other[0].offset_s,
+            other[0].duration_s,
+            channel=other[0].channel,
+            stream=other[0].stream,
+        )
         renamed = other[0]._replace(recording_id=own_id)
         yield to_dead_letter(Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail), renamed, stage=Stage.LIST)
 
 
 class _ListDoFn(beam.DoFn):
+    def __init__(self, chosen: _Chosen) -> None:
+        self._chosen = chosen
+
     def process(self, name: str) -> Iterator[Any]:
-        return _tagged(list_recordings(name))
+        return _tagged(list_recordings(name, **self._chosen))
 
 
 class _MergeDoFn(beam.DoFn):
@@ -101,13 +135,19 @@ class ReadRecordings(beam.PTransform):
     Args:
         inputs: Files, folders (audio in them, recursively), globs or manifests (`.jsonl`, `.csv`, `.tsv`,
             `.parquet`), local or on any fsspec URL.
+        channel: What is heard of each recording: `mix`, the mean over its channels; `left`, `right`, or an index
+            from 0. A manifest's `channel` column goes before it. So does `stream`.
+        stream: Index among the audio streams of a container; None takes its main one.
 
     Raises:
-        ValueError: No input.
+        ValueError: No input, or no such channel or stream.
     """
 
-    def __init__(self, inputs: str | Sequence[str] = ()) -> None:
+    def __init__(
+        self, inputs: str | Sequence[str] = (), *, channel: str | int = MIX, stream: int | None = None
+    ) -> None:
         super().__init__()
+        self._chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
         self._inputs = [inputs] if isinstance(inputs, str) else list(dict.fromkeys(inputs))
 
     def expand(self, pipeline_or_names: Any) -> Any:
@@ -116,7 +156,7 @@ class ReadRecordings(beam.PTransform):
             if not self._inputs:
                 raise ValueError("inputs is empty; name at least one file, folder, glob or manifest")
             names = pipeline_or_names | "Inputs" >> beam.Create(self._inputs, reshuffle=True)
-        listed = names | "List" >> beam.ParDo(_ListDoFn()).with_output_types(
+        listed = names | "List" >> beam.ParDo(_ListDoFn(self._chosen)).with_output_types(
             Recording, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="recordings")
         merged = (

@@ -118,6 +118,8 @@ def settle(
         etag=recording.etag,
         mtime=recording.mtime,
         offset_s=recording.offset_s,
+        channel=recording.channel,
+        stream=recording.stream,
         metadata=recording.metadata,
         run_id="",
         created_at=now_us(),

@@ -73,26 +73,26 @@ def read_for_ever(file):
 
 
 @contextmanager
-def at_open(file, **asked):
+def at_open(file, asked):
     opened.append(file)
     _do(file)
-    with open_decoding(file, **asked) as decoding:
+    with open_decoding(file, asked) as decoding:
         yield decoding
 
 
 @contextmanager
-def at_block(file, **asked):
+def at_block(file, asked):
     """Gives the first block of a WAV file behind the name of what is to be done then."""
     opened.append(file)
     file.seek(0)
     name = file.read(32)
-    with open_decoding(io.BytesIO(_all(file)[32:]), **asked) as decoding:
-        yield _AtSecondBlock(decoding, name, file)
+    with open_decoding(io.BytesIO(_all(file)[32:]), asked) as decoding:
+        yield _AtSecondBlock(decoding, asked, name, file)
 
 
 class _AtSecondBlock(Decoding):
-    def __init__(self, decoding, name, file):
-        super().__init__(decoding.info, decoding.stated_frames, sample_rate=decoding.sample_rate)
+    def __init__(self, decoding, asked, name, file):
+        super().__init__(decoding.info, decoding.stated_frames, asked)
         self._decoding, self._name, self._file = decoding, name, file
 
     def blocks(self):

@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from af3pipe.audio.decode import decode, read_segments
+from af3pipe.audio.decode import Asked, decode
 from af3pipe.audio.guard import DecoderError, DecoderLimits, DecoderPool, GuardError
+from af3pipe.audio.recording import read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Reason, Recording, Rejected, Stage
 from tests import fixtures_audio as make
 from tests.audio.test_decode import FailingFile
 
 RATE = 16000
+ASKED = Asked(RATE)
 WAV = make.wav(make.sound(25, 8000), 8000)
 LIMITS = AudioLimits(sample_rate=RATE, max_samples=4 * RATE, min_samples=480, window_samples=RATE)
 QUICK = DecoderLimits(timeout_s=1.0, memory_mib=256)
@@ -40,8 +42,8 @@ def hostile():
         yield pool
 
 
-def decoded(pool, file, **asked):
-    with pool.open(file, sample_rate=RATE, **asked) as decoding:
+def decoded(pool, file):
+    with pool.open(file, ASKED) as decoding:
         blocks = list(decoding.blocks())
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
@@ -71,7 +73,7 @@ def test_equals_decoding_in_process(pool, encode, where, tmp_path):
         expected = list(decode(io.BytesIO(data), sample_rate=RATE, **asked))
         with (
             io.BytesIO(data) if where == "memory" else (tmp_path / "file").open("rb") as file,
-            pool.open(file, sample_rate=RATE, **asked) as decoding,
+            pool.open(file, Asked(RATE, **asked)) as decoding,
         ):
             found = list(decoding.blocks())
             state = (decoding.ended, decoding.samples, decoding.info.decoder)
@@ -91,7 +93,7 @@ def test_gives_the_same_segments(pool, policy):
 
     def segments(**how):
         found = read_segments(io.BytesIO(WAV), recording, limits=LIMITS, over_length=policy, **how)
-        return [(*piece[:-1], piece.samples.tobytes()) for piece in found]
+        return [piece._replace(samples=piece.samples.tobytes()) for piece in found]
 
     assert segments(open_decoding=pool.open) == segments()
 
@@ -100,9 +102,9 @@ def test_one_process_serves_one_recording_after_another():
     with DecoderPool() as pool:
         for _ in range(3):
             assert len(decoded(pool, io.BytesIO(WAV))) == 25 * RATE
-        with pool.open(io.BytesIO(WAV), sample_rate=RATE) as decoding:
+        with pool.open(io.BytesIO(WAV), ASKED) as decoding:
             assert decoding.info.sample_rate == 8000
-        with pool.open(io.BytesIO(WAV), sample_rate=RATE) as decoding:
+        with pool.open(io.BytesIO(WAV), ASKED) as decoding:
             assert 0 < len(next(decoding.blocks())) < 11 * RATE
         with pytest.raises(Rejected):
             decoded(pool, io.BytesIO(b"no audio"))
@@ -235,7 +237,7 @@ def test_a_slow_store_is_no_slow_decoder(hostile):
 
 
 def test_a_consumer_may_take_its_time(hostile):
-    with hostile.open(io.BytesIO(WAV), sample_rate=RATE) as decoding:
+    with hostile.open(io.BytesIO(WAV), ASKED) as decoding:
         for _ in decoding.blocks():
             time.sleep(0.6)
 
@@ -249,7 +251,7 @@ def test_a_gzip_file_is_read_as_what_it_holds(pool, tmp_path):
 
 def test_a_pool_that_is_closed_leaves_no_process():
     pool = DecoderPool()
-    with pool.open(io.BytesIO(WAV), sample_rate=RATE) as decoding:
+    with pool.open(io.BytesIO(WAV), ASKED) as decoding:
         decoded(pool, io.BytesIO(WAV))
         ended = processes(pool)
         pool.close()
@@ -273,15 +275,15 @@ def test_where_no_process_can_be_started_nobody_else_is_blamed(monkeypatch):
 def test_a_decoder_process_does_not_outlive_its_parent(name, tmp_path):
     script = f"""
         import io, os, threading, time
-        from af3pipe.audio import guarded
+        from af3pipe.audio.decode import Asked
         from af3pipe.audio.guard import DecoderLimits, DecoderPool
         pool = DecoderPool(DecoderLimits(timeout_s=1), decoder={AT_OPEN!r})
         data = open({str(tmp_path / "good")!r}, "rb").read()
-        with pool.open(io.BytesIO(data), sample_rate=16000) as decoding:
+        with pool.open(io.BytesIO(data), Asked(16000)) as decoding:
             list(decoding.blocks())
         print(pool._idle[0]._process.pid, flush=True)
         hostile = io.BytesIO({name!r}.encode().ljust(32, b"\\0") + data)
-        threading.Thread(target=lambda: pool.open(hostile, sample_rate=16000).__enter__(), daemon=True).start()
+        threading.Thread(target=lambda: pool.open(hostile, Asked(16000)).__enter__(), daemon=True).start()
         time.sleep(0.3)
         os.kill(os.getpid(), 9)
     """

@@ -87,6 +87,32 @@ def test_an_mp3_joined_from_two_states_no_length():
     assert probe(io.BytesIO(one + one)).duration_s is None
 
 
+def test_a_caf_that_counts_its_padding_apart_is_as_long_as_its_sound():
+    if not make.program_encodes("alac"):
+        pytest.skip("needs the ffmpeg program")
+    data = bytearray(make.by_program(make.sound(2, 44100), 44100, "caf", "-c:a", "alac"))
+    frames = data.index(b"pakt") + 20
+    data[frames : frames + 8] = (88_200).to_bytes(8, "big")  # as Apple's tools do; FFmpeg counts whole packets
+    assert probe(io.BytesIO(data)).duration_s == 2.0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        make.id3(b"") * 20_000,
+        make.id3(bytes(5000))[:3000],
+        b"fLaC\x00\x00\x00\x22" + bytes(34) + bytes(4) * 50_000,
+        b"caff\x00\x01\x00\x00" + (b"free" + bytes(8)) * 20_000,
+    ],
+    ids=["tags and nothing else", "half a tag", "blocks and nothing else", "chunks and nothing else"],
+)
+def test_headers_without_end_are_given_up(data):
+    file = CountingFile(data)
+    with pytest.raises(Rejected) as caught:
+        probe(file)
+    assert caught.value.reason is Reason.UNSUPPORTED_FORMAT
+
+
 def test_a_playlist_does_not_make_ffmpeg_open_other_files(tmp_path, monkeypatch):
     (tmp_path / "secret.wav").write_bytes(make.wav(make.sound(1, 16000), 16000))
     monkeypatch.chdir(tmp_path)

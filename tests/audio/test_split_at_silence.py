@@ -9,7 +9,8 @@ import pytest
 import soundfile
 import soxr
 
-from af3pipe.audio.decode import decode, read_segments
+from af3pipe.audio.decode import decode
+from af3pipe.audio.recording import read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Recording
 from tests import fixtures_audio as make

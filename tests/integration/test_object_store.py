@@ -1,5 +1,8 @@
 """From an S3 server to an S3 server: listing, reading and writing go over HTTP, and nothing is patched."""
 
+import json
+import os
+import urllib.request
 from importlib import resources
 
 import fsspec
@@ -7,14 +10,8 @@ import numpy as np
 import pyarrow.dataset as ds
 import pytest
 
-from af3pipe import storage
-from af3pipe.audio.probe import probe
-from af3pipe.models import open_checkpoint
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import JobError, make_job
-from af3pipe.schemas import Rejected
-from af3pipe.transforms.decode import open_segments
-from af3pipe.transforms.read import list_recordings
 from tests import fixtures_audio as make
 from tests.integration.runners import free_port, serving
 
@@ -31,7 +28,7 @@ def s3(tmp_path_factory):
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    with pytest.MonkeyPatch.context() as patch, serving("moto.server", port, f"-p{port}", log=log):
+    with pytest.MonkeyPatch.context() as patch, serving("tests.integration.counting_s3", port, str(port), log=log):
         for name, value in environment.items():
             patch.setenv(name, value)
         fsspec.filesystem("s3").clear_instance_cache()
@@ -73,12 +70,28 @@ def test_a_bucket_that_does_not_exist_is_no_place_to_write(s3):
         batch.run(job(output="s3://nowhere/out"))
 
 
-def test_over_length_on_a_store_is_known_from_its_first_bytes(s3):
-    s3.pipe_file("archive/long.wav", make.wav(np.zeros((16_000 * 700, 1), np.float32), 16_000))
-    (recording,) = list_recordings("s3://archive/long.wav")
-    assert recording.size_bytes > 20 * 2**20
-    with storage.open_input(recording.uri, size_bytes=recording.size_bytes) as file:
-        assert probe(file).duration_s == 700
-        assert file.raw._handle.cache.total_requested_bytes <= 2 * 2**20  # fsspec's own account of its ranges
-    with pytest.raises(Rejected, match=r"lasts 700.0 s by its header"):
-        next(open_segments(recording, limits=open_checkpoint("demo").limits))
+LONG = {
+    "long.wav": lambda: make.wav(np.zeros((16_000 * 1800, 1), np.float32), 16_000),
+    "long.flac": lambda: make.flac(np.tile(make.sound(60, 16_000), (30, 1)), 16_000),
+    "cover.mp3": lambda: make.id3(make.picture(8 << 20)) + make.mp3(np.tile(make.sound(60, 16_000), (30, 1)), 16_000),
+    "index at the end.m4a": lambda: make.alac(np.tile(make.sound(60, 16_000), (30, 1)), 16_000, index_at_end=True),
+    "call.g722": lambda: bytes(range(256)) * (8000 * 1800 // 256),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_is_too_long_is_a_dead_letter_without_being_downloaded(s3, name, tmp_path):
+    data = LONG[name]()
+    assert len(data) > 7 << 20
+    s3.pipe_file(f"archive/{name}", data)
+    report = batch.run(job(inputs=[f"s3://archive/{name}"], output=str(tmp_path)))
+    assert report.counts.dead_letters == {"too_long": 1}
+    assert report.counts.reconciled, report.counts.problems
+    assert 0 < sent(f"/archive/{name}") <= 1 << 20
+    s3.rm_file(f"archive/{name}")
+
+
+def sent(path):
+    """Bytes of an object that the server has sent, by its own account."""
+    with urllib.request.urlopen(os.environ["AWS_ENDPOINT_URL"] + "/_sent") as response:
+        return json.load(response).get(path, 0)

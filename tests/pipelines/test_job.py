@@ -60,6 +60,8 @@ def test_a_limit_for_all_tasks():
         ({"on_silent": "drop"}, ["on_silent is 'drop'", "'flag' or 'dead-letter'"]),
         ({"silent_below": 60}, ["silent_below is 60", "less than 0"]),
         ({"silent_below": -200}, ["silent_below is -200", "greater than or equal to -120"]),
+        ({"channel": "middle"}, ["channel is 'middle'; it must be mix, left, right, or a number from 0"]),
+        ({"stream": "first"}, ["stream is 'first'; it must be a number from 0"]),
         ({"ouput": "x"}, ["ouput is not a key of a job", "did you mean 'output'"]),
         ({"inputs": []}, ["inputs is []"]),
         ({"batch_size": 0}, ["batch_size is 0", "greater than 0"]),
@@ -99,6 +101,11 @@ def test_dead_letters_allowed(limit, recordings, allowed):
 
 def test_any_number_of_dead_letters_is_allowed_unless_said():
     assert make_job(BASE).dead_letters_allowed(1) == float("inf")
+
+
+def test_channel_and_stream_may_be_written_as_numbers():
+    job = make_job(BASE | {"channel": 1, "stream": "2"})
+    assert (job.channel, job.stream) == ("1", 2)
 
 
 def test_job_file(tmp_path):

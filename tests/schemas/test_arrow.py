@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from af3pipe.schemas import Decoding, Recording, Task, answer_key, make_recording_id
+from af3pipe.schemas import Decoding, Recording, Task, answer_key, channel_text, make_recording_id, stream_index
 from af3pipe.transforms.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, to_table
 from tests.rows import rows
 
@@ -55,6 +55,8 @@ def test_the_same_work_has_the_same_key_whatever_the_metadata():
     [
         {"recording": BASE._replace(etag="new")},
         {"recording": BASE._replace(uri="s3://b/b.flac")},
+        {"recording": BASE._replace(channel="left")},
+        {"recording": BASE._replace(stream=0)},
         {"start_s": 0.5},
         {"end_s": 2.0},
         {"task": TASK._replace(prompt="Describe it.")},
@@ -74,14 +76,36 @@ def test_without_an_etag_size_and_time_stand_for_the_content():
     assert local.content_identity != local._replace(mtime="2026-01-02T00:00:00Z").content_identity
 
 
-def test_recording_ids_tell_ranges_of_one_file_apart():
+def test_ids_and_keys_are_those_of_the_versions_before_channels_could_be_chosen():
+    assert make_recording_id("s3://b/a.flac", 1.0, 2.0) == "5fe382f0a421add3df56"
+    assert key() == "a014aaf69743c124e4f3f5d05be5b42fe61b2a594516c1486b2a612886316e9e"
+
+
+@pytest.mark.parametrize(("given", "text"), [("MIX", "mix"), (" left", "left"), (1, "1"), ("1", "1"), (2.0, "2")])
+def test_a_channel_has_one_spelling(given, text):
+    assert channel_text(given) == text
+
+
+@pytest.mark.parametrize("given", ["middle", -1, 1.5, True, None, "", "nan", [0]])
+def test_what_is_no_channel_or_stream_is_told(given):
+    with pytest.raises(ValueError, match="channel is"):
+        channel_text(given)
+    if given is not None:
+        with pytest.raises(ValueError, match="stream is"):
+            stream_index(given)
+
+
+def test_recording_ids_tell_ranges_and_channels_of_one_file_apart():
     ids = {
+        make_recording_id("a", channel="left"),
+        make_recording_id("a", channel="right"),
+        make_recording_id("a", stream=0),
         make_recording_id("a"),
         make_recording_id("a", 1.0),
         make_recording_id("a", 1.0, 2.0),
         make_recording_id("b"),
     }
-    assert len(ids) == 4
+    assert len(ids) == 7
 
 
 def test_decoding_is_readable_json():

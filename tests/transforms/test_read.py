@@ -104,6 +104,8 @@ def test_an_id_of_its_own_is_kept(tmp_path):
         ('{"uri": "a", "offset": Infinity}', "offset is inf"),
         ('{"uri": "a", "question": "Who?", "choices": ["same", "same"]}', "choices"),
         ('{"uri": "a", "question": "Who?", "choices": 5}', "choices is 5"),
+        ('{"uri": "a", "channel": "A"}', "channel is 'A'; it must be mix, left, right, or a number"),
+        ('{"uri": "a", "stream": -1}', "stream is -1; it must be a number from 0"),
         ('{"uri": "a", "note": "\\ud83d"}', "not valid Unicode"),
         ('{"uri": "\\ud83d.wav"}', "not valid Unicode"),
     ],
@@ -137,6 +139,48 @@ def test_one_recording_named_twice_is_one_with_all_questions():
     assert merged.size_bytes == 10
     assert set(merged.questions) == {Question(None, "Who?"), Question(None, "Where?")}
     assert merged.metadata == (("speaker", "7"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("m.csv", "uri,channel,stream\n/a.wav,left,\n/a.wav,Right,1\n/a.wav,,\n/a.wav,0,0\n"),
+        (
+            "m.parquet",
+            parquet([{"uri": "/a.wav", "channel": c, "stream": s} for c, s in (("left", None), ("right", 1.0))]),
+        ),
+    ],
+    ids=["csv", "parquet"],
+)
+def test_channels_of_one_file_are_recordings_of_their_own(tmp_path, name, data):
+    found = read(tmp_path, name, data)
+    assert [(row.channel, row.stream) for row in found[:2]] == [("left", None), ("right", 1)]
+    assert len({row.recording_id for row in found}) == len(found)
+    assert all(row.metadata == () for row in found)
+    assert [(row.channel, row.stream) for row in found[2:]] == [("mix", None), ("0", 0)][: len(found) - 2]
+
+
+def test_a_manifest_s_channel_goes_before_the_job_s(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"uri": "/a.wav"}\n{"uri": "/a.wav", "channel": "mix", "stream": 0}')
+    found = list_recordings(str(tmp_path / "m.jsonl"), channel="left", stream=2)
+    assert [(row.channel, row.stream) for row in found] == [("left", 2), ("mix", 0)]
+
+
+def test_the_channel_is_part_of_what_is_listed(tmp_path):
+    (tmp_path / "a.wav").write_text("x")
+    (mixed,) = list_recordings(str(tmp_path))
+    (left,) = list_recordings(str(tmp_path), channel="left")
+    assert (mixed.channel, left.channel) == ("mix", "left")
+    assert mixed.recording_id != left.recording_id
+    with pytest.raises(ValueError, match="channel is 'middle'"):
+        ReadRecordings(str(tmp_path), channel="middle")
+
+
+def test_one_id_for_two_channels_loses_neither():
+    first, second = Recording("7", "a.wav", channel="left"), Recording("7", "a.wav", channel="right")
+    kept, letter = merge([second, first])
+    assert kept == first
+    assert json.loads(letter.input)["recording"]["channel"] == "right"
 
 
 def test_an_id_given_to_two_recordings_loses_neither():

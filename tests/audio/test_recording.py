@@ -4,8 +4,9 @@ import librosa
 import numpy as np
 import pytest
 
-from af3pipe.audio.decode import decode, read_segments
+from af3pipe.audio.decode import decode
 from af3pipe.audio.levels import measure
+from af3pipe.audio.recording import read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Reason, Recording, Rejected, Stage
 from tests import fixtures_audio as make
