@@ -3,8 +3,9 @@
     python -m benchmarks.fuzz [--files 10000] [--seed 0] [--keep DIR]
     python -m benchmarks.fuzz --only N [--seed 0]       # writes file N to this folder, to look at
 
-Files by real encoders in every format, changed in every way of `tests/mutations.py`; then the real batch pipeline over
-them, a constant engine in the model's place, a worker process for each 500 files, the over-length policies in turns.
+Files by real encoders in every format, changed in every way of `tests/mutations.py`; then the real batch pipeline
+over them, a constant engine in the model's place, a worker process for each 500 files, the over-length policies in
+turns.
 """
 
 import argparse

@@ -89,6 +89,8 @@ def _look(folder: Path, model: Path, after: str) -> tuple[str, str]:
             if time.monotonic() - since > FILE_LIMIT_S:
                 process.kill()
                 process.wait()
+                if not begun:
+                    raise RuntimeError(f"the worker did not begin in {2 * FILE_LIMIT_S:.0f} s")
                 return begun, f"hung for {FILE_LIMIT_S:.0f} s"
             time.sleep(0.05)
         lines = Path(said.name).read_text().splitlines()
@@ -106,7 +108,7 @@ def _marked(mark: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if mark.encode() in path.read_bytes():
+            if f"{_MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
         except OSError:  # ended meanwhile, or somebody else's
             continue
@@ -171,7 +173,7 @@ def look(folder: str, model: str, after: str = "") -> None:
             try:
                 for _ in open_segments(Recording(path.name, str(path)), limits=limits, over_length="split"):
                     pass
-            except Exception:  # noqa: BLE001, S110  (what is looked for leaves no exception)
+            except Exception:  # noqa: BLE001  (what is looked for leaves no exception)
                 pass
 
 
