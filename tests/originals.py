@@ -3,10 +3,13 @@
 Who adds a format to `tests/fixtures_audio.py` adds its line to `FORMATS` here.
 """
 
+import io
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
+
+import soundfile
 
 from tests import fixtures_audio as make
 
@@ -39,7 +42,12 @@ class Original(NamedTuple):
 
 
 def _stored(container: str, subtype: str) -> Maker:
-    return lambda samples, rate: make._by_libsndfile(samples, rate, container, subtype)
+    def write(samples: make.Samples, rate: int) -> bytes:
+        file = io.BytesIO()
+        soundfile.write(file, samples, rate, format=container, subtype=subtype)
+        return file.getvalue()
+
+    return write
 
 
 def _encoded(container: str, codec: str) -> Maker:
