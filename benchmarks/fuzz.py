@@ -220,8 +220,15 @@ def report(result: Result, seed: int) -> None:
     for fate in result.fates:
         if fate.state == "worker died":
             print(f"\nended its worker: {_title(fate.case)}: {fate.reason}")
-        elif fate.surprise:
-            print(f"\nnot foreseen: {_title(fate.case)}: {fate.surprise}")
+    by_surprise: dict[str, list[Fate]] = defaultdict(list)
+    for fate in result.surprises:
+        by_surprise[fate.surprise].append(fate)
+    for surprise, fates in by_surprise.items():
+        print(
+            f"\nnot foreseen, {len(fates)} times: {surprise}",
+            *(f"    {_title(fate.case)}" for fate in fates),
+            sep="\n",
+        )
     print("\nThe promise holds." if not result.broken else "\nTHE PROMISE DOES NOT HOLD:")
     print(*result.broken, sep="\n")
 
