@@ -106,10 +106,10 @@ def _in_words(code: int) -> str:
 def _marked(mark: str) -> list[int]:
     """Processes of one run, however they were started and whoever is their parent now."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").iterdir():
         try:
-            if f"{_MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+            if path.name.isdigit() and f"{_MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
         except OSError:  # ended meanwhile, or somebody else's
             continue
     return found
