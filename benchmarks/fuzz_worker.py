@@ -61,7 +61,10 @@ def work(*arguments: str, limit_s: float = RUN_LIMIT_S) -> Run:
             return Run(json.loads(lines[-1]), "", left, others_mib)
         errors.seek(0)
         why = f"hung for {limit_s:.0f} s" if hung else _in_words(code)
-        return Run(None, f"{why}: {errors.read()[-2000:].strip()}", left, others_mib)
+        text = errors.read()
+        crash = text.find("Fatal Python error")  # where faulthandler begins; the list of all modules follows
+        about = text[-2000:] if crash < 0 else text[crash : crash + 2000].partition("Extension modules")[0]
+        return Run(None, f"{why}: {about.strip()}", left, others_mib)
 
 
 def culprits(folder: Path, model: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import soundfile
 
 from tests import fixtures_audio as make
@@ -74,6 +75,7 @@ FORMATS: dict[str, Format] = {
     "caf alac": Format("caf", _stored("CAF", "ALAC_16")),
     "flac": Format("flac", make.flac),
     "ogg vorbis": Format("ogg", make.ogg),
+    "ogg vorbis 7.1": Format("ogg", lambda samples, rate: make.ogg(np.repeat(samples[:, :1], 8, axis=1), rate)),
     "ogg opus": Format("opus", lambda samples, rate: make.ogg(samples, rate, "OPUS"), _OPUS),
     "ogg flac": Format("oga", _encoded("ogg", "flac")),
     "mp3": Format("mp3", make.mp3, _MPEG),
