@@ -3,9 +3,10 @@
     python -m benchmarks.decode [--seconds 600] [--repeat 5] [--formats flac mp3 ...]
     python -m benchmarks.decode --memory [--hours 1 3]
 
-Every way gives all samples of a file as one float32 array. All run in this process, pinned to one core together with
-what they start, in turns; medians. `librosa`: soundfile and soxr; blank where soundfile does not read the format.
-`pyav`: FFmpeg's decoder and its own resampler, the plain way. CPU seconds are those of all processes of a way.
+Every way gives all samples of a file, as one float32 array or as blocks of one. All are pinned to one core together
+with what they start, in turns; medians. `guarded`: in a decoder process, as the pipeline decodes. `librosa`: soundfile
+and soxr; blank where soundfile does not read the format. `pyav`: FFmpeg's decoder and its own resampler, the plain way.
+CPU seconds are those of all processes of a way.
 """
 
 import argparse
@@ -23,11 +24,15 @@ import librosa
 import numpy as np
 import soundfile
 
-from af3pipe.audio.decode import decode
+from af3pipe import storage
+from af3pipe.audio.decode import Asked, decode
+from af3pipe.audio.guard import DecoderPool
 from benchmarks import decode_memory, machine
 from tests import fixtures_audio as make
 
 RATE = 16_000
+Decoded = list[np.ndarray]
+DECODERS = DecoderPool()
 _LOOP_S = 60
 
 
@@ -57,38 +62,43 @@ FORMATS = {
 }
 
 
-def ours(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        blocks = list(decode(file, sample_rate=RATE))
-    return np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+def ours(path: Path) -> Decoded:
+    with storage.open_input(str(path)) as file:
+        return list(decode(file, sample_rate=RATE))
 
 
-def with_librosa(path: Path) -> np.ndarray | None:
+def guarded(path: Path) -> Decoded:
+    """In a decoder process, as the pipeline decodes; one process for all files."""
+    with storage.open_input(str(path)) as file, DECODERS.open(file, Asked(RATE)) as decoding:
+        return list(decoding.blocks())
+
+
+def with_librosa(path: Path) -> Decoded | None:
     try:
         if not soundfile.SoundFile(path).seekable():
             return None  # GSM, for one: librosa raises
     except soundfile.LibsndfileError:
         return None  # librosa would go on with audioread, which needs programs beside it
-    return librosa.load(path, sr=RATE, mono=True)[0]
+    return [librosa.load(path, sr=RATE, mono=True)[0]]
 
 
-def with_pyav(path: Path) -> np.ndarray:
+def with_pyav(path: Path) -> Decoded:
     resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
     with av.open(str(path)) as container:
         parts = [out.to_ndarray()[0] for frame in container.decode(audio=0) for out in resampler.resample(frame)]
-    return np.concatenate(parts + [out.to_ndarray()[0] for out in resampler.resample(None)])
+    return parts + [out.to_ndarray()[0] for out in resampler.resample(None)]
 
 
-def with_torchcodec(path: Path) -> np.ndarray:
+def with_torchcodec(path: Path) -> Decoded:
     from torchcodec.decoders import AudioDecoder
 
-    return AudioDecoder(path, sample_rate=RATE, num_channels=1).get_all_samples().data[0].numpy()
+    return [AudioDecoder(path, sample_rate=RATE, num_channels=1).get_all_samples().data[0].numpy()]
 
 
 # A way is one line here; it gives None for a format that it does not read.
-WAYS: dict[str, Callable[[Path], np.ndarray | None]] = {
+WAYS: dict[str, Callable[[Path], Decoded | None]] = {
     "ours": ours,
-    # "guarded": in a decoder process, as the pipeline decodes  (its place)
+    "guarded": guarded,
     "librosa": with_librosa,
     "pyav": with_pyav,
 }
@@ -147,8 +157,9 @@ def measure(path: Path, seconds: float, repeat: int) -> dict[str, Speed | None]:
         samples = load(path)
         if samples is not None:
             found[way] = []
-            if abs(len(samples) / RATE - seconds) > 1:
-                raise ValueError(f"{way} found {len(samples) / RATE:.1f} s of {seconds} s in {path.name}")
+            found_s = sum(map(len, samples)) / RATE
+            if abs(found_s - seconds) > 1:
+                raise ValueError(f"{way} found {found_s:.1f} s of {seconds} s in {path.name}")
         del samples
     for _ in range(repeat):
         for way, speeds in found.items():
@@ -171,7 +182,7 @@ def row(name: str, speeds: dict[str, Speed | None]) -> str:
     for way in ("ours", "guarded"):
         speed = speeds.get(way)
         if speed and reference:
-            cells += f"{speed.cpu / reference.cpu:17.2f}"
+            cells += f"{speed.cpu / reference.cpu:19.2f}"
     return f"{name:18}{cells}"
 
 
@@ -192,7 +203,7 @@ def main() -> None:
     print(f"{asked.seconds} s of audio a file, 44.1 kHz stereo if not said; {pin()}; medians of {asked.repeat}")
     print("seconds of audio per CPU second and per second; ratios are of CPU seconds")
     heads = "".join(f"{way:>10}{'wall':>7}" for way in WAYS)
-    print(f"{'':18}{heads}" + "".join(f"{way + ' / librosa':>17}" for way in ("ours", "guarded") if way in WAYS))
+    print(f"{'':18}{heads}" + "".join(f"{way + ' / librosa':>19}" for way in ("ours", "guarded") if way in WAYS))
     for name in asked.formats:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recording"

@@ -224,8 +224,10 @@ class _SourceDecoding(Decoding):
     def _finite(self, blocks: Iterator[Samples]) -> Iterator[Samples]:
         position = self.first_frame
         for block in blocks:
-            broken = ~np.isfinite(block)
-            if count := int(broken.sum()):
+            finite = np.isfinite(block)
+            if not finite.all():
+                broken = ~finite
+                count = int(broken.sum())
                 first_s = (position + int(broken.argmax())) / self.rate
                 detail = (
                     f"{count} of {len(block)} samples decoded together are NaN or infinite, "

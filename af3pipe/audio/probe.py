@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import av
 import av.container
@@ -96,6 +96,12 @@ class Reader:
         data = b"".join(parts)
         self._position += len(data)
         return data
+
+    def readinto(self, buffer: Any) -> int:
+        """As `read`; libsndfile asks this way, 8 KiB at a time."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Moves to a position in bytes, as `io.IOBase.seek` does; the file itself moves with the next read."""
