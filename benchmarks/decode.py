@@ -4,9 +4,9 @@
     python -m benchmarks.decode --memory [--hours 1 3]
 
 Every way gives all samples of a file, as one float32 array or as blocks of one. All are pinned to one core together
-with what they start, in turns; medians. `guarded`: in a decoder process, as the pipeline decodes. `librosa`: soundfile
-and soxr; blank where soundfile does not read the format. `pyav`: FFmpeg's decoder and its own resampler, the plain way.
-CPU seconds are those of all processes of a way.
+with what they start, in turns; medians. `guarded`: in a decoder process, as the pipeline decodes. `librosa`:
+soundfile and soxr; blank where soundfile does not read the format. `pyav`: FFmpeg's decoder and its own resampler,
+the plain way. CPU seconds are those of all processes of a way.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,25 +122,6 @@ class Speed(NamedTuple):
     wall: float
 
 
-def cpu_s() -> float:
-    """Of this process and of all that it started and that still run."""
-    ticks = sum(_ticks(pid) for pid in _descendants(os.getpid()))
-    ended = os.times()
-    return time.process_time() + ended.children_user + ended.children_system + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, path.read_text().split()):
-            yield child
-            yield from _descendants(child)
-
-
-def _ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15]))  # user and system time, its ended children's included
-
-
 def pin() -> str:
     """Keeps this process, and all that it will start, on one core; as words for the heading."""
     if not hasattr(os, "sched_setaffinity"):
@@ -163,9 +144,9 @@ def measure(path: Path, seconds: float, repeat: int) -> dict[str, Speed | None]:
         del samples
     for _ in range(repeat):
         for way, speeds in found.items():
-            cpu, wall = cpu_s(), time.perf_counter()
+            cpu, wall = machine.cpu_s(), time.perf_counter()
             WAYS[way](path)
-            speeds.append(Speed(seconds / (cpu_s() - cpu), seconds / (time.perf_counter() - wall)))
+            speeds.append(Speed(seconds / (machine.cpu_s() - cpu), seconds / (time.perf_counter() - wall)))
     medians = {way: Speed(*map(statistics.median, zip(*speeds, strict=True))) for way, speeds in found.items()}
     return {way: medians.get(way) for way in WAYS}
 

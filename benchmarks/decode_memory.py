@@ -1,7 +1,8 @@
 """Memory and time of cutting hours of audio into segments; run by `python -m benchmarks.decode --memory`.
 
 Each file in a process of its own, `split` at the demo checkpoint's cap of 600 s, each segment dropped when the next
-one comes. Peak: the most that was resident at once; before: the same with everything imported and a second decoded.
+one comes. It is decoded as in the pipeline, in a decoder process; peak: the most that was resident at once in both
+together; before: the same with everything imported and a second decoded.
 """
 
 import io
@@ -9,15 +10,15 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
 import soundfile
 
+from benchmarks import machine
 from benchmarks.memory import peak_mib
 from tests import fixtures_audio as make
 
@@ -85,26 +86,36 @@ FORMATS = {
 
 def run(path: Path) -> dict[str, float]:
     """In a process of its own: one recording, front to back."""
-    from af3pipe.audio.decode import read_segments
+    from af3pipe import storage
+    from af3pipe.audio.guard import DecoderPool
+    from af3pipe.audio.recording import read_segments
     from af3pipe.models import open_checkpoint
-    from af3pipe.schemas import Recording
+    from af3pipe.schemas import Recording, Segment
 
     limits = open_checkpoint("demo").limits
     warm = io.BytesIO(make.flac(make.sound(1, 44_100, 2), 44_100))
-    assert list(read_segments(warm, Recording("warm", "warm"), limits=limits, over_length="split"))
-    before, began, cpu, count, end_s = peak_mib(), time.perf_counter(), time.process_time(), 0, 0.0
-    with path.open("rb") as file:
-        for segment in read_segments(file, Recording("long", str(path)), limits=limits, over_length="split"):
-            count, end_s = count + 1, segment.end_s
-            del segment
-    return {
-        "before": before,
-        "peak": peak_mib(),
-        "wall_s": time.perf_counter() - began,
-        "cpu_s": time.process_time() - cpu,
-        "segments": count,
-        "audio_s": end_s,
-    }
+    with DecoderPool() as decoders:
+
+        def segments(file: BinaryIO, name: str) -> Iterator[Segment]:
+            recording = Recording(name, name)
+            how = {"limits": limits, "open_decoding": decoders.open}
+            return read_segments(file, recording, over_length="split", **how)
+
+        assert list(segments(warm, "warm"))
+        (decoder,) = machine.children()
+        before, cpu = peak_mib() + peak_mib(decoder), machine.cpu_s()
+        count, end_s = 0, 0.0
+        with storage.open_input(str(path)) as file:
+            for segment in segments(file, str(path)):
+                count, end_s = count + 1, segment.end_s
+                del segment
+        return {
+            "before": before,
+            "peak": peak_mib() + peak_mib(decoder),
+            "cpu_s": machine.cpu_s() - cpu,
+            "segments": count,
+            "audio_s": end_s,
+        }
 
 
 def show(hours: list[float]) -> None:
