@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 import uuid
 
 import pytest
@@ -107,5 +108,7 @@ def test_the_file_that_hangs_a_worker_is_found_and_the_others_are_cleared(tmp_pa
 def test_a_process_that_is_left_is_named_and_ended():
     mark = uuid.uuid4().hex
     process = subprocess.Popen(["sleep", "600"], env=os.environ | {"AF3PIPE_FUZZ_RUN": mark}, start_new_session=True)
+    while not fuzz_worker._marked(mark):  # a process has no environment yet while it is being started
+        time.sleep(0.01)
     assert fuzz_worker._end_what_is_left(mark, grace_s=0.2) == ["sleep 600"]
     assert process.wait() == -signal.SIGKILL
