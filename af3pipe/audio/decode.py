@@ -1,4 +1,4 @@
-"""File to mono float32 blocks at the model's rate, streamed; and the segments of a recording made of them.
+"""File to mono float32 blocks at the model's rate, streamed.
 
 A chain of small generators: decoder -> length check -> requested range -> finite check -> resampler. The samples
 equal `librosa.load(path, sr=sample_rate, mono=True)` within 1e-5 (tests/audio/test_decode.py).
@@ -6,28 +6,24 @@ equal `librosa.load(path, sr=sample_rate, mono=True)` within 1e-5 (tests/audio/t
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from fractions import Fraction
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import av
 import av.container
 import numpy as np
-import numpy.typing as npt
 import soundfile
 import soxr
-from av.audio.frame import format_dtypes
 
+from af3pipe.audio.blocks import CODEC_FRAMES, Samples, StreamChanged, mono_blocks
+from af3pipe.audio.headers import ogg_breaks_off
 from af3pipe.audio.probe import Source, open_source, raise_out_of_memory
 from af3pipe.schemas import MIX, AudioInfo, Reason, Rejected, Stage
 
-Samples: TypeAlias = npt.NDArray[np.float32]
-
-_BLOCK_S = 10
 # How much less than its header states a recording may hold. Encoders count their own delay and the padding of the
 # last frame in or out: up to two AAC frames, or three of MP3 at 44.1 kHz, which is what 0.1 s covers; at low rates
-# two HE-AAC frames take longer. No share of the length: 1% of an hour would be 36 s of lost audio.
+# two HE-AAC frames take longer (CODEC_FRAMES; PCM and FLAC have neither). No share of the length: 1% of an hour would
+# be 36 s of lost audio.
 _SHORT_S = 0.1
-_CODEC_FRAMES = 4096
 # PCM and FLAC: a seek is sample-exact there (test_offset_is_exact). Everything else is read from the front.
 _SEEKABLE = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "RAW"})
 _SEEKABLE_CODECS = frozenset(
@@ -155,12 +151,12 @@ class _SourceDecoding(Decoding):
     def _native(self) -> Iterator[Samples]:
         """Mono blocks at the stored rate, from `frames_read` on."""
         try:
-            for block in _blocks(self.source):
+            for block in mono_blocks(self.source):
                 # First: what came back from a store that failed may look like the end, or like broken data.
                 self.source.reader.raise_error()
                 self.frames_read += len(block)
                 yield block
-        except (soundfile.LibsndfileError, av.FFmpegError, _StreamChanged) as error:
+        except (soundfile.LibsndfileError, av.FFmpegError, StreamChanged) as error:
             self.source.reader.raise_error()
             raise_out_of_memory(error)
             self._explain(error)
@@ -168,6 +164,8 @@ class _SourceDecoding(Decoding):
         self.ended = True
         if self._is_short():
             raise self._short()
+        if self._is_cut_off():
+            raise self._cut_off()
 
     def _explain(self, error: Exception) -> None:
         """Returns where an error is nothing but junk behind a complete recording."""
@@ -176,8 +174,8 @@ class _SourceDecoding(Decoding):
             self.frames_read = max(self.frames_read, int(self.source.handle.tell()))
         if self.stated_frames is not None and not self._is_short():
             return
-        if self._is_short() and self._nothing_follows():
-            raise self._short() from error
+        if self._nothing_follows():
+            raise (self._cut_off() if self.stated_frames is None else self._short()) from error
         cause = getattr(error, "strerror", None) or str(error).removeprefix("Error : ").strip(" .") or repr(error)
         detail = f"The {self.source.info.codec} decoder failed after {self.position_s:.1f} s: {cause}."
         raise self.rejected(Reason.DECODE_ERROR, detail) from error
@@ -193,19 +191,31 @@ class _SourceDecoding(Decoding):
             return True
 
     def _is_short(self) -> bool:
-        stated = self.stated_frames
-        return stated is not None and stated - self.frames_read > max(_SHORT_S * self.rate, _CODEC_FRAMES)
+        if self.stated_frames is None:
+            return False
+        padding = 0 if self.info.codec in _SEEKABLE_CODECS else CODEC_FRAMES
+        return self.stated_frames - self.frames_read > max(_SHORT_S * self.rate, padding)
 
     def _short(self) -> Rejected:
         stated_s = (self.stated_frames or 0) / self.rate
         detail = f"The header states {stated_s:.1f} s, but the file ends after {self.position_s:.1f} s."
         return self.rejected(Reason.DECODE_SHORT, detail)
 
+    def _is_cut_off(self) -> bool:
+        """Ogg states no length: a file that is not whole ends like one that is, but for its last page."""
+        handle = self.source.handle
+        is_ogg = isinstance(handle, av.container.InputContainer) and handle.format.name == "ogg"
+        return is_ogg and ogg_breaks_off(self.source.reader, self.source.reader.size_bytes)
+
+    def _cut_off(self) -> Rejected:
+        what = "page" if self._is_cut_off() else "frame"
+        return self.rejected(
+            Reason.DECODE_SHORT, f"The file breaks off after {self.position_s:.1f} s, in the middle of a {what}."
+        )
+
     def _range(self) -> Iterator[Samples]:
         """Cuts the frames asked for out of what is decoded, and stops decoding behind them."""
-        handle = self.source.handle
-        if isinstance(handle, soundfile.SoundFile) and _seeks_exactly(self.source):
-            self.frames_read = int(handle.seek(min(self.first_frame, handle.frames)))
+        self._seek()
         end = None if self.frames_wanted is None else self.first_frame + self.frames_wanted
         if end is not None and end <= self.first_frame:
             return
@@ -220,6 +230,17 @@ class _SourceDecoding(Decoding):
         if self.first_frame and self.frames_read <= self.first_frame:
             detail = f"It was to begin at {self.offset_s:.3f} s, but the object lasts {self.position_s:.3f} s."
             raise self.rejected(Reason.TOO_SHORT, detail)
+
+    def _seek(self) -> None:
+        handle = self.source.handle
+        if self.first_frame and isinstance(handle, soundfile.SoundFile) and _seeks_exactly(self.source):
+            try:
+                self.frames_read = int(handle.seek(min(self.first_frame, handle.frames)))
+            except soundfile.LibsndfileError as error:
+                self.source.reader.raise_error()
+                raise_out_of_memory(error)
+                detail = f"The {self.info.codec} decoder cannot go to {self.offset_s:.3f} s: {error.error_string}"
+                raise self.rejected(Reason.DECODE_ERROR, detail) from error
 
     def _finite(self, blocks: Iterator[Samples]) -> Iterator[Samples]:
         position = self.first_frame
@@ -238,120 +259,9 @@ class _SourceDecoding(Decoding):
             yield block
 
 
-class _StreamChanged(Exception):
-    """The sampling rate changes inside the stream, for which the resampler was made; or the channel is gone."""
-
-
 def _seeks_exactly(source: Source) -> bool:
     stored_as = getattr(source.handle, "format", None)
     return stored_as in _SEEKABLE and source.info.codec in _SEEKABLE_CODECS
-
-
-def _blocks(source: Source) -> Iterator[Samples]:
-    """Mono blocks of about 10 s at the stored rate, from where the decoder stands."""
-    handle = source.handle
-    length = _BLOCK_S * source.info.sample_rate
-    if not isinstance(handle, av.container.InputContainer):
-        while len(frames := handle.read(length, dtype="float32", always_2d=True)):
-            yield _mono(np.ascontiguousarray(frames.T), source.channel)
-        return
-    frames = _pyav_frames(handle, source)
-    if source.info.codec == "aac" and source.stated_frames is not None:
-        samples = _without_padding(frames, source)
-    else:
-        samples = (_mono(_floats(frame), source.channel) for frame in frames)
-    yield from _gathered(samples, length)
-
-
-def _pyav_frames(container: av.container.InputContainer, source: Source) -> Iterator[av.AudioFrame]:
-    rate, channel = source.info.sample_rate, source.channel
-    for frame in container.decode(source.stream):
-        if not isinstance(frame, av.AudioFrame):
-            continue
-        if frame.sample_rate != rate:
-            raise _StreamChanged(f"the sampling rate changes from {rate} Hz to {frame.sample_rate} Hz")
-        if channel is not None and frame.layout.nb_channels != source.info.channels:
-            change = f"from {source.info.channels} to {frame.layout.nb_channels}"
-            raise _StreamChanged(f"the number of channels changes {change}, and channel {channel} was asked for")
-        yield frame
-
-
-def _without_padding(frames: Iterator[av.AudioFrame], source: Source) -> Iterator[Samples]:
-    """Drops what an AAC encoder added to fill its last frame, so that 600.0 s of M4A stay 600.0 s.
-
-    More than that is no padding but a header that lies, and all of it is kept.
-    """
-    stated = source.stated_frames or 0
-    count = 0
-    beyond: list[Samples] = []
-    for frame in frames:
-        samples = _mono(_floats(frame), source.channel)
-        kept = samples[: max(_sounding(frame, stated - count), 0)]
-        count += len(samples)
-        if len(kept):
-            yield kept
-        if len(kept) < len(samples):
-            beyond.append(samples[len(kept) :])
-        if count > stated + _CODEC_FRAMES:
-            yield from beyond
-            beyond = []
-
-
-def _sounding(frame: av.AudioFrame, stated: int) -> int:
-    """How much of the last frame is sound: what the container says of that very frame, to the sample, where it does.
-
-    The length of the whole is often rounded to a millisecond: up to 22 samples at 44.1 kHz.
-    """
-    if frame.duration and frame.time_base == Fraction(1, frame.sample_rate) and frame.duration < frame.samples:
-        rounding = frame.sample_rate // 1000 + 1
-        return frame.duration if abs(frame.duration - stated) <= rounding else stated
-    return stated
-
-
-def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
-    """Joins a codec's frames, 20 ms or so each, to blocks of at least `length`."""
-    held: list[Samples] = []
-    count = 0
-    failure: Exception | None = None
-    try:
-        for frame in frames:
-            held.append(frame)
-            count += len(frame)
-            if count >= length:
-                yield np.concatenate(held)
-                held, count = [], 0
-    except (av.FFmpegError, _StreamChanged) as error:
-        failure = error  # the frames before it are good, and tell where it happened
-    if held:
-        yield np.concatenate(held)
-    if failure is not None:
-        raise failure
-
-
-def _floats(frame: av.AudioFrame) -> Samples:
-    """Shape (channels, n), in [-1, 1], scaled as libsndfile does."""
-    # Not frame.to_ndarray(): PyAV counts planes up to a null pointer, which is not there behind eight of them, and
-    # reads what is no memory (tests/audio/test_formats.py: test_one_to_eight_channels).
-    dtype, channels = format_dtypes[frame.format.name], frame.layout.nb_channels
-    planes: tuple[Any, ...] = frame.planes  # buffers, which its types do not say
-    if frame.format.is_planar:
-        stored = np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in planes[:channels]])
-    else:
-        stored = np.frombuffer(planes[0], dtype, frame.samples * channels).reshape(-1, channels).T
-    floats: Samples = stored.astype(np.float32, copy=False)
-    if stored.dtype == np.uint8:
-        floats = (floats - np.float32(128)) / np.float32(128)
-    elif stored.dtype.kind == "i":
-        floats = floats / np.float32(2 ** (8 * stored.dtype.itemsize - 1))
-    return floats
-
-
-def _mono(frames: Samples, channel: int | None) -> Samples:
-    """One channel of (channels, n), or their mean, in float32 as librosa.to_mono takes it."""
-    if channel is not None:
-        return np.ascontiguousarray(frames[channel])
-    mixed: Samples = frames[0] if len(frames) == 1 else frames.mean(axis=0, dtype=np.float32)
-    return mixed
 
 
 def _resampled_length(frames: int, in_rate: int, out_rate: int) -> int:

@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from af3pipe.audio.decode import Asked, Decoding, Samples
+from af3pipe.audio.blocks import Samples
+from af3pipe.audio.decode import Asked, Decoding
 from af3pipe.audio.guarded import MEMORY_BYTES, DecoderLimits, Link, Memory
 from af3pipe.schemas import AudioInfo, Reason, Rejected, Stage
 

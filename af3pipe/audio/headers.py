@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 _CHUNK = 64 << 10
 # Of tags, blocks or chunks one after another: more than anybody writes, and an end to a file made of nothing else.
 _MOST = 256
+_OGG_PAGE_BYTES = 65_307  # the most that one takes, by RFC 3533
 # Content that says what it is, whatever the file's name says.
 _MAGIC = (
     *(b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"FORM", b"fLaC", b"OggS", b"ID3", b"caff", b".snd", b"#!AMR"),
@@ -164,3 +165,16 @@ def caf_frames(file: _File, size_bytes: int) -> int | None:
             return None
         position += 12 + length
     return None
+
+
+def ogg_breaks_off(file: _File, size_bytes: int) -> bool:
+    """Whether the last page of an Ogg file is not all there."""
+    start = max(size_bytes - _OGG_PAGE_BYTES, 0)
+    file.seek(start)
+    tail = file.read(size_bytes - start)
+    page = tail.rfind(b"OggS\0")
+    if page < 0:
+        return False
+    header = tail[page : page + 27]
+    lacing = tail[page + 27 : page + 27 + header[26]] if len(header) == 27 else b""
+    return len(header) < 27 or len(lacing) < header[26] or page + 27 + len(lacing) + sum(lacing) > len(tail)

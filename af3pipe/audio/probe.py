@@ -42,6 +42,8 @@ _LIBSNDFILE_SIZE = re.compile(
 )
 _LIBSNDFILE_MALLOC_FAILED = 17  # SFE_MALLOC_FAILED
 _UNKNOWN_FRAMES = 1 << 62
+# Beyond these a header is broken: at 1 Hz a second of sound would pass for hours.
+_LOWEST_RATE, _HIGHEST_RATE = 1000, 2_000_000
 # The demuxers whose duration is stated or read off the last page. Of the others (raw AAC, AMR, MPEG streams, WMA)
 # FFmpeg derives one from the bit rate, which is no ground to reject anything on.
 _STATES_LENGTH = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg", "ape", "tta", "wv"})
@@ -79,7 +81,10 @@ class Reader:
         """Returns `size` bytes, fewer only at the end of the file or once it has failed."""
         if self._error is not None:
             return b""
-        missing = size if size >= 0 else max(self.size_bytes - self._position, 0)
+        if self._position >= self.size_bytes:  # maybe far beyond: broken headers point to where no file can seek
+            self.at_end = self.at_end or size != 0
+            return b""
+        missing = size if size >= 0 else self.size_bytes - self._position
         parts = [self._head[self._position : self._position + missing]]
         missing -= len(parts[0])
         try:
@@ -167,6 +172,7 @@ def open_source(
         raise Rejected(Stage.PROBE, Reason.EMPTY_FILE, "The object has 0 bytes.")
     source = _open(reader, extension.lower().removeprefix("."), stream)
     try:
+        _check_rate(source.info)
         yield source._replace(channel=_channel_index(wanted, source.info))
     finally:
         source.handle.close()
@@ -238,6 +244,15 @@ def _only_stream(stream: int | None, container: str, decoder: str) -> None:
         raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder=decoder)
 
 
+def _check_rate(info: AudioInfo) -> None:
+    if not _LOWEST_RATE <= info.sample_rate <= _HIGHEST_RATE:
+        detail = (
+            f"The header states {info.sample_rate:,} samples a second; "
+            f"recordings have {_LOWEST_RATE:,} to {_HIGHEST_RATE:,}."
+        )
+        raise Rejected(Stage.PROBE, Reason.UNSUPPORTED_FORMAT, detail, decoder=info.decoder)
+
+
 def _channel_index(channel: str, info: AudioInfo) -> int | None:
     """None for the mean over all channels."""
     if channel == MIX:
@@ -294,6 +309,10 @@ def _open_pyav(reader: Reader, stream: int | None, format: str | None = None) ->
         handle.close()
         raise
     codec = chosen.codec_context
+    if codec is None:
+        detail = f"The {handle.format.name} container holds audio of a codec that FFmpeg does not know."
+        handle.close()
+        raise Rejected(Stage.PROBE, Reason.UNSUPPORTED_FORMAT, detail, decoder="pyav")
     stated = _stated_by_ffmpeg(handle, chosen, reader)
     duration_s = None if stated is None else stated / codec.sample_rate
     info = AudioInfo(duration_s, codec.sample_rate, codec.channels, codec.codec.canonical_name, "pyav")

@@ -26,7 +26,7 @@ from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.outcome import now_us
 
 _log = logging.getLogger(__name__)
-_ROUNDING_S = 0.05
+_ROUNDING_S = 0.02005
 """A remainder too short for one audio token (20 ms) is not asked about; less than this is no gap."""
 
 

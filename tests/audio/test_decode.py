@@ -124,6 +124,39 @@ def test_the_part_before_the_break_can_be_asked_for(name):
     assert len(decoded(data[: int(len(data) * 0.6)], offset_s=1, duration_s=4)) == 4 * RATE
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
+def test_an_ogg_file_that_breaks_off_is_rejected(subtype, share):
+    data = make.ogg(make.sound(20, 48000), 48000, subtype)
+    rejected = rejection(data[: int(len(data) * share)])
+    assert rejected.reason is Reason.DECODE_SHORT
+    assert rejected.position_s == pytest.approx(20 * share, abs=3)
+    assert rejected.detail.endswith("in the middle of a page.")
+    assert len(decoded(data + b"junk")) == len(decoded(data))
+
+
+def test_bare_frames_that_break_off_are_rejected():
+    data = make.adts(make.sound(20, 44100), 44100)
+    rejected = rejection(data[: len(data) // 2 + 100])
+    assert rejected.reason is Reason.DECODE_SHORT
+    assert rejected.position_s == pytest.approx(10, abs=1)
+    assert rejected.detail.endswith("in the middle of a frame.")
+
+
+def test_what_was_decoded_before_flac_breaks_counts():
+    rejected = rejection(make.flac(make.sound(15, 16000), 16000)[:-20])
+    assert rejected.position_s == pytest.approx(14.9, abs=0.15)
+
+
+@pytest.mark.parametrize("rate", [1, 67_108_864])
+def test_a_rate_that_no_recording_has_is_a_broken_header(rate):
+    wav = bytearray(make.wav(make.sound(1, RATE), RATE))
+    wav[24:28] = rate.to_bytes(4, "little")
+    rejected = rejection(wav)
+    assert rejected.reason is Reason.UNSUPPORTED_FORMAT
+    assert f"{rate:,} samples a second" in rejected.detail
+
+
 def test_broken_flac_is_rejected_with_the_place():
     data = bytearray(make.flac(make.sound(30, 16000), 16000))
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import fuzz, fuzz_worker
 from tests import mutations
 from tests.mutations import case
-from tests.originals import FORMATS, originals
+from tests.originals import FORMATS, original
 
 pytestmark = pytest.mark.integration
 FILES = 500
@@ -41,7 +41,7 @@ def test_the_slice_has_all_formats_and_nearly_all_kinds(result):
 def test_a_file_is_the_same_every_time():
     numbers = range(len(FORMATS))
     before = [case(number) for number in numbers]
-    originals.cache_clear()
+    original.cache_clear()
     assert [case(number) for number in numbers] == before
     assert case(3, seed=1) != case(3)
 
@@ -99,7 +99,7 @@ def test_a_worker_that_fails_is_noticed(tmp_path):
 def test_the_file_that_hangs_a_worker_is_found_and_the_others_are_cleared(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz_worker, "FILE_LIMIT_S", 10.0)
     for name in ("a.wav", "c.wav"):
-        (tmp_path / name).write_bytes(originals("wav")[0].content)
+        (tmp_path / name).write_bytes(original("wav 16 bit", 0).content)
     os.mkfifo(tmp_path / "b.wav")  # opening it blocks until somebody writes
     model = fuzz.small_model(tmp_path.with_name("model"))
     assert fuzz_worker.culprits(tmp_path, model) == {"b.wav": "hung for 10 s"}

@@ -1,0 +1,159 @@
+"""An open file to mono blocks at the rate it is stored in: what the two decoders have in common."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import av
+import av.container
+import numpy as np
+import numpy.typing as npt
+import soundfile
+from av.audio.frame import format_dtypes
+
+from af3pipe.audio.probe import Source
+
+Samples: TypeAlias = npt.NDArray[np.float32]
+
+CODEC_FRAMES = 4096
+"""Two HE-AAC frames: as much may be a codec's own delay and padding."""
+_BLOCK_S = 10
+_BLOCK_SAMPLES = 1 << 24  # over all channels: 10 s of 8 at 192 kHz fit, and what a lying header states is bounded
+
+
+class StreamChanged(Exception):
+    """What was known when the file was opened holds no more: the sampling rate, the channels, the streams."""
+
+
+def mono_blocks(source: Source) -> Iterator[Samples]:
+    """Mono blocks of about 10 s at the stored rate, from where the decoder stands."""
+    handle = source.handle
+    length = _BLOCK_S * source.info.sample_rate
+    if not isinstance(handle, av.container.InputContainer):
+        for block in _soundfile_frames(handle, max(min(length, _BLOCK_SAMPLES // handle.channels), 1)):
+            yield _mono(np.ascontiguousarray(block.T), source.channel)
+        return
+    frames = _pyav_frames(handle, source)
+    if source.info.codec == "aac" and source.stated_frames is not None:
+        samples = _without_padding(frames, source)
+    else:
+        samples = (_mono(_floats(frame), source.channel) for frame in frames)
+    yield from _gathered(samples, length)
+
+
+def _soundfile_frames(handle: soundfile.SoundFile, length: int) -> Iterator[Samples]:
+    """Blocks of shape (n, channels); the last one before an error holds what was good before it."""
+    while True:
+        block = np.empty((length, handle.channels), np.float32)
+        start = _place(handle)
+        try:
+            frames: Samples = handle.read(out=block)
+        except soundfile.LibsndfileError:
+            if 0 < (good := _place(handle) - start) <= length:
+                yield block[:good]
+            raise
+        if not len(frames):
+            return
+        yield frames
+
+
+def _place(handle: soundfile.SoundFile) -> int:
+    return int(handle.tell()) if handle.seekable() else 0
+
+
+def _pyav_frames(container: av.container.InputContainer, source: Source) -> Iterator[av.AudioFrame]:
+    rate, channel = source.info.sample_rate, source.channel
+    for frame in _frames_of_known_streams(container, source):
+        if not isinstance(frame, av.AudioFrame):
+            continue
+        if frame.sample_rate != rate:
+            raise StreamChanged(f"the sampling rate changes from {rate} Hz to {frame.sample_rate} Hz")
+        if channel is not None and frame.layout.nb_channels != source.info.channels:
+            change = f"from {source.info.channels} to {frame.layout.nb_channels}"
+            raise StreamChanged(f"the number of channels changes {change}, and channel {channel} was asked for")
+        yield frame
+
+
+def _frames_of_known_streams(container: av.container.InputContainer, source: Source) -> Iterator[Any]:
+    try:
+        yield from container.decode(source.stream)
+    except IndexError as error:  # PyAV counted the streams when it opened the file
+        raise StreamChanged("a stream begins in the middle of the file") from error
+
+
+def _without_padding(frames: Iterator[av.AudioFrame], source: Source) -> Iterator[Samples]:
+    """Drops what an AAC encoder added to fill its last frame, so that 600.0 s of M4A stay 600.0 s.
+
+    More than that is no padding but a header that lies, and all of it is kept.
+    """
+    stated = source.stated_frames or 0
+    count = 0
+    beyond: list[Samples] = []
+    for frame in frames:
+        samples = _mono(_floats(frame), source.channel)
+        kept = samples[: max(_sounding(frame, stated - count), 0)]
+        count += len(samples)
+        if len(kept):
+            yield kept
+        if len(kept) < len(samples):
+            beyond.append(samples[len(kept) :])
+        if count > stated + CODEC_FRAMES:
+            yield from beyond
+            beyond = []
+
+
+def _sounding(frame: av.AudioFrame, stated: int) -> int:
+    """How much of the last frame is sound: what the container says of that very frame, to the sample, where it does.
+
+    The length of the whole is often rounded to a millisecond: up to 22 samples at 44.1 kHz.
+    """
+    if frame.duration and frame.time_base == Fraction(1, frame.sample_rate) and frame.duration < frame.samples:
+        rounding = frame.sample_rate // 1000 + 1
+        return frame.duration if abs(frame.duration - stated) <= rounding else stated
+    return stated
+
+
+def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
+    """Joins a codec's frames, 20 ms or so each, to blocks of at least `length`."""
+    held: list[Samples] = []
+    count = 0
+    failure: Exception | None = None
+    try:
+        for frame in frames:
+            held.append(frame)
+            count += len(frame)
+            if count >= length:
+                yield np.concatenate(held)
+                held, count = [], 0
+    except (av.FFmpegError, StreamChanged) as error:
+        failure = error  # the frames before it are good, and tell where it happened
+    if held:
+        yield np.concatenate(held)
+    if failure is not None:
+        raise failure
+
+
+def _floats(frame: av.AudioFrame) -> Samples:
+    """Shape (channels, n), in [-1, 1], scaled as libsndfile does."""
+    # Not frame.to_ndarray(): PyAV counts planes up to a null pointer, which is not there behind eight of them, and
+    # reads what is no memory (tests/audio/test_formats.py: test_one_to_eight_channels).
+    dtype, channels = format_dtypes[frame.format.name], frame.layout.nb_channels
+    planes: tuple[Any, ...] = frame.planes  # buffers, which its types do not say
+    if frame.format.is_planar:
+        stored = np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in planes[:channels]])
+    else:
+        stored = np.frombuffer(planes[0], dtype, frame.samples * channels).reshape(-1, channels).T
+    floats: Samples = stored.astype(np.float32, copy=False)
+    if stored.dtype == np.uint8:
+        floats = (floats - np.float32(128)) / np.float32(128)
+    elif stored.dtype.kind == "i":
+        floats = floats / np.float32(2 ** (8 * stored.dtype.itemsize - 1))
+    return floats
+
+
+def _mono(frames: Samples, channel: int | None) -> Samples:
+    """One channel of (channels, n), or their mean, in float32 as librosa.to_mono takes it."""
+    if channel is not None:
+        return np.ascontiguousarray(frames[channel])
+    mixed: Samples = frames[0] if len(frames) == 1 else frames.mean(axis=0, dtype=np.float32)
+    return mixed
