@@ -14,8 +14,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +21,12 @@ import apache_beam as beam
 import numpy as np
 import soundfile
 
-from af3pipe import storage
 from af3pipe.models import EngineOptions, acquire_engine, caption, open_checkpoint, release_engine, resolve
 from af3pipe.models.engine import Engine
 from af3pipe.schemas import Recording, Request
 from af3pipe.transforms import AnswerRecordings, AskAudioFlamingo, DecodeAudio, ReadRecordings, metrics
 from af3pipe.transforms.decode import open_segments
-from benchmarks import constant_engine, machine
+from benchmarks import constant_engine, machine, slow_store
 
 BATCH_SIZE = 16
 TASK = caption(max_new_tokens=16)
@@ -133,9 +130,9 @@ def decode_plainly(recording: Recording, limits) -> list:
     return list(open_segments(recording, limits=limits))
 
 
-def lay(pipeline: beam.Pipeline, folder: Path, options: EngineOptions, way: str) -> None:
+def lay(pipeline: beam.Pipeline, url: str, options: EngineOptions, way: str) -> None:
     """The pipeline of one way."""
-    recordings = pipeline | ReadRecordings(str(folder))
+    recordings = pipeline | ReadRecordings(url)
     decode = DecodeAudio(model="demo")
     if way == "decode":
         _ = recordings | decode
@@ -147,14 +144,14 @@ def lay(pipeline: beam.Pipeline, folder: Path, options: EngineOptions, way: str)
         _ = recordings.good | beam.FlatMap(decode_plainly, limits) | beam.ParDo(AskPlainly(options))
 
 
-def run(folder: Path, engine: str, way: str) -> Figures:
+def run(url: str, engine: str, way: str) -> Figures:
     """One run."""
     options = EngineOptions("demo", engine, device="cpu", batch_size=BATCH_SIZE)
     held = acquire_engine(options)  # loading the model is not what is measured
     span = Span(held)
     began = time.perf_counter()
     pipeline = beam.Pipeline(runner="FnApiRunner")
-    lay(pipeline, folder, options, way)
+    lay(pipeline, url, options, way)
     result = pipeline.run()
     result.wait_until_finish()
     wall_s = time.perf_counter() - began
@@ -171,22 +168,6 @@ def told_s(result: Any) -> dict[str, float]:
     return {name: value / 1000 for name, value in zip(ours, values, strict=True) if name.endswith("_ms")}
 
 
-@contextmanager
-def latency(seconds: float) -> Iterator[None]:
-    """Every object takes a while to open, as it does in a store."""
-    opened: Callable = storage.open_input
-
-    def slow(*args, **kwargs):
-        time.sleep(seconds)
-        return opened(*args, **kwargs)
-
-    storage.open_input = slow
-    try:
-        yield
-    finally:
-        storage.open_input = opened
-
-
 def medians(found: list[Figures]) -> Figures:
     columns = [[value for value in column if value is not None] for column in zip(*found, strict=True)]
     return Figures(*(statistics.median(column) if column else None for column in columns))
@@ -195,11 +176,12 @@ def medians(found: list[Figures]) -> Figures:
 def measure(folder: Path, case: Case, repeat: int, ways: tuple[str, ...]) -> dict[str, Figures]:
     """The medians of each way, taken in turns, so that a busy moment of the machine is shared."""
     constant_engine.window_s = case.window_s or constant_engine.window_s
+    slow_store.latency_s = case.latency_s
+    url = f"slow://{folder}" if case.latency_s else str(folder)
     found: dict[str, list[Figures]] = {way: [] for way in ways}
     for _ in range(repeat):
         for way in ways:
-            with latency(case.latency_s):
-                found[way].append(run(folder, case.engine, way))
+            found[way].append(run(url, case.engine, way))
     return {way: medians(figures) for way, figures in found.items()}
 
 
@@ -231,6 +213,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=["constant", "transformers", "both"], default="both")
     parser.add_argument("--window-ms", type=float, nargs="+", default=[40.0], help="of the constant engine")
     asked = parser.parse_args()
+    slow_store.register()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         audio_s = make_recordings(folder, asked.recordings)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from af3pipe.audio.headers import has_header
 from tests.originals import FORMATS, Original, original
 
 Random = np.random.Generator
@@ -186,7 +187,9 @@ def _keeps_name(change: Callable[[Random, bytes], bytes]) -> Callable[[Random, O
 
 
 def _renamed(rng: Random, whole: Original) -> tuple[bytes, str]:
-    extensions = sorted({form.extension for form in FORMATS.values()} - {whole.extension})
+    # A bare format's name is believed of all that does not say what it is.
+    forms = [form for form in FORMATS.values() if not form.raw or has_header(whole.content[:512])]
+    extensions = sorted({form.extension for form in forms} - {whole.extension})
     return whole.content, str(rng.choice([*extensions, "txt", "WAV", "bin", ""]))
 
 

@@ -11,7 +11,7 @@ _OGG_PAGE_BYTES = 65_307  # the most that one takes, by RFC 3533
 # Content that says what it is, whatever the file's name says.
 _MAGIC = (
     *(b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"FORM", b"fLaC", b"OggS", b"ID3", b"caff", b".snd", b"#!AMR"),
-    *(b"\x1aE\xdf\xa3", b"MAC ", b"wvPk", b"TTA1", b"NIST", b"\x30\x26\xb2\x75"),
+    *(b"\x1aE\xdf\xa3", b"MAC ", b"wvpk", b"FLV", b"Crea", b"TTA1", b"NIST", b"\x30\x26\xb2\x75"),
 )
 _NO_AUDIO_MAGIC = (b"PK\x03\x04", b"\x1f\x8b\x08", b"%PDF", b"\x89PNG", b"\xff\xd8\xff\xe0")
 

@@ -32,6 +32,7 @@ AUDIO_EXTENSIONS = frozenset(_EXTENSIONS.split())
 
 _BLOCK_BYTES = 1 << 20
 _FIRST_BYTES = 1 << 16
+_MOST_AHEAD_BYTES = 1 << 22
 _STREAMS_IN_MEMORY_BYTES = 64 << 20
 # Stores whose files take a known size, which saves the request that would ask for it.
 _SIZED_STORES = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
@@ -81,7 +82,7 @@ def stat(uri: str) -> ObjectInfo:
 def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
     """Opens an object for reading: seekable, every read tried up to five times.
 
-    It reads ahead by 64 KiB at first, and further the longer it is read in one go, up to 1 MiB: a header takes few
+    It reads ahead by 64 KiB at first, and further the longer it is read in one go, up to 4 MiB: a header takes few
     bytes, wherever in the file it is, and a body few requests.
 
     Args:
@@ -330,7 +331,7 @@ class _RetriedReads(io.RawIOBase):
 
     def _fetch(self, wanted: int) -> None:
         goes_on = self._held and self._position == self._held_from + len(self._held)
-        self._ahead_bytes = min(2 * self._ahead_bytes, _BLOCK_BYTES) if goes_on else _FIRST_BYTES
+        self._ahead_bytes = min(4 * self._ahead_bytes, _MOST_AHEAD_BYTES) if goes_on else _FIRST_BYTES
         size = max(wanted, self._ahead_bytes)
         self._held = retried(lambda: self._read(size), self._uri, Stage.READ)
         self._held_from = self._position
