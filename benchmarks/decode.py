@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode [--seconds 600] [--repeat 5] [--formats flac mp3 ...]
     python -m benchmarks.decode --memory [--hours 1 3]
+    python -m benchmarks.decode --guard
 
 Every way gives all samples of a file, as one float32 array or as blocks of one. All are pinned to one core together
 with what they start, in turns; medians. `guarded`: in a decoder process, as the pipeline decodes. `librosa`:
@@ -27,7 +28,7 @@ import soundfile
 from af3pipe import storage
 from af3pipe.audio.decode import Asked, decode
 from af3pipe.audio.guard import DecoderPool
-from benchmarks import decode_memory, machine
+from benchmarks import decode_guard, decode_memory, machine
 from tests import fixtures_audio as make
 
 RATE = 16_000
@@ -70,7 +71,7 @@ def ours(path: Path) -> Decoded:
 def guarded(path: Path) -> Decoded:
     """In a decoder process, as the pipeline decodes; one process for all files."""
     with storage.open_input(str(path)) as file, DECODERS.open(file, Asked(RATE)) as decoding:
-        return list(decoding.blocks())
+        return [block.copy() for block in decoding.blocks()]
 
 
 def with_librosa(path: Path) -> Decoded | None:
@@ -173,11 +174,16 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), metavar="FORMAT")
     parser.add_argument("--memory", action="store_true", help="peak memory and time of cutting long recordings")
+    parser.add_argument("--guard", action="store_true", help="what decoding in a process of its own costs")
     parser.add_argument("--hours", type=float, nargs="+", default=[1, 3], help="with --memory")
     asked = parser.parse_args()
     print(machine.describe())
     if asked.memory:
         decode_memory.show(asked.hours)
+        return
+    if asked.guard:
+        print(f"44.1 kHz stereo; {pin()}; medians of {asked.repeat}")
+        decode_guard.show(asked.repeat)
         return
     if _torchcodec_loads():
         WAYS["torchcodec"] = with_torchcodec

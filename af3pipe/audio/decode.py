@@ -114,7 +114,10 @@ class Decoding:
         self.ended = False
 
     def blocks(self) -> Iterator[Samples]:
-        """The samples asked for, at the rate asked for; see `decode`."""
+        """The samples asked for, at the rate asked for; see `decode`.
+
+        A block holds only until the next one is asked for: it may lie in memory shared with another process.
+        """
         raise NotImplementedError
 
     @property

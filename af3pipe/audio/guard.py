@@ -180,10 +180,11 @@ class _Session:
         return reply
 
     def samples(self, count: int) -> Samples:
-        """A copy of the block that the last reply was about."""
+        """The block that the last reply was about, where it lies: until the next command."""
         assert self._process is not None
-        copied: Samples = self._process.memory.output[:count].copy()
-        return copied
+        block: Samples = self._process.memory.output[:count]
+        block.flags.writeable = False
+        return block
 
     def close(self) -> None:
         """Ends the recording, wherever it is."""

@@ -44,7 +44,7 @@ def hostile():
 
 def decoded(pool, file):
     with pool.open(file, ASKED) as decoding:
-        blocks = list(decoding.blocks())
+        blocks = [block.copy() for block in decoding.blocks()]
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
@@ -75,7 +75,7 @@ def test_equals_decoding_in_process(pool, encode, where, tmp_path):
             io.BytesIO(data) if where == "memory" else (tmp_path / "file").open("rb") as file,
             pool.open(file, Asked(RATE, **asked)) as decoding,
         ):
-            found = list(decoding.blocks())
+            found = [block.copy() for block in decoding.blocks()]
             state = (decoding.ended, decoding.samples, decoding.info.decoder)
         assert len(found) == len(expected)
         for block, other in zip(found, expected, strict=True):
