@@ -25,7 +25,7 @@ import pyarrow.dataset as ds
 from benchmarks import fuzz_worker, machine
 from tests import mutations
 from tests.mutations import Case
-from tests.originals import FORMATS
+from tests.originals import FORMATS, missing_encoders
 
 POLICIES = ("dead-letter", "truncate", "split")
 CAP_S = 30.0
@@ -244,6 +244,10 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave a copy of every suspicious file there")
     parser.add_argument("--only", type=int, metavar="N", help="write file N to the current folder, and nothing else")
     asked = parser.parse_args()
+    if missing := missing_encoders():
+        parser.error(
+            f"an ffmpeg program is needed that encodes {', '.join(missing)} (Debian: ffmpeg libavcodec-extra)"
+        )
     if asked.only is not None:
         case = mutations.case(asked.only, asked.seed)
         Path(case.name).write_bytes(case.content)

@@ -17,10 +17,18 @@ FORMATS: dict[str, Format] = {
     "ogg vorbis 7.1": Format(
         "Ogg Vorbis", "ogg", lambda samples, rate: make.ogg(np.repeat(samples[:, :1], 8, axis=1), rate)
     ),
-    "flv": Format("", "flv", lambda samples, rate: make.by_program(samples, rate, "flv"), ((44100, 2), (22050, 1))),
+    "flv": Format(
+        "", "flv", lambda samples, rate: make.by_program(samples, rate, "flv"), ((44100, 2), (22050, 1)), "libmp3lame"
+    ),
 }
 LENGTHS_S = (0.3, 1.1, 2.9, 31.0)
 """The last is longer than one window of 30 s: the harness sets the cap there."""
+
+
+def missing_encoders() -> list[str]:
+    """What the `ffmpeg` program here cannot encode; all that is needed, where there is none."""
+    needed = {form.encoder for form in FORMATS.values()} - {""}
+    return sorted(encoder for encoder in needed if not make.program_encodes(encoder))
 
 
 class Original(NamedTuple):

@@ -11,9 +11,13 @@ import pytest
 from benchmarks import fuzz, fuzz_worker
 from tests import mutations
 from tests.mutations import case
-from tests.originals import FORMATS, original
+from tests.originals import FORMATS, missing_encoders, original
 
-pytestmark = pytest.mark.integration
+MISSING = missing_encoders()
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(bool(MISSING), reason=f"needs an ffmpeg program that encodes {', '.join(MISSING)}"),
+]
 FILES = 500
 
 
