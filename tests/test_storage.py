@@ -1,6 +1,7 @@
 import errno
 import io
 import os
+import random
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -480,3 +481,13 @@ def test_names_around_a_uri():
     assert storage.resolve("a.wav", "lists") == str(Path("lists/a.wav").absolute())
     for absolute in ("gs://b/a.wav", "/data/a.wav"):
         assert storage.resolve(absolute, "s3://bucket/lists") == absolute
+
+
+def test_a_relative_seek_counts_from_where_the_reader_is_and_not_from_what_was_read_ahead():
+    data = random.Random(0).randbytes(3_000_000)
+    fsspec.filesystem("memory").pipe("/relative.bin", data)
+    with storage.open_input("memory://relative.bin", size_bytes=len(data)) as file:
+        file.read(70_000)
+        file.seek(2_000_001, io.SEEK_CUR)
+        assert file.tell() == 2_070_001
+        assert file.read(10) == data[2_070_001:2_070_011]

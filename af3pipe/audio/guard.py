@@ -2,8 +2,9 @@
 
 Native decoders parse what anybody may have uploaded. A `DecoderPool` runs them in a few processes. Each decodes one
 recording at a time, is kept for the next, and is replaced when it dies, hangs or wants too much memory. The parent
-reads the file, so that credentials and retries stay here, and gets the samples through shared memory; `guarded` is
-the other side. Needs file descriptors that a child inherits: on Windows, `decode.open_decoding` decodes in process.
+reads the file, so that the store, its retries and its errors stay here, and gets the samples through shared memory;
+`guarded` is the other side. Needs file descriptors that a child inherits: on Windows, `decode.open_decoding` decodes
+in process.
 """
 
 import logging
@@ -16,9 +17,9 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from af3pipe.audio.blocks import Samples
@@ -27,6 +28,8 @@ from af3pipe.audio.guarded import MEMORY_BYTES, DecoderLimits, Link, Memory
 from af3pipe.schemas import AudioInfo, Reason, Rejected, Stage
 
 DEFAULT_LIMITS = DecoderLimits()
+MOST_TIMEOUT_S = 86_400.0
+LEAST_MEMORY_MIB, MOST_MEMORY_MIB = 64, 1 << 20
 IS_SUPPORTED = os.name == "posix"
 
 _RECORDINGS_PER_PROCESS = 1000  # then a new one, so that what a decoder leaks does not add up
@@ -35,6 +38,7 @@ _STARTS = 3  # where memory is short the system may end a process that has done 
 # A new process's glibc gives freed memory back at once: of a 10 s clip, 8 MB to be mapped and zeroed again each time,
 # which takes half as long as decoding it.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # no matrices there
 _log = logging.getLogger(__name__)
 
 
@@ -54,11 +58,25 @@ class _Traceback(Exception):
 
 
 class _Died(Exception):
-    """The process ended in the middle of a command, or had to be ended; `reason` says of what."""
+    """The process ended in the middle of a command, or had to be ended.
 
-    def __init__(self, reason: Reason, how: str) -> None:
+    Attributes:
+        reason: Of what.
+        from_outside: Whether somebody else ended it, as the system does where memory is short.
+    """
+
+    def __init__(self, reason: Reason, how: str, *, from_outside: bool = False) -> None:
         super().__init__(how)
         self.reason = reason
+        self.from_outside = from_outside
+
+
+def check_limits(limits: DecoderLimits) -> None:
+    """Raises ValueError for limits that no process can be given."""
+    if not 0 < limits.timeout_s <= MOST_TIMEOUT_S:
+        raise ValueError(f"timeout_s is {limits.timeout_s:g}; it must be more than 0 and at most {MOST_TIMEOUT_S:g}")
+    if not LEAST_MEMORY_MIB <= limits.memory_mib <= MOST_MEMORY_MIB:
+        raise ValueError(f"memory_mib is {limits.memory_mib}; it must be {LEAST_MEMORY_MIB} to {MOST_MEMORY_MIB}")
 
 
 class DecoderPool:
@@ -67,6 +85,9 @@ class DecoderPool:
     Args:
         limits: What each of them may take.
         decoder: `module:function` of the `OpenDecoding` that is called there.
+
+    Raises:
+        ValueError: Limits that no process can be given.
     """
 
     def __init__(
@@ -75,18 +96,21 @@ class DecoderPool:
         *,
         decoder: str = "af3pipe.audio.decode:open_decoding",
     ) -> None:
+        check_limits(limits)
         self._limits = limits
         self._decoder = decoder
         self._idle: list[_Process] = []
+        self._processes: weakref.WeakSet[_Process] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._closed = False
+        _pools.add(self)
 
     @contextmanager
     def open(self, file: BinaryIO, asked: Asked) -> Iterator[Decoding]:
         """Opens a file as `decode.open_decoding` does.
 
-        A process that dies before it gave a sample may have been broken by an earlier recording: unless it was new
-        or hangs, this one is tried again in a new one.
+        A process that had other recordings before may have been broken by one of them, and one that was killed may
+        have been killed for the memory that others took: there the recording is decoded again in a new one.
 
         Raises:
             Rejected: As `decode.decode`, and decoder_crashed, decode_timeout and out_of_memory.
@@ -113,14 +137,26 @@ class DecoderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def forget(self) -> None:
+        """After a fork, in the child: the processes are the parent's."""
+        self._lock = threading.Lock()
+        self._idle.clear()
+        for process in self._processes:
+            process.forget()
+
     def take(self, *, new: bool) -> "_Process":
         with self._lock:
             if self._idle and not new:
                 return self._idle.pop()
         for _ in range(_STARTS - 1):
             with suppress(GuardError):
-                return _Process(self._decoder, self._limits)
-        return _Process(self._decoder, self._limits)
+                return self._new()
+        return self._new()
+
+    def _new(self) -> "_Process":
+        process = _Process(self._decoder, self._limits)
+        self._processes.add(process)
+        return process
 
     def give_back(self, process: "_Process") -> None:
         with self._lock:
@@ -157,26 +193,39 @@ class _Session:
         self._file = file
         self._asked = asked
         self._process: _Process | None = None
+        self._blocks = 0
 
     def ask(self, kind: str, decoding: Decoding | None = None) -> dict[str, Any]:
         """The reply to `open` or `next`. Raises as `DecoderPool.open`; then the session is over."""
+        if self._process is None and kind != "open":
+            raise RuntimeError("the recording is closed, or was decoded already; open it again")
         process = self._process or self._take()
         try:
             reply = self._ask(process, kind)
         except _Died as died:
-            is_its_own = process.recordings == 1 or died.reason is Reason.DECODE_TIMEOUT
-            if is_its_own or (decoding is not None and decoding.samples):
+            if process.recordings == 1 and not died.from_outside:
                 raise self._rejected(died, decoding) from None
-            _log.warning("a used decoder process %s; its recording is tried again in a new one", died)
-            process = self._take(new=True)
+            _log.warning("a decoder process %s; its recording is decoded again in a new one", died)
             try:
-                reply = self._ask(process, "open")
-                reply = self._ask(process, kind) if kind != "open" and reply["kind"] == "opened" else reply
+                reply = self._again(kind)
             except _Died as died_again:
                 raise self._rejected(died_again, decoding) from None
         if reply["kind"] not in ("opened", "block", "end"):
             self.end()
             _raise(reply)
+        self._blocks += reply["kind"] == "block"
+        return reply
+
+    def _again(self, kind: str) -> dict[str, Any]:
+        process = self._take(new=True)
+        reply = self._ask(process, "open")
+        if kind == "open":
+            return reply
+        # Decoding gives the same blocks every time; those that were given already are passed over.
+        for _ in range(self._blocks + 1):
+            if reply["kind"] not in ("opened", "block"):
+                break
+            reply = self._ask(process, "next")
         return reply
 
     def samples(self, count: int) -> Samples:
@@ -188,9 +237,13 @@ class _Session:
 
     def close(self) -> None:
         """Ends the recording, wherever it is."""
-        if self._process is not None:
-            self._process.send_close()
-            self.end()
+        if self._process is None:
+            return
+        try:
+            self._ask(self._process, "close")
+        except _Died as died:
+            _log.warning("a decoder process %s while it closed a recording", died)
+        self.end()
 
     def _take(self, *, new: bool = False) -> "_Process":
         self._process = process = self._pool.take(new=new)
@@ -215,7 +268,7 @@ class _Session:
 
     def _opening(self) -> dict[str, Any]:
         fields = {"asked": self._asked, "size_bytes": self._file.seek(0, os.SEEK_END)}
-        with suppress(OSError, AttributeError):  # it is no file on a disk
+        with suppress(Exception):  # whatever it says, it is no file on a disk
             state = os.fstat(self._file.fileno())
             # What gzip opens has the descriptor of the file below it, and another size.
             if stat.S_ISREG(state.st_mode) and state.st_size == fields["size_bytes"]:
@@ -245,32 +298,36 @@ class _Process:
     def __init__(self, decoder: str, limits: DecoderLimits) -> None:
         self.recordings = 0
         self._limits = limits
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (read when the process has died)
-        ours, theirs = socket.socketpair()
-        self._link = Link(ours)
-        with theirs, _shared_file() as shared:
-            self.memory = Memory(shared.fileno())
-            self._process = self._start((theirs.fileno(), shared.fileno()), decoder)
+        try:
+            self._errors = _shared_file(0)
+            ours, theirs = socket.socketpair()
+            self._link = Link(ours)
+            with theirs, _shared_file(MEMORY_BYTES) as shared:
+                self.memory = Memory(shared.fileno())
+                self._process = self._start((theirs.fileno(), shared.fileno()), decoder)
+        except (OSError, ValueError) as error:
+            raise GuardError(f"no decoder process can be started: {error}") from error
         try:
             self._link.receive(_START_TIMEOUT_S)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, ValueError) as error:
+            words = self._last_words()
             self.kill()
-            raise GuardError(f"no decoder process can be started: {self._last_words() or error}") from error
+            raise GuardError(f"no decoder process can be started: {words or error}") from error
 
     def _start(self, fds: tuple[int, int], decoder: str) -> "subprocess.Popen[bytes]":
-        code = f"from af3pipe.audio.guarded import *; serve(*{fds}, {decoder!r}, {self._limits})"
-        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-c", code],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                pass_fds=fds,
-                env={**os.environ, **_KEEP_MEMORY, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-            )
-        except OSError as error:
-            raise GuardError(f"no decoder process can be started: {error}") from error
+        # What can be imported here can be there, and nothing else: no variable for it holds every path, and Python
+        # 3.10 would put the current folder first.
+        path = [os.fspath(entry) for entry in sys.path]
+        code = f"import sys; sys.path[:] = {path!r}; from af3pipe.audio.guarded import *; "
+        code += f"serve(*{fds}, {decoder!r}, {self._limits})"
+        return subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            pass_fds=fds,
+            env={**os.environ, **_KEEP_MEMORY, **_ONE_THREAD},
+        )
 
     def ask(self, kind: str, fields: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
         """The process's reply to a command, once it has been given all the bytes it needs for it.
@@ -283,10 +340,13 @@ class _Process:
         deadline = time.monotonic() + timeout_s
         try:
             self._link.send(kind, **fields)
-            while (message := self._link.receive(deadline - time.monotonic()))["kind"] == "read":
-                began = time.monotonic()
+            while (message := self._link.receive(deadline - time.monotonic()))["kind"] in ("read", "waited"):
+                if message["kind"] == "waited":
+                    deadline += float(message["seconds"])
+                    continue
+                began, (offset, size) = time.monotonic(), (int(message["offset"]), int(message["size"]))
                 try:
-                    self._link.send("bytes", count=self._read(file, message["offset"], message["size"]))
+                    self._link.send("bytes", count=self._read(file, offset, size))
                 except Exception as error:  # noqa: BLE001  (raised below, once the process has let go of the file)
                     failure = error
                     self._link.send("failed")
@@ -294,22 +354,26 @@ class _Process:
         except TimeoutError:
             raise _Died(Reason.DECODE_TIMEOUT, f"was ended because a step took longer than {timeout_s:g} s") from None
         except (EOFError, ConnectionError):
-            raise _Died(Reason.DECODER_CRASHED, self._how_it_ended()) from None
+            how, from_outside = self._how_it_ended()
+            raise _Died(Reason.DECODER_CRASHED, how, from_outside=from_outside) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise _Died(Reason.DECODER_CRASHED, f"sent what is no message ({error!r}), and was ended") from None
         if failure is not None:
             raise failure
         if message["kind"] == "out_of_memory":
             raise _Died(Reason.OUT_OF_MEMORY, f"was ended because it wanted more than {self._limits.memory_mib} MiB")
         return message
 
-    def send_close(self) -> None:
-        """Tells it that nobody wants the rest; whether it is alive shows with the next command."""
-        with suppress(OSError):
-            self._link.send("close")
-
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a disk ends when the disk answers
+            self._process.wait(timeout=5)
+        self.forget()
+
+    def forget(self) -> None:
+        """Closes this end without a word."""
         self._link.close()
+        self._errors.close()
 
     def _read(self, file: BinaryIO, offset: int, size: int) -> int:
         file.seek(offset)
@@ -317,25 +381,42 @@ class _Process:
         self.memory.input[: len(data)] = data
         return len(data)
 
-    def _how_it_ended(self) -> str:
+    def _how_it_ended(self) -> tuple[str, bool]:
+        """In words, and whether somebody else ended it."""
         try:
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return "hung up"
+            return "hung up", False
         if words := self._last_words():
             _log.warning("last words of a decoder process: %s", words)
-        return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        if code >= 0:
+            return f"ended with exit status {code}", False
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"died of {name}", -code in (signal.SIGKILL, signal.SIGTERM)
 
     def _last_words(self) -> str:
         self._errors.seek(max(self._errors.seek(0, os.SEEK_END) - 4096, 0))
         return self._errors.read().decode(errors="replace").partition("\nExtension modules:")[0].strip()
 
 
-def _shared_file() -> BinaryIO:
-    """Memory with a file descriptor; a file without a name where the system has no such thing."""
-    if hasattr(os, "memfd_create"):
+def _shared_file(size_bytes: int) -> BinaryIO:
+    """Memory with a file descriptor; a file without a name where the system has or allows no such thing."""
+    try:
         file: BinaryIO = os.fdopen(os.memfd_create("af3pipe-decoder"), "r+b", buffering=0)
-    else:
+    except (AttributeError, OSError):
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (the caller closes it)
-    file.truncate(MEMORY_BYTES)
+    file.truncate(size_bytes)
     return file
+
+
+_pools: "weakref.WeakSet[DecoderPool]" = weakref.WeakSet()
+
+
+def _forget_pools() -> None:
+    for pool in _pools:
+        pool.forget()
+
+
+# A process forked off this one must neither talk to its decoders nor keep them alive.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pools)

@@ -8,8 +8,9 @@ The parent leads; every command has one reply, and before it the process may ask
     bytes {count} or failed   ->
                               <-    opened {info, stated_frames}
     next                      ->
-                              <-    block {count, ...}        or end {...}
-    close                     ->                              no reply; ready for the next `open`
+                              <-    block {count, ...}        or end {...}, once the file is closed
+    close                     ->                              where it is not yet
+                              <-    closed
 
 Instead of a reply there may be `rejected`, `out_of_memory` or `error`, which end the recording. Messages are JSON, so
 that nothing a broken decoder left behind is ever unpickled; bytes and samples lie in memory that both sides share.
@@ -23,6 +24,7 @@ import mmap
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
@@ -42,6 +44,8 @@ MEMORY_BYTES = INPUT_BYTES + 4 * OUTPUT_FRAMES
 
 # Read ahead from where a decoder seeks to, doubled while it reads on: headers cost little, bodies few messages.
 _FIRST_READ_BYTES = 1 << 16
+# A read from a disk that took longer is told, so that it does not count as decoding.
+_SLOW_READ_S = 0.05
 # What the parent takes to notice that the time is over; the alarm is for a process whose parent is dead.
 _GRACE_S = 5
 
@@ -54,7 +58,7 @@ class Link:
         self._lines = b""
         self._descriptors: list[int] = []
 
-    def send(self, kind: str, descriptor: int | None = None, **fields: Any) -> None:
+    def send(self, kind: str, *, descriptor: int | None = None, **fields: Any) -> None:
         """Sends one message; the other side gets a copy of `descriptor` with it."""
         message = {"kind": kind, **fields}
         if descriptor is None:
@@ -102,7 +106,8 @@ class DecoderLimits(NamedTuple):
     """What a decoder may take before it is ended, and its recording rejected.
 
     Attributes:
-        timeout_s: For one step, opening or a block of 10 s (some 20 ms); without the time that reading takes.
+        timeout_s: For one step, opening or a block of 10 s (some 20 ms); without the time that reading takes, but
+            for a single read from a disk that takes longer than this.
         memory_mib: Beyond the process itself; kept on Linux only. 10 s of 8 channels at 192 kHz take some 200.
     """
 
@@ -163,7 +168,7 @@ class _ParentsFile(io.RawIOBase):
         super().close()
 
     def _fetch(self) -> None:
-        goes_on = self._position == self._chunk_start + len(self._chunk)
+        goes_on = len(self._chunk) > 0 and self._position == self._chunk_start + len(self._chunk)
         self._read_bytes = min(2 * self._read_bytes, INPUT_BYTES) if goes_on else _FIRST_READ_BYTES
         size = min(self._read_bytes, self._size - self._position)
         self._chunk = self._read_here(size) or self._read_there(size)
@@ -172,10 +177,16 @@ class _ParentsFile(io.RawIOBase):
     def _read_here(self, size: int) -> memoryview:
         if self._descriptor is None:
             return memoryview(b"")
+        began = time.monotonic()
         try:
             return memoryview(os.pread(self._descriptor, size, self._position))
         except OSError:
             return memoryview(b"")
+        finally:
+            took_s = time.monotonic() - began
+            if took_s > _SLOW_READ_S:
+                _set_alarm(self._limits.timeout_s)
+                self._link.send("waited", seconds=took_s)
 
     def _read_there(self, size: int) -> memoryview:
         _set_alarm(0)  # a store may take its time
@@ -195,7 +206,7 @@ def _set_alarm(timeout_s: float) -> None:
 
 def _limit_memory(memory_bytes: int) -> None:
     """From here on this process gets no more than so much beyond what it has; allocations fail then."""
-    import resource  # not on Windows, where this module is imported but nothing of it is used
+    import resource
 
     try:
         now = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
@@ -215,7 +226,10 @@ def serve(link_fd: int, memory_fd: int, decoder: str, limits: DecoderLimits) -> 
         decoder: `module:function` of an `OpenDecoding`.
         limits: What each step may take.
     """
+    import resource  # not on Windows, where this module is imported but nothing of it is used
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a group: the parent decides
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     link, memory = Link(socket.socket(fileno=link_fd)), Memory(memory_fd)
     module, _, function = decoder.partition(":")
     open_decoding: OpenDecoding = getattr(importlib.import_module(module), function)
@@ -226,46 +240,50 @@ def serve(link_fd: int, memory_fd: int, decoder: str, limits: DecoderLimits) -> 
             command = link.receive()
         except (EOFError, OSError):
             return
-        if command["kind"] == "open":
-            _set_alarm(limits.timeout_s)
-            file = _ParentsFile(link, memory, limits, command["size_bytes"], command.get("descriptor"))
-            with closing(file):
-                _serve_recording(link, memory, limits, open_decoding(cast(BinaryIO, file), Asked(*command["asked"])))
-            _set_alarm(0)
+        if command["kind"] != "open":
+            link.send("error", error=f"{command['kind']} before open", traceback="")
+            continue
+        _set_alarm(limits.timeout_s)
+        file = _ParentsFile(link, memory, limits, command["size_bytes"], command.get("descriptor"))
+        with closing(file):
+            opening = open_decoding(cast(BinaryIO, file), Asked(*command["asked"]))
+            reply = _serve_recording(link, memory, limits, opening)
+        _set_alarm(0)
+        link.send(**reply)
 
 
 def _serve_recording(
     link: Link, memory: Memory, limits: DecoderLimits, opening: AbstractContextManager[Decoding]
-) -> None:
+) -> dict[str, Any]:
+    """The last reply about a recording, to be sent when all of it is closed: what hangs there is not the next's."""
     try:
         with opening as decoding:
             link.send("opened", info=decoding.info, stated_frames=decoding.stated_frames)
-            _serve_blocks(link, memory, limits, decoding)
+            return _serve_blocks(link, memory, limits, decoding)
     except Rejected as rejected:
-        link.send("rejected", **_fields(rejected))
+        return {"kind": "rejected", **_fields(rejected)}
     except _StoreFailed:
-        link.send("store_failed")
+        return {"kind": "store_failed"}
     except MemoryError:
-        link.send("out_of_memory")
+        return {"kind": "out_of_memory"}
     except Exception as error:  # noqa: BLE001  (raised again in the parent)
-        link.send("error", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        return {"kind": "error", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
 
-def _serve_blocks(link: Link, memory: Memory, limits: DecoderLimits, decoding: Decoding) -> None:
+def _serve_blocks(link: Link, memory: Memory, limits: DecoderLimits, decoding: Decoding) -> dict[str, Any]:
     blocks = _in_pieces(decoding)
     while True:
         _set_alarm(0)
-        if link.receive()["kind"] == "close":
-            return
+        command = link.receive()
         _set_alarm(limits.timeout_s)
+        if command["kind"] == "close":
+            return {"kind": "closed"}
         block = next(blocks, None)
-        count = 0 if block is None else len(block)
-        if block is not None:
-            memory.output[:count] = block
         state = {"frames_read": decoding.frames_read, "ended": decoding.ended}
-        link.send("end" if block is None else "block", count=count, **state)
         if block is None:
-            return
+            return {"kind": "end", **state}
+        memory.output[: len(block)] = block
+        link.send("block", count=len(block), **state)
 
 
 def _in_pieces(decoding: Decoding) -> Iterator[Any]:

@@ -4,11 +4,13 @@ FFmpeg reads all of the index to open a file: 0.65 MB for an hour of AAC, and th
 that a recording is too long takes the boxes that say so, and those are found by their sizes.
 """
 
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 _SMALL_INDEX = 512 << 10
 _MOST_BOXES = 256
+_MOST_TIMES_BYTES = 16 << 10
 
 
 class _File(Protocol):
@@ -80,10 +82,24 @@ def _track_s(file: _File, track: _Box, movie_rate: int) -> float | None:
     if file.read(12)[8:] != b"soun":
         return None
     rate, duration = _clock(file, header)
-    whole_s = duration / rate if rate else 0.0
+    # A header may lie; how long each frame lasts is what the decoder goes by.
+    whole_s = min(duration, _listed_ticks(file, inside)) / rate if rate else 0.0
     edits = _first(iter(parts), b"edts")
     listed = _first(_boxes(file, edits.start, edits.end), b"elst") if edits else None
     return min(whole_s, _edited_s(file, listed, movie_rate)) if listed and movie_rate else whole_s
+
+
+def _listed_ticks(file: _File, media: list[_Box]) -> int:
+    """How long all frames of a track are together; 0 where that takes more than a few bytes to tell."""
+    information = _first(iter(media), b"minf")
+    table = _first(_boxes(file, information.start, information.end), b"stbl") if information else None
+    times = _first(_boxes(file, table.start, table.end), b"stts") if table else None
+    if times is None or times.end - times.start > _MOST_TIMES_BYTES:
+        return 0
+    file.seek(times.start)
+    data = file.read(times.end - times.start)[8:]
+    numbers = struct.unpack(f">{len(data) // 8 * 2}I", data[: len(data) // 8 * 8])
+    return sum(count * ticks for count, ticks in zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _clock(file: _File, box: _Box) -> tuple[int, int]:

@@ -60,9 +60,10 @@ def read_segments(
 
 def _asked(recording: Recording, limits: AudioLimits) -> Asked:
     extension = Path(recording.uri).suffix
-    return Asked(
-        limits.sample_rate, recording.offset_s, recording.duration_s, extension, recording.channel, recording.stream
-    )
+    # Plain numbers: they go to another process, and NumPy's do not.
+    duration_s = None if recording.duration_s is None else float(recording.duration_s)
+    stream = None if recording.stream is None else int(recording.stream)
+    return Asked(limits.sample_rate, float(recording.offset_s), duration_s, extension, recording.channel, stream)
 
 
 def _check_large_index(file: BinaryIO, recording: Recording, limits: AudioLimits) -> None:

@@ -10,7 +10,7 @@ import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from af3pipe.audio.guard import DEFAULT_LIMITS
+from af3pipe.audio.guard import DEFAULT_LIMITS, LEAST_MEMORY_MIB, MOST_MEMORY_MIB, MOST_TIMEOUT_S
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength
 from af3pipe.models.engine import ENGINES
@@ -146,8 +146,8 @@ class JobConfig(_Strict):
     batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
     decode_threads: Annotated[int, Field(gt=0)] | None = None
     decode_guard: bool = True
-    decode_timeout_s: Annotated[float, Field(gt=0)] = DEFAULT_LIMITS.timeout_s
-    decode_memory_mib: Annotated[int, Field(ge=64)] = DEFAULT_LIMITS.memory_mib
+    decode_timeout_s: Annotated[float, Field(gt=0, le=MOST_TIMEOUT_S)] = DEFAULT_LIMITS.timeout_s
+    decode_memory_mib: Annotated[int, Field(ge=LEAST_MEMORY_MIB, le=MOST_MEMORY_MIB)] = DEFAULT_LIMITS.memory_mib
     accelerator: str | None = None
     fail_on_dead_letters: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$")] | None = None
     beam: dict[str, Any] = {}

@@ -33,7 +33,10 @@ def channel_text(value: Any) -> str:
         return text
     index = _index(value)
     if index is None:
-        raise ValueError(f"channel is {value!r}; it must be mix, left, right, or a number from 0")
+        raise ValueError(
+            f"channel is {value!r}; it must be mix, left, right, or a number from 0 (a manifest's column of this "
+            "name says which channel is heard: rename one that means something else)"
+        )
     return str(index)
 
 
@@ -45,18 +48,18 @@ def stream_index(value: Any) -> int | None:
     """
     index = _index(value)
     if index is None and value is not None:
-        raise ValueError(f"stream is {value!r}; it must be a number from 0, which counts the audio streams")
+        raise ValueError(
+            f"stream is {value!r}; it must be a number from 0, which counts the audio streams (a manifest's column "
+            "of this name says which one is heard: rename one that means something else)"
+        )
     return index
 
 
 def _index(value: Any) -> int | None:
     """Manifests have numbers as text, and pandas makes 1.0 of a 1 beside a gap."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    is_index = not isinstance(value, bool) and number.is_integer() and 0 <= number < 2**31
-    return int(number) if is_index else None
+    digits = str(value).strip().removesuffix(".0")
+    is_index = not isinstance(value, bool) and digits.isascii() and digits.isdecimal() and len(digits) < 10
+    return int(digits) if is_index else None
 
 
 class Question(NamedTuple):

@@ -311,12 +311,16 @@ class _RetriedReads(io.RawIOBase):
         return True
 
     def fileno(self) -> int:
-        return int(self._handle.fileno())
+        if not isinstance(self._handle, io.FileIO):  # asking others may have them write to a disk what is in memory
+            raise io.UnsupportedOperation("fileno")
+        return self._handle.fileno()
 
     def tell(self) -> int:
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:  # the handle stands elsewhere: it has read ahead
+            offset, whence = self._position + offset, io.SEEK_SET
         self._position = int(self._handle.seek(offset, whence))
         return self._position
 

@@ -9,7 +9,7 @@ import apache_beam as beam
 
 from af3pipe import storage
 from af3pipe.audio.decode import OpenDecoding, open_decoding
-from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, DecoderPool
+from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, DecoderPool, check_limits
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength, read_segments
@@ -239,6 +239,8 @@ class DecodeAudio(beam.PTransform):
         _check_choice("split_at", split_at, SplitAt)
         _check_choice("on_silent", on_silent, OnSilent)
         check_split(over_length, split_at, split_tolerance_s)
+        if guard is not None:
+            check_limits(guard)
         if not FLOOR_DBFS <= silent_below_dbfs < 0:
             raise ValueError(f"silent_below_dbfs is {silent_below_dbfs:g}; it must be from {FLOOR_DBFS:g} to below 0")
         self._dofn = DecodeDoFn(

@@ -7,8 +7,9 @@ import ctypes
 import io
 import os
 import signal
+import stat
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from af3pipe.audio.decode import Decoding, open_decoding
 
@@ -72,12 +73,30 @@ def read_for_ever(file):
         file.read(1)
 
 
+def scribble():
+    """Onto whatever sockets this process has."""
+    for descriptor in range(3, 256):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.write(descriptor, b"mpg123: warning\n")
+
+
 @contextmanager
 def at_open(file, asked):
     opened.append(file)
     _do(file)
     with open_decoding(file, asked) as decoding:
         yield decoding
+
+
+@contextmanager
+def at_close(file, asked):
+    """For a WAV file behind the name of what is to be done when all of it is decoded."""
+    file.seek(0)
+    name = file.read(32)
+    with open_decoding(io.BytesIO(_all(file)[32:]), asked) as decoding:
+        yield decoding
+    _run(name, file)
 
 
 @contextmanager
@@ -122,3 +141,14 @@ def _all(file):
     while part := file.read(1 << 20):
         data += part
     return data
+
+
+def on_a_slow_disk(file, asked):
+    read = os.pread
+
+    def slow(*arguments):
+        time.sleep(0.4)
+        return read(*arguments)
+
+    os.pread = slow
+    return open_decoding(file, asked)

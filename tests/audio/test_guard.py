@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -196,6 +197,102 @@ def test_who_was_there_before_is_not_blamed_on_the_next(hostile):
     # Dies because the process was used; in a new one it decodes.
     assert rejection(hostile, command("crash_when_used", b"")).reason is Reason.UNSUPPORTED_FORMAT
     assert processes(hostile) != before
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("name", "reason"), [("loop", Reason.DECODE_TIMEOUT), ("segfault", Reason.DECODER_CRASHED)])
+def test_what_happens_while_a_recording_is_closed_is_not_the_next_one_s(whole, name, reason):
+    with DecoderPool(QUICK, decoder="tests.audio.hostile:at_close") as pool:
+        decoded(pool, io.BytesIO(command("")))
+        if whole:
+            assert rejection(pool, command(name)).reason is reason
+        else:
+            with pool.open(io.BytesIO(command(name)), ASKED) as decoding:
+                next(decoding.blocks())
+        for _ in range(3):
+            assert len(decoded(pool, io.BytesIO(command("")))) == 25 * RATE
+
+
+def test_what_is_no_message_costs_the_recording_of_a_new_process_only(hostile):
+    rejected = rejection(hostile, command("scribble"))
+    assert rejected.reason is Reason.DECODER_CRASHED
+    assert "sent what is no message" in rejected.detail
+    assert len(decoded(hostile, io.BytesIO(WAV))) == 25 * RATE
+
+
+def test_a_process_killed_from_outside_costs_nothing():
+    expected = np.concatenate(list(decode(io.BytesIO(WAV), sample_rate=RATE)))
+    with DecoderPool() as pool, pool.open(io.BytesIO(WAV), ASKED) as decoding:
+        found = []
+        for block in decoding.blocks():
+            found.append(block.copy())
+            if len(found) == 2:  # as the system does where memory is short
+                os.kill(decoding._session._process._process.pid, signal.SIGKILL)
+        assert decoding.ended
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+def test_a_recording_is_decoded_once(pool):
+    with pool.open(io.BytesIO(WAV), ASKED) as decoding:
+        for _ in decoding.blocks():
+            pass
+        with pytest.raises(RuntimeError, match="open it again"):
+            next(decoding.blocks())
+
+
+@pytest.mark.parametrize("limits", [(0, 1024), (float("inf"), 1024), (float("nan"), 1024), (60, 1), (60, 1 << 44)])
+def test_limits_that_no_process_can_be_given(limits):
+    with pytest.raises(ValueError, match="it must be"):
+        DecoderPool(DecoderLimits(*limits))
+
+
+def test_a_slow_disk_is_no_slow_decoder(tmp_path):
+    (tmp_path / "made.wav").write_bytes(WAV)
+    slow = DecoderPool(QUICK, decoder="tests.audio.hostile:on_a_slow_disk")
+    with slow as pool, (tmp_path / "made.wav").open("rb") as file:
+        assert len(decoded(pool, file)) == 25 * RATE
+
+
+def test_where_imports_come_from_oddly_it_starts_all_the_same(monkeypatch, tmp_path):
+    (tmp_path / "json.py").write_text("raise ImportError('not this one')")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "with: colon", ""])
+    monkeypatch.chdir(tmp_path)
+    with DecoderPool() as pool:
+        assert len(decoded(pool, io.BytesIO(WAV))) == 25 * RATE
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with DecoderPool() as pool:
+        assert len(decoded(pool, io.BytesIO(WAV))) == 25 * RATE
+
+
+@pytest.mark.parametrize("missing", ["memfd_create", "TMPDIR"])
+def test_it_takes_a_temporary_file_or_memory(monkeypatch, missing):
+    if missing == "TMPDIR":
+        monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    else:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    with DecoderPool() as pool:
+        assert len(decoded(pool, io.BytesIO(WAV))) == 25 * RATE
+
+
+def test_where_there_is_neither_no_recording_is_blamed(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with DecoderPool() as pool, pytest.raises(GuardError, match="/nowhere"):
+        decoded(pool, io.BytesIO(WAV))
+
+
+def test_a_fork_leaves_the_processes_to_the_one_that_started_them():
+    with DecoderPool() as pool:
+        decoded(pool, io.BytesIO(WAV))
+        child = os.fork()
+        if not child:
+            os._exit(0 if not pool._idle and len(decoded(pool, io.BytesIO(WAV))) == 25 * RATE else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(decoded(pool, io.BytesIO(WAV))) == 25 * RATE
+        assert len(pool._idle) == 1
 
 
 def test_a_process_that_died_while_idle_is_replaced(hostile):

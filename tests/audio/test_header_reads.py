@@ -189,3 +189,22 @@ def test_where_only_decoding_tells_it_stops_at_the_cap(name, options):
         list(read_segments(file, Recording("id", "x"), limits=LIMITS, over_length="dead-letter"))
     assert (caught.value.stage, caught.value.reason) == (Stage.DECODE, Reason.TOO_LONG)
     assert file.bytes_read < len(file.getvalue()) / 4  # 10 of 60 minutes
+
+
+def test_an_index_that_states_hours_of_a_few_frames_is_not_believed():
+    data = bytearray(make.m4a(make.sound(5, RATE), RATE))
+    clock, edit = data.index(b"mdhd") + 20, data.index(b"elst") + 12
+    data[clock : clock + 4] = (7200 * RATE).to_bytes(4, "big")
+    data[edit : edit + 4] = (7200 * 1000).to_bytes(4, "big")
+    # A box of 600 KiB at the end of the index, as a cover is: what follows the index moves.
+    moov = data.index(b"moov") - 4
+    size = int.from_bytes(data[moov : moov + 4], "big")
+    added = (600 << 10).to_bytes(4, "big") + b"free" + bytes((600 << 10) - 8)
+    offsets = data.index(b"stco")
+    count = int.from_bytes(data[offsets + 8 : offsets + 12], "big")
+    for place in range(offsets + 12, offsets + 12 + 4 * count, 4):
+        data[place : place + 4] = (int.from_bytes(data[place : place + 4], "big") + len(added)).to_bytes(4, "big")
+    data[moov : moov + 4] = (size + len(added)).to_bytes(4, "big")
+    data[moov + size : moov + size] = added
+    (found,) = read_segments(io.BytesIO(data), Recording("id", "a.m4a"), limits=LIMITS, over_length="dead-letter")
+    assert found.end_s == pytest.approx(5, abs=0.1)

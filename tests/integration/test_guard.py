@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from af3pipe.models.engine import ENGINES
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import make_job
 from benchmarks import constant_engine
@@ -60,6 +61,7 @@ class Attacker(threading.Thread):
 
 def test_processes_that_are_killed_and_frozen_cost_a_recording_each_at_most(tmp_path, monkeypatch):
     monkeypatch.setattr(constant_engine, "window_s", 0.0)
+    monkeypatch.setitem(ENGINES, "constant", "")  # not for the tests after this one
     folder = tmp_path / "in"
     folder.mkdir()
     data = make.mp3(make.sound(60, 44100, 2), 44100)
@@ -79,9 +81,10 @@ def test_processes_that_are_killed_and_frozen_cost_a_recording_each_at_most(tmp_
 
     assert attacker.sent >= 3
     letters = rows(tmp_path / "out", "dead_letters")
-    assert report.counts.states == {"ok": 60 - len(letters), "dead_letter": len(letters)}
+    assert sum(report.counts.states.values()) == 60
+    assert report.counts.states["ok"] == 60 - len(letters)
     assert report.counts.found == 60
-    assert len(letters) <= attacker.sent
+    assert len(letters) < attacker.sent  # what was decoded again in a new process is ok
     assert {letter["reason"] for letter in letters} <= {"decoder_crashed", "decode_timeout"}
     assert all(letter["retryable"] and letter["traceback"] is None for letter in letters)
     assert len({json.loads(letter["input"])["recording"]["uri"] for letter in letters}) == len(letters)
