@@ -9,14 +9,8 @@ in process.
 
 import logging
 import os
-import signal
-import socket
 import stat
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +18,8 @@ from typing import Any, BinaryIO
 
 from af3pipe.audio.blocks import Samples
 from af3pipe.audio.decode import Asked, Decoding
-from af3pipe.audio.guarded import MEMORY_BYTES, DecoderLimits, Link, Memory
+from af3pipe.audio.decoder_process import DecoderProcess, Died, GuardError
+from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.schemas import AudioInfo, Reason, Rejected, Stage
 
 DEFAULT_LIMITS = DecoderLimits()
@@ -33,17 +28,8 @@ LEAST_MEMORY_MIB, MOST_MEMORY_MIB = 64, 1 << 20
 IS_SUPPORTED = os.name == "posix"
 
 _RECORDINGS_PER_PROCESS = 1000  # then a new one, so that what a decoder leaks does not add up
-_START_TIMEOUT_S = 120.0
 _STARTS = 3  # where memory is short the system may end a process that has done nothing yet
-# A new process's glibc gives freed memory back at once: of a 10 s clip, 8 MB to be mapped and zeroed again each time,
-# which takes half as long as decoding it.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
-_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # no matrices there
 _log = logging.getLogger(__name__)
-
-
-class GuardError(Exception):
-    """No decoder process can be started here: the worker is unfit, no recording is to blame."""
 
 
 class DecoderError(Exception):
@@ -55,20 +41,6 @@ class _Traceback(Exception):
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
-
-
-class _Died(Exception):
-    """The process ended in the middle of a command, or had to be ended.
-
-    Attributes:
-        reason: Of what.
-        from_outside: Whether somebody else ended it, as the system does where memory is short.
-    """
-
-    def __init__(self, reason: Reason, how: str, *, from_outside: bool = False) -> None:
-        super().__init__(how)
-        self.reason = reason
-        self.from_outside = from_outside
 
 
 def check_limits(limits: DecoderLimits) -> None:
@@ -99,8 +71,8 @@ class DecoderPool:
         check_limits(limits)
         self._limits = limits
         self._decoder = decoder
-        self._idle: list[_Process] = []
-        self._processes: weakref.WeakSet[_Process] = weakref.WeakSet()
+        self._idle: list[DecoderProcess] = []
+        self._processes: weakref.WeakSet[DecoderProcess] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._closed = False
         _pools.add(self)
@@ -144,7 +116,7 @@ class DecoderPool:
         for process in self._processes:
             process.forget()
 
-    def take(self, *, new: bool) -> "_Process":
+    def take(self, *, new: bool) -> DecoderProcess:
         with self._lock:
             if self._idle and not new:
                 return self._idle.pop()
@@ -153,12 +125,12 @@ class DecoderPool:
                 return self._new()
         return self._new()
 
-    def _new(self) -> "_Process":
-        process = _Process(self._decoder, self._limits)
+    def _new(self) -> DecoderProcess:
+        process = DecoderProcess(self._decoder, self._limits)
         self._processes.add(process)
         return process
 
-    def give_back(self, process: "_Process") -> None:
+    def give_back(self, process: DecoderProcess) -> None:
         with self._lock:
             if not self._closed and process.recordings < _RECORDINGS_PER_PROCESS:
                 self._idle.append(process)
@@ -192,7 +164,7 @@ class _Session:
         self._pool = pool
         self._file = file
         self._asked = asked
-        self._process: _Process | None = None
+        self._process: DecoderProcess | None = None
         self._blocks = 0
 
     def ask(self, kind: str, decoding: Decoding | None = None) -> dict[str, Any]:
@@ -202,13 +174,13 @@ class _Session:
         process = self._process or self._take()
         try:
             reply = self._ask(process, kind)
-        except _Died as died:
+        except Died as died:
             if process.recordings == 1 and not died.from_outside:
                 raise self._rejected(died, decoding) from None
             _log.warning("a decoder process %s; its recording is decoded again in a new one", died)
             try:
                 reply = self._again(kind)
-            except _Died as died_again:
+            except Died as died_again:
                 raise self._rejected(died_again, decoding) from None
         if reply["kind"] not in ("opened", "block", "end"):
             self.end()
@@ -241,11 +213,11 @@ class _Session:
             return
         try:
             self._ask(self._process, "close")
-        except _Died as died:
-            _log.warning("a decoder process %s while it closed a recording", died)
+        except Exception as error:  # noqa: BLE001  (all of the recording that was wanted is there already)
+            _log.warning("a decoder process %s while it closed a recording", error)
         self.end()
 
-    def _take(self, *, new: bool = False) -> "_Process":
+    def _take(self, *, new: bool = False) -> DecoderProcess:
         self._process = process = self._pool.take(new=new)
         process.recordings += 1
         return process
@@ -256,7 +228,7 @@ class _Session:
         if process is not None:
             self._pool.give_back(process)
 
-    def _ask(self, process: "_Process", kind: str) -> dict[str, Any]:
+    def _ask(self, process: DecoderProcess, kind: str) -> dict[str, Any]:
         try:
             fields = self._opening() if kind == "open" else {}
             return process.ask(kind, fields, self._file)
@@ -275,7 +247,7 @@ class _Session:
                 fields["descriptor"] = self._file.fileno()
         return fields
 
-    def _rejected(self, died: _Died, decoding: Decoding | None) -> Rejected:
+    def _rejected(self, died: Died, decoding: Decoding | None) -> Rejected:
         if decoding is None:
             return Rejected(Stage.PROBE, died.reason, f"The decoder process {died} while it opened the file.")
         return decoding.rejected(died.reason, f"The decoder process {died} after {decoding.position_s:.1f} s.")
@@ -286,127 +258,6 @@ def _raise(reply: dict[str, Any]) -> None:
         del reply["kind"]
         raise Rejected(**{**reply, "stage": Stage(reply["stage"]), "reason": Reason(reply["reason"])})
     raise DecoderError(reply["error"]) from _Traceback(reply["traceback"])
-
-
-class _Process:
-    """A decoder process, its link and memory. Belongs to one recording at a time.
-
-    Attributes:
-        recordings: How many were begun in it.
-    """
-
-    def __init__(self, decoder: str, limits: DecoderLimits) -> None:
-        self.recordings = 0
-        self._limits = limits
-        try:
-            self._errors = _shared_file(0)
-            ours, theirs = socket.socketpair()
-            self._link = Link(ours)
-            with theirs, _shared_file(MEMORY_BYTES) as shared:
-                self.memory = Memory(shared.fileno())
-                self._process = self._start((theirs.fileno(), shared.fileno()), decoder)
-        except (OSError, ValueError) as error:
-            raise GuardError(f"no decoder process can be started: {error}") from error
-        try:
-            self._link.receive(_START_TIMEOUT_S)
-        except (EOFError, OSError, ValueError) as error:
-            words = self._last_words()
-            self.kill()
-            raise GuardError(f"no decoder process can be started: {words or error}") from error
-
-    def _start(self, fds: tuple[int, int], decoder: str) -> "subprocess.Popen[bytes]":
-        # What can be imported here can be there, and nothing else: no variable for it holds every path, and Python
-        # 3.10 would put the current folder first.
-        path = [os.fspath(entry) for entry in sys.path]
-        code = f"import sys; sys.path[:] = {path!r}; from af3pipe.audio.guarded import *; "
-        code += f"serve(*{fds}, {decoder!r}, {self._limits})"
-        return subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-c", code],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            pass_fds=fds,
-            env={**os.environ, **_KEEP_MEMORY, **_ONE_THREAD},
-        )
-
-    def ask(self, kind: str, fields: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
-        """The process's reply to a command, once it has been given all the bytes it needs for it.
-
-        Raises:
-            _Died: It ended, wants more memory, or took too long, not counting the time that `file` took.
-        """
-        failure: Exception | None = None
-        timeout_s = self._limits.timeout_s
-        deadline = time.monotonic() + timeout_s
-        try:
-            self._link.send(kind, **fields)
-            while (message := self._link.receive(deadline - time.monotonic()))["kind"] in ("read", "waited"):
-                if message["kind"] == "waited":
-                    deadline += float(message["seconds"])
-                    continue
-                began, (offset, size) = time.monotonic(), (int(message["offset"]), int(message["size"]))
-                try:
-                    self._link.send("bytes", count=self._read(file, offset, size))
-                except Exception as error:  # noqa: BLE001  (raised below, once the process has let go of the file)
-                    failure = error
-                    self._link.send("failed")
-                deadline += time.monotonic() - began
-        except TimeoutError:
-            raise _Died(Reason.DECODE_TIMEOUT, f"was ended because a step took longer than {timeout_s:g} s") from None
-        except (EOFError, ConnectionError):
-            how, from_outside = self._how_it_ended()
-            raise _Died(Reason.DECODER_CRASHED, how, from_outside=from_outside) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise _Died(Reason.DECODER_CRASHED, f"sent what is no message ({error!r}), and was ended") from None
-        if failure is not None:
-            raise failure
-        if message["kind"] == "out_of_memory":
-            raise _Died(Reason.OUT_OF_MEMORY, f"was ended because it wanted more than {self._limits.memory_mib} MiB")
-        return message
-
-    def kill(self) -> None:
-        self._process.kill()
-        with suppress(subprocess.TimeoutExpired):  # one that waits for a disk ends when the disk answers
-            self._process.wait(timeout=5)
-        self.forget()
-
-    def forget(self) -> None:
-        """Closes this end without a word."""
-        self._link.close()
-        self._errors.close()
-
-    def _read(self, file: BinaryIO, offset: int, size: int) -> int:
-        file.seek(offset)
-        data = file.read(size)
-        self.memory.input[: len(data)] = data
-        return len(data)
-
-    def _how_it_ended(self) -> tuple[str, bool]:
-        """In words, and whether somebody else ended it."""
-        try:
-            code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "hung up", False
-        if words := self._last_words():
-            _log.warning("last words of a decoder process: %s", words)
-        if code >= 0:
-            return f"ended with exit status {code}", False
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return f"died of {name}", -code in (signal.SIGKILL, signal.SIGTERM)
-
-    def _last_words(self) -> str:
-        self._errors.seek(max(self._errors.seek(0, os.SEEK_END) - 4096, 0))
-        return self._errors.read().decode(errors="replace").partition("\nExtension modules:")[0].strip()
-
-
-def _shared_file(size_bytes: int) -> BinaryIO:
-    """Memory with a file descriptor; a file without a name where the system has or allows no such thing."""
-    try:
-        file: BinaryIO = os.fdopen(os.memfd_create("af3pipe-decoder"), "r+b", buffering=0)
-    except (AttributeError, OSError):
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (the caller closes it)
-    file.truncate(size_bytes)
-    return file
 
 
 _pools: "weakref.WeakSet[DecoderPool]" = weakref.WeakSet()

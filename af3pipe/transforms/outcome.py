@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import apache_beam as beam
 
-from af3pipe.audio.guard import GuardError
+from af3pipe.audio.decoder_process import GuardError
 from af3pipe.models.engine import EngineFailed, ModelError
 from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage, Task
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from af3pipe.audio.decode import Asked, decode
-from af3pipe.audio.guard import DecoderError, DecoderLimits, DecoderPool, GuardError
+from af3pipe.audio.decoder_process import GuardError
+from af3pipe.audio.guard import DecoderError, DecoderPool
+from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.audio.recording import read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Reason, Recording, Rejected, Stage
@@ -373,7 +375,8 @@ def test_a_decoder_process_does_not_outlive_its_parent(name, tmp_path):
     script = f"""
         import io, os, threading, time
         from af3pipe.audio.decode import Asked
-        from af3pipe.audio.guard import DecoderLimits, DecoderPool
+        from af3pipe.audio.guard import DecoderPool
+        from af3pipe.audio.guarded import DecoderLimits
         pool = DecoderPool(DecoderLimits(timeout_s=1), decoder={AT_OPEN!r})
         data = open({str(tmp_path / "good")!r}, "rb").read()
         with pool.open(io.BytesIO(data), Asked(16000)) as decoding:
