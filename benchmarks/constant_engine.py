@@ -25,7 +25,7 @@ class ConstantEngine:
 
     def __init__(self, options: EngineOptions) -> None:
         self.info = EngineInfo("constant", "1", "AudioFlamingo3", "none", "constant", "none", "none")
-        self._queue = JobQueue(options.batch_size, options.batch_audio_s)
+        self._queue = JobQueue(options.slots or 16, options.queue_audio_s)
         self._stats = EngineStats()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -65,7 +65,7 @@ class ConstantEngine:
             self._stats = told._replace(
                 requests=told.requests + len(jobs),
                 windows=told.windows + windows,
-                batches=told.batches + 1,
+                steps=told.steps + 1,
                 # What was to be slept: whatever the machine adds to it is no work of a GPU's.
                 decode_s=told.decode_s + window_s * windows,
             )

@@ -137,7 +137,7 @@ def lay(pipeline: beam.Pipeline, url: str, options: EngineOptions, way: str) -> 
     if way == "decode":
         _ = recordings | decode
     elif way == "overlap":
-        ask = AskAudioFlamingo(model="demo", tasks=[TASK], engine=options.engine, device="cpu", batch_size=BATCH_SIZE)
+        ask = AskAudioFlamingo(model="demo", tasks=[TASK], engine=options.engine, device="cpu", slots=BATCH_SIZE)
         _ = recordings | AnswerRecordings(decode, ask)
     else:
         limits = open_checkpoint("demo").limits
@@ -146,7 +146,7 @@ def lay(pipeline: beam.Pipeline, url: str, options: EngineOptions, way: str) -> 
 
 def run(url: str, engine: str, way: str) -> Figures:
     """One run."""
-    options = EngineOptions("demo", engine, device="cpu", batch_size=BATCH_SIZE)
+    options = EngineOptions("demo", engine, device="cpu", slots=BATCH_SIZE)
     held = acquire_engine(options)  # loading the model is not what is measured
     span = Span(held)
     began = time.perf_counter()

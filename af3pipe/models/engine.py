@@ -27,8 +27,12 @@ class EngineOptions(NamedTuple):
         revision: Branch, tag or commit on the hub; None for the default branch.
         dtype: `auto` (bfloat16 on CUDA, float32 on CPU), or `float32`, `bfloat16`, `float16`.
         device: `auto` (CUDA when there is one), or as torch names it.
-        batch_size: Most prompts (a request has one per task) decoded together.
-        batch_audio_s: Most seconds of audio, summed over those prompts, decoded together.
+        slots: Most prompts (a request has one a task) decoded together; None for what the device is good for.
+        queue_audio_s: Most seconds of audio that wait to be worked on.
+        attention: The audio encoder's attention, by Hugging Face's name for it.
+        cuda_graphs: Whether decoding steps are captured as CUDA graphs; without meaning on a CPU.
+        adapter: Directory of a PEFT adapter that is merged into the weights.
+        quantize: `none`, or `int8` or `fp8` for the language model's weights.
     """
 
     model: str
@@ -36,12 +40,20 @@ class EngineOptions(NamedTuple):
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    batch_size: int = 16
-    batch_audio_s: float = 1200.0
+    slots: int | None = None
+    queue_audio_s: float = 1200.0
+    attention: str = "sdpa"
+    cuda_graphs: bool = True
+    adapter: str | None = None
+    quantize: str = "none"
 
 
 class EngineInfo(NamedTuple):
-    """What was opened: lands in every answer and in the run's record."""
+    """What was opened: lands in every answer and in the run's record.
+
+    Attributes:
+        slots: Prompts that are decoded together at most.
+    """
 
     model_id: str
     model_revision: str
@@ -50,14 +62,16 @@ class EngineInfo(NamedTuple):
     engine: str
     dtype: str
     device: str
+    slots: int = 1
 
 
 class EngineStats(NamedTuple):
     """What the engine did since it was last asked. Times are wall seconds of its thread.
 
     Attributes:
-        windows: 30 s windows through the audio encoder.
-        rows: Prompts decoded; `row_capacity` is what the batches could have held.
+        windows: Windows of audio (30 s or less) through the audio encoder.
+        prompt_tokens: Of all prompts; `reused_tokens` of them were there already, from another task or turn.
+        steps: Decoding steps; `slot_steps` were taken by prompts, `slot_capacity` could have been.
         idle_s: Waiting with nothing to do, from the first request on.
     """
 
@@ -65,10 +79,11 @@ class EngineStats(NamedTuple):
     windows: int = 0
     audio_tokens: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
-    batches: int = 0
-    rows: int = 0
-    row_capacity: int = 0
+    steps: int = 0
+    slot_steps: int = 0
+    slot_capacity: int = 0
     encode_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -97,6 +112,10 @@ class Engine(Protocol):
         Raises:
             EngineFailed: The engine is closed or lost.
         """
+        ...
+
+    def ask_alone(self, request: Request) -> "Future[list[Reply]]":
+        """As `submit`, but by stock `generate`, one task at a time: what `submit` must agree with."""
         ...
 
     def take_stats(self) -> EngineStats:

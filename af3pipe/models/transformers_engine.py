@@ -95,7 +95,7 @@ class TransformersEngine:
         # What is remembered of running out of memory, for as long as this engine lives.
         self._encoder_windows = _ENCODER_WINDOWS
         self._max_positions: int | None = None
-        self._queue = JobQueue(options.batch_size, options.batch_audio_s)
+        self._queue = JobQueue(options.slots or 16, options.queue_audio_s)
         self._working: list[Job] = []
         self._stats = EngineStats()
         self._stats_lock = threading.Lock()
@@ -266,9 +266,9 @@ class TransformersEngine:
 
     def _fits(self, rows: Sequence[_Row]) -> bool:
         return (
-            len(rows) <= self._options.batch_size
+            len(rows) <= (self._options.slots or 16)
             and len({row.math for row in rows}) == 1
-            and sum(row.job.seconds / row.job.rows for row in rows) <= self._options.batch_audio_s
+            and sum(row.job.seconds / row.job.rows for row in rows) <= self._options.queue_audio_s
             and (self._max_positions is None or _positions(rows) <= self._max_positions)
         )
 
@@ -296,9 +296,9 @@ class TransformersEngine:
             self._inputs.reply(new, row.ids, row.task, self._released) for row, new in zip(rows, output, strict=True)
         ]
         self._count(
-            batches=1,
-            rows=len(rows),
-            row_capacity=self._options.batch_size,
+            steps=1,
+            slot_steps=len(rows),
+            slot_capacity=(self._options.slots or 16),
             prompt_tokens=sum(reply.prompt_tokens for reply in replies),
             new_tokens=sum(reply.new_tokens for reply in replies),
             prefill_s=watch.prefilled - began,

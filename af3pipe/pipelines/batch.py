@@ -98,8 +98,8 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
         engine=job.engine,
         dtype=job.dtype,
         device=job.device,
-        batch_size=job.batch_size,
-        batch_audio_s=job.batch_audio_s,
+        slots=job.slots,
+        queue_audio_s=job.queue_audio_s,
         question_tokens=job.max_new_tokens or 256,
     )
     recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs, channel=job.channel, stream=job.stream)

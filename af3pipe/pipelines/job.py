@@ -142,8 +142,8 @@ class JobConfig(_Strict):
     silent_below: Annotated[float, Field(ge=FLOOR_DBFS, lt=0)] = SILENT_BELOW_DBFS
     channel: Annotated[str, BeforeValidator(channel_text)] = MIX
     stream: Annotated[int | None, BeforeValidator(stream_index)] = None
-    batch_size: Annotated[int, Field(gt=0)] = 16
-    batch_audio_s: Annotated[float, Field(gt=0)] = 1200.0
+    slots: Annotated[int, Field(gt=0)] | None = None
+    queue_audio_s: Annotated[float, Field(gt=0)] = 1200.0
     decode_threads: Annotated[int, Field(gt=0)] | None = None
     decode_guard: bool = True
     decode_timeout_s: Annotated[float, Field(gt=0, le=MOST_TIMEOUT_S)] = DEFAULT_LIMITS.timeout_s

@@ -8,6 +8,7 @@ from af3pipe.schemas.answer import (
     Request,
     Task,
     TimedText,
+    Turn,
     answer_key,
 )
 from af3pipe.schemas.dead_letter import DEAD_LETTER_SCHEMA, DeadLetter, Reason, Rejected, Stage, dead_letter_key
@@ -48,6 +49,7 @@ __all__ = [
     "Task",
     "TerminalState",
     "TimedText",
+    "Turn",
     "answer_key",
     "channel_text",
     "dead_letter_key",

@@ -11,10 +11,21 @@ import pyarrow as pa
 from af3pipe.schemas.recording import Levels, Recording, taken_from
 
 
+_ALWAYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+
+
 class Decoding(NamedTuple):
     """How the reply is chosen, token by token. The defaults are greedy, whatever the checkpoint's own are.
 
     The released checkpoints default to sampling (temperature 0.7, top_p 0.8, repetition_penalty 1.05).
+    The names are those of Hugging Face's `GenerationConfig`, as far as it has them.
+
+    Attributes:
+        min_new_tokens: The reply does not end before.
+        seed: For sampling: with the request's own seed it decides every draw, whatever else is decoded beside it.
+        stop: Strings that end the reply; what begins with one is not part of its text.
+        one_of: Whole replies, of which the model must give one; empty for free text.
+        json_schema: JSON text of a schema that the reply must follow; None for free text.
     """
 
     max_new_tokens: int = 256
@@ -23,10 +34,33 @@ class Decoding(NamedTuple):
     top_p: float = 1.0
     top_k: int = 50
     repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    one_of: tuple[str, ...] = ()
+    json_schema: str | None = None
 
     def to_json(self) -> str:
-        """The `decoding` column: sorted keys, so that equal parameters give equal text."""
-        return json.dumps(self._asdict(), sort_keys=True)
+        """The `decoding` column: sorted keys, so that equal parameters give equal text.
+
+        What came after the first six is told only where it is used: answers keep the keys they have.
+        """
+        defaults = Decoding()._asdict()
+        told = {key: value for key, value in self._asdict().items() if key in _ALWAYS or value != defaults[key]}
+        return json.dumps(told, sort_keys=True)
+
+
+class Turn(NamedTuple):
+    """What the user said at one point of a conversation.
+
+    Attributes:
+        prompt: The turn's text; may be empty where there is audio.
+        audios: Which of the request's audios are heard in this turn, by index. None is all of them in the first
+            turn and none in later ones; an empty tuple in the first turn asks without audio.
+    """
+
+    prompt: str
+    audios: tuple[int, ...] | None = None
 
 
 class Task(NamedTuple):
@@ -42,6 +76,10 @@ class Task(NamedTuple):
         parser: How the reply is read: a name from `models.tasks.PARSERS`, or `module:function`.
         strip_prefix: Whether the checkpoint's framing sentence is removed by its processor.
         stitch: Whether the replies of a long recording's segments make one answer.
+        history: The turns before this one. The model sees them with the replies it gave to them, so each must be
+            a task of the same request, placed before this one.
+        audios: Of this turn; see `Turn`.
+        think: Whether the model is asked to reason before it answers; needs the adapter that was trained to.
     """
 
     name: str
@@ -53,21 +91,38 @@ class Task(NamedTuple):
     parser: str = "text"
     strip_prefix: bool = False
     stitch: bool = False
+    history: tuple[Turn, ...] = ()
+    audios: tuple[int, ...] | None = None
+    think: bool = False
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation's user turns, this one last."""
+        return (*self.history, Turn(self.prompt or "", self.audios))
 
 
 class Request(NamedTuple):
     """One segment and the tasks asked of it, as an engine takes it.
 
     Attributes:
-        samples: float32 mono PCM at the model's sampling rate, shape (n,).
+        samples: float32 mono PCM at the model's sampling rate, shape (n,); a tuple of them for a conversation
+            about several, empty for one about none.
         tasks: At least one; every prompt filled in.
+        seed: Added to a sampling task's own, so that not every recording gets the same draws.
     """
 
-    samples: npt.NDArray[np.float32]
+    samples: npt.NDArray[np.float32] | tuple[npt.NDArray[np.float32], ...]
     tasks: tuple[Task, ...]
+    seed: int = 0
+
+    @property
+    def audios(self) -> tuple[npt.NDArray[np.float32], ...]:
+        """What may be heard, in order."""
+        return self.samples if isinstance(self.samples, tuple) else (self.samples,)
 
     def __repr__(self) -> str:
-        return f"Request(samples={self.samples.shape}, tasks={[task.name for task in self.tasks]})"
+        shapes = [audio.shape for audio in self.audios]
+        return f"Request(audios={shapes}, tasks={[task.name for task in self.tasks]})"
 
 
 class Reply(NamedTuple):
@@ -76,7 +131,7 @@ class Reply(NamedTuple):
     Attributes:
         text: Decoded, without special tokens, stripped as the task asks.
         tokens: The new token ids, the end-of-sequence token included where it was produced.
-        finish_reason: `stop` when the model ended its reply, `length` when `max_new_tokens` did.
+        finish_reason: `stop` when the model or a stop string ended the reply, `length` when `max_new_tokens` did.
         audio_tokens: Placeholders the audio took in the prompt.
         prompt_tokens: Length of the whole prompt, `audio_tokens` included.
     """
@@ -235,6 +290,7 @@ def answer_key(
         model_id,
         model_revision,
         task.decoding.to_json(),
+        *([list(turn) for turn in task.turns] if task.history or task.audios is not None else ()),
         *taken_from(recording.channel, recording.stream),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -43,6 +43,16 @@ from af3pipe.transforms.outcome import (
 from af3pipe.transforms.overlap import OverlapDoFn
 
 _PARTS = "parts"
+_ENGINE_COUNTERS = (
+    "windows",
+    "audio_tokens",
+    "prompt_tokens",
+    "reused_tokens",
+    "new_tokens",
+    "steps",
+    "slot_steps",
+    "slot_capacity",
+)
 
 
 def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) -> Answer:
@@ -115,7 +125,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
 
     def __init__(self, options: EngineOptions, tasks: Sequence[Task], question_tokens: int = 256) -> None:
         # Two batches: one that the engine works on, one that it finds when it is done.
-        super().__init__(2 * options.batch_size, 2 * options.batch_audio_s)
+        super().__init__(2 * (options.slots or 16), 2 * options.queue_audio_s)
         self._options = options
         self._asked = tuple(tasks)
         self._question_tokens = question_tokens
@@ -183,12 +193,12 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     def _count_engine(self) -> None:
         """Beam drops what is counted on the engine's thread, so a bundle's thread collects it."""
         stats = self._engine.take_stats()
-        for name in ("windows", "audio_tokens", "prompt_tokens", "new_tokens", "batches", "rows"):
+        for name in _ENGINE_COUNTERS:
             metrics.count(name, getattr(stats, name))
         for name in ("encode", "prefill", "decode", "idle"):
             metrics.count_seconds(name, getattr(stats, f"{name}_s"))
-        if stats.row_capacity:
-            metrics.observe("batch_fill_percent", round(100 * stats.rows / stats.row_capacity))
+        if stats.slot_capacity:
+            metrics.observe("slots_taken_percent", round(100 * stats.slot_steps / stats.slot_capacity))
 
 
 def iter_result(future: "Future[list[Reply]]") -> Iterator[list[Reply]]:
@@ -230,8 +240,8 @@ class AskAudioFlamingo(beam.PTransform):
         engine: What turns requests into replies: `transformers`.
         dtype: `auto` is bfloat16 on CUDA and float32 on CPU.
         device: `auto` is CUDA where there is one.
-        batch_size: Most prompts decoded together.
-        batch_audio_s: Most seconds of audio in them.
+        slots: Most prompts decoded together; None for what the device is good for.
+        queue_audio_s: Most seconds of audio that wait for the engine.
         question_tokens: Longest reply to a recording's own questions.
 
     Raises:
@@ -247,13 +257,13 @@ class AskAudioFlamingo(beam.PTransform):
         engine: str = "transformers",
         dtype: str = "auto",
         device: str = "auto",
-        batch_size: int = EngineOptions._field_defaults["batch_size"],
-        batch_audio_s: float = EngineOptions._field_defaults["batch_audio_s"],
+        slots: int | None = None,
+        queue_audio_s: float = EngineOptions._field_defaults["queue_audio_s"],
         question_tokens: int = 256,
     ) -> None:
         super().__init__()
         check_tasks(tasks)
-        options = EngineOptions(model, engine, revision, dtype, device, batch_size, batch_audio_s)
+        options = EngineOptions(model, engine, revision, dtype, device, slots, queue_audio_s)
         self._dofn = AskDoFn(options, tasks, question_tokens)
 
     def expand(self, inputs: Any) -> Any:

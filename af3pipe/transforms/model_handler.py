@@ -36,7 +36,7 @@ class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, _Held]):
     """
 
     def __init__(self, options: EngineOptions, tasks: Sequence[Task]) -> None:
-        super().__init__(max_batch_size=options.batch_size)
+        super().__init__(max_batch_size=options.slots or 16)
         check_tasks(tasks)
         self._options = options
         self._tasks = tuple(tasks)

@@ -138,7 +138,7 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(open_model, tiny_af3, monkeypat
 
 
 def test_close_answers_or_fails_everything_at_once(open_model, tiny_af3):
-    engine = open_model(tiny_af3, batch_size=2)
+    engine = open_model(tiny_af3, slots=2)
     futures = [engine.submit(Request(sounds(1, seed=i), (LONG,))) for i in range(5)]
     deadline = time.monotonic() + 30
     while not futures[0].running() and time.monotonic() < deadline:
@@ -154,7 +154,7 @@ def test_close_answers_or_fails_everything_at_once(open_model, tiny_af3):
 
 
 def test_a_cancelled_request_is_not_worked_on(open_model, tiny_af3):
-    engine = open_model(tiny_af3, batch_size=1)
+    engine = open_model(tiny_af3, slots=1)
     begun, go_on = threading.Event(), threading.Event()
     generate, lengths = engine._model.generate, []
 
@@ -176,7 +176,7 @@ def test_a_cancelled_request_is_not_worked_on(open_model, tiny_af3):
 
 
 def test_submit_blocks_while_two_batches_wait(open_model, tiny_af3):
-    engine = open_model(tiny_af3, batch_size=2)
+    engine = open_model(tiny_af3, slots=2)
     go_on, generate = threading.Event(), engine._model.generate
     engine._model.generate = lambda **inputs: go_on.wait(60) and generate(**inputs)
     futures = []
@@ -195,15 +195,15 @@ def test_submit_blocks_while_two_batches_wait(open_model, tiny_af3):
 
 
 def test_each_segment_is_encoded_once_and_work_is_told_once(open_model, tiny_af3):
-    engine = open_model(tiny_af3, batch_size=4)
+    engine = open_model(tiny_af3, slots=4)
     tasks = tuple(CAPTION._replace(prompt=f"Question {i}?") for i in range(5))
     replies = engine.submit(Request(sounds(65), tasks)).result(timeout=60)
     engine.submit(Request(sounds(1), tasks[:1])).result(timeout=60)
     stats = engine.take_stats()
-    assert (stats.requests, stats.windows, stats.rows) == (2, 4, 6)
+    assert (stats.requests, stats.windows, stats.slot_steps) == (2, 4, 6)
     assert stats.audio_tokens == replies[0].audio_tokens + 25
     assert stats.prompt_tokens > 5 * replies[0].audio_tokens
-    assert stats.row_capacity == 4 * stats.batches == 12
+    assert stats.slot_capacity == 4 * stats.steps == 12
     assert min(stats.encode_s, stats.prefill_s, stats.decode_s) > 0
     assert engine.take_stats()._replace(idle_s=0) == type(stats)()
 

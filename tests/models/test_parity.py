@@ -57,7 +57,7 @@ def test_demo_model_hears_and_batches_answer_the_same(demo_oracle, open_model):
     question = answer("What is the main sound? Choose the correct option:", SOUNDS)
     tasks = tuple(resolve(task, "AudioFlamingo3") for task in (caption(), transcript(), question))
     requests = [Request(clip(name), tasks) for name in heard]
-    engine = open_model("demo", batch_size=8)
+    engine = open_model("demo", slots=8)
     for request, replies, (described, named) in zip(requests, ask_all(engine, requests), heard.values(), strict=True):
         assert_equal(demo_oracle, request, replies)
         assert {reply.finish_reason for reply in replies} == {"stop"}
@@ -86,7 +86,7 @@ def test_demo_model_at_all_lengths(demo_oracle, open_model):
 
 def test_random_audio_flamingo(af3_oracle, open_model, tiny_af3):
     requests = [Request(sounds(s, seed=i), all_tasks("AudioFlamingo3", i)) for i, s in enumerate(LENGTHS)]
-    answers = ask_all(open_model(tiny_af3, batch_size=7), requests)
+    answers = ask_all(open_model(tiny_af3, slots=7), requests)
     for request, replies in zip(requests, answers, strict=True):
         assert_equal(af3_oracle, request, replies)
     assert len({reply.tokens for replies in answers for reply in replies}) > len(requests), "hears nothing"
@@ -95,7 +95,7 @@ def test_random_audio_flamingo(af3_oracle, open_model, tiny_af3):
 def test_random_music_flamingo(mf_oracle, open_model, tiny_mf):
     """Where the last window gives no token, stock raises (see below): there, stock is asked without that window."""
     requests = [Request(sounds(s, seed=i), all_tasks("MusicFlamingo", i)) for i, s in enumerate(LENGTHS)]
-    answers = ask_all(open_model(tiny_mf, batch_size=7), requests)
+    answers = ask_all(open_model(tiny_mf, slots=7), requests)
     for request, replies in zip(requests, answers, strict=True):
         n = len(request.samples)
         empty_last = mf_oracle.checkpoint.window_tokens(n)[-1] == 0

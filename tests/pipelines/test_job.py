@@ -64,7 +64,7 @@ def test_a_limit_for_all_tasks():
         ({"stream": "first"}, ["stream is 'first'; it must be a number from 0"]),
         ({"ouput": "x"}, ["ouput is not a key of a job", "did you mean 'output'"]),
         ({"inputs": []}, ["inputs is []"]),
-        ({"batch_size": 0}, ["batch_size is 0", "greater than 0"]),
+        ({"slots": 0}, ["slots is 0", "greater than 0"]),
         ({"tasks": ["captoin"]}, ["task 'captoin' is not known", "caption, transcript", "prompt"]),
         ({"tasks": [{"name": "caption", "promt": "x"}]}, ["tasks.0.promt", "did you mean 'prompt'"]),
         ({"tasks": ["caption", "caption"]}, ["task 'caption' is asked twice"]),
@@ -91,7 +91,7 @@ def test_missing_output_is_named():
 
 
 def test_all_problems_are_told_at_once():
-    assert len(problem(over_length="cut", batch_size=0).splitlines()) == 2
+    assert len(problem(over_length="cut", slots=0).splitlines()) == 2
 
 
 @pytest.mark.parametrize(("limit", "recordings", "allowed"), [("0", 9, 0), (3, 9, 3), ("5%", 200, 10)])

@@ -14,7 +14,7 @@ from af3pipe.schemas import DeadLetter, Recording
 from af3pipe.transforms.decode import open_segments
 from af3pipe.transforms.model_handler import AudioFlamingoModelHandler
 
-OPTIONS = EngineOptions("demo", device="cpu", batch_size=4)
+OPTIONS = EngineOptions("demo", device="cpu", slots=4)
 
 
 def segment(name):
@@ -44,7 +44,7 @@ def test_run_inference(monkeypatch):
 
 
 def test_the_model_is_let_go_when_run_inference_forgets_it():
-    options = OPTIONS._replace(batch_size=3)  # Beam keeps the one of the last pipeline for the next
+    options = OPTIONS._replace(slots=3)  # Beam keeps the one of the last pipeline for the next
     held = AudioFlamingoModelHandler(options, [caption()]).load_model()
     engine = held.engine
     assert engine.is_open
