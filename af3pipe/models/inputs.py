@@ -1,7 +1,9 @@
 """The checkpoint's own processor and model, and what goes in and out: samples, prompts, decoding, replies."""
 
 import inspect
-from collections.abc import Sequence
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,23 +14,30 @@ from transformers import GenerationConfig
 
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint
-from af3pipe.schemas import Decoding, Reason, Rejected, Reply, Stage, Task
+from af3pipe.schemas import Decoding, Reason, Rejected, Reply, Stage, Task, Turn
+
+_SILENT_FRAMES = 8  # behind the audio: more than an STFT window and what the convolutions see
+_MOST_TEMPLATES = 256
 
 hf: Any = transformers  # typed in parts only: strict mypy refuses to call the rest
 
 
-class Windows(NamedTuple):
-    """A segment as the audio encoder takes it.
+class Window(NamedTuple):
+    """A window as the audio encoder takes it.
 
     Attributes:
-        features: Log-mel, float32, shape (windows, mel bins, frames of a full window).
-        mask: 1 where a frame holds audio, shape (windows, frames of a full window).
-        tokens: Audio tokens of each window, in order; none is 0.
+        features: Log-mel, float32, shape (mel bins, frames and some of the silence behind them).
+        frames: That hold audio.
+        full_frames: Of a full window.
+        tokens: Audio tokens; never 0.
+        place: In its recording, from 0.
     """
 
     features: torch.Tensor
-    mask: torch.Tensor
-    tokens: tuple[int, ...]
+    frames: int
+    full_frames: int
+    tokens: int
+    place: int
 
 
 class Inputs:
@@ -49,6 +58,10 @@ class Inputs:
             "strip_prefix" in inspect.signature(method).parameters
             for method in (processor.decode, processor.batch_decode)
         )
+        self._templates: dict[Any, npt.NDArray[np.int64]] = {}
+        self._lock = threading.Lock()  # prompts are made on the callers' threads
+        edges = [getattr(processor, f"audio_{edge}_token_id", None) for edge in ("bos", "eos")]
+        self._audio_edges = [np.asarray([] if edge is None else [edge], dtype=np.int64) for edge in edges]
 
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> "Inputs":
@@ -85,62 +98,123 @@ class Inputs:
             detail = f"{int((~np.isfinite(samples)).sum())} of {n} samples are not finite"
             raise Rejected(Stage.WINDOW, Reason.DECODE_ERROR, detail)
 
-    def windows(self, samples: npt.NDArray[np.float32], device: str = "cpu") -> Windows:
-        """Cuts a checked segment into windows and computes their log-mel features on `device`."""
-        size = self.checkpoint.limits.window_samples
-        tokens = self.checkpoint.window_tokens(len(samples))
-        kept = [index for index, count in enumerate(tokens) if count]
-        extracted = self.processor.feature_extractor(
-            [samples[index * size : (index + 1) * size] for index in kept],
-            sampling_rate=self.checkpoint.limits.sample_rate,
-            return_attention_mask=True,
-            return_tensors="pt",
-            device=device,
-        )
-        return Windows(
-            extracted["input_features"], extracted["attention_mask"], tuple(tokens[index] for index in kept)
-        )
+    def windows(self, samples: npt.NDArray[np.float32], device: str = "cpu") -> list[Window]:
+        """Cuts a checked segment into windows and computes their log-mel features on `device`.
 
-    def prompt_ids(self, prompt: str, audio_tokens: int) -> torch.Tensor:
-        """The whole conversation as token ids, the audio's placeholders written out; shape (length,).
+        Equal to what the stock processor gives, as far as there is audio: frames are computed each for itself, and
+        what they are scaled by is their maximum, which silence does not raise.
+        """
+        limits, hop = self.checkpoint.limits, self.checkpoint.hop_length
+        size = limits.window_samples
+        windows = []
+        for place, tokens in enumerate(self.checkpoint.window_tokens(len(samples))):
+            if not tokens:
+                continue
+            piece = samples[place * size : (place + 1) * size]
+            frames = -(-len(piece) // hop)
+            # One window at a time: on a CPU twice as fast as many, which fall out of its cache.
+            extracted = self.processor.feature_extractor(
+                [piece],
+                sampling_rate=limits.sample_rate,
+                max_length=min(size, (frames + _SILENT_FRAMES) * hop),
+                return_tensors="pt",
+                device=device,
+            )
+            windows.append(Window(extracted["input_features"][0], frames, size // hop, tokens, place))
+        return windows
 
-        Equal to what the processor gives for a user turn with this text and an audio of so many tokens.
+    def prompt(
+        self, turns: Sequence[Turn], replies: Sequence[str], audio_tokens: Sequence[int]
+    ) -> npt.NDArray[np.int64]:
+        """A whole conversation as tokens, up to where the next reply begins; shape (length,).
+
+        A text token is its id. A placeholder of audio is negative: -1 - i stands for embedding i of all the
+        request's audio, so that equal numbers mean the same input. Otherwise equal to what the processor gives for
+        such turns.
+
+        Args:
+            turns: What the user said.
+            replies: What the model said to all but the last of them.
+            audio_tokens: Of each of the request's audios.
 
         Raises:
-            Rejected: The prompt itself holds the placeholder, so that nobody could say where the audio goes.
+            Rejected: A turn holds the placeholder as text, or hears what is not there.
         """
-        processor = self.processor
-        if processor.audio_token in prompt:
-            detail = f"the prompt holds the model's audio placeholder {processor.audio_token!r}: {prompt[:200]!r}"
+        heard = [_heard(turn, first, len(audio_tokens)) for first, turn in _firsts(turns)]
+        ids = self._template(tuple(zip((turn.prompt for turn in turns), map(len, heard), strict=True)), tuple(replies))
+        starts = np.cumsum([0, *audio_tokens])
+        begin, end = self._audio_edges
+        spans = [
+            np.concatenate([begin, -1 - np.arange(starts[audio], starts[audio + 1]), end])
+            for audios in heard
+            for audio in audios
+        ]
+        places = np.flatnonzero(ids == self.audio_token_id)
+        if len(places) < len(spans):
+            # Chat templates write one placeholder for a turn, whatever it holds: then its audios follow each other.
+            turned = [index for index, audios in enumerate(heard) for _ in audios]
+            spans = [
+                np.concatenate([span for span, turn in zip(spans, turned, strict=True) if turn == index])
+                for index, audios in enumerate(heard)
+                if audios
+            ]
+        if len(places) != len(spans):
+            detail = f"the chat template writes {len(places)} audio placeholders for {len(spans)} that are heard"
             raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
-        text = processor.apply_chat_template(conversation(prompt), tokenize=False, add_generation_prompt=True)
-        begin, end = (getattr(processor, f"audio_{edge}_token", "") for edge in ("bos", "eos"))
-        text = text.replace(processor.audio_token, begin + processor.audio_token * audio_tokens + end)
-        ids: torch.Tensor = processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
-        return ids
+        pieces = np.split(ids, places)
+        return np.concatenate([pieces[0], *(p for span, rest in zip(spans, pieces[1:], strict=True) for p in (span, rest[1:]))])
 
-    def reply(self, tokens: Sequence[int], ids: torch.Tensor, task: Task, released: GenerationConfig) -> Reply:
+    def ids(self, prompt: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """A prompt as the model's own token ids, the placeholders as what they are."""
+        return np.where(prompt < 0, self.audio_token_id, prompt)
+
+    def _template(self, turns: tuple[tuple[str, int], ...], replies: tuple[str, ...]) -> npt.NDArray[np.int64]:
+        """Token ids of a conversation, one placeholder for each audio (or turn that has some)."""
+        with self._lock:
+            key = (turns, replies)
+            if key not in self._templates:
+                if len(self._templates) >= _MOST_TEMPLATES:
+                    self._templates.clear()
+                self._templates[key] = self._render(turns, replies)
+            return self._templates[key]
+
+    def _render(self, turns: tuple[tuple[str, int], ...], replies: tuple[str, ...]) -> npt.NDArray[np.int64]:
+        processor = self.processor
+        for prompt, _ in turns:
+            if processor.audio_token in prompt:
+                detail = f"the prompt holds the model's audio placeholder {processor.audio_token!r}: {prompt[:200]!r}"
+                raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
+        said = [conversation(prompt, [None] * audios)[0] for prompt, audios in turns]
+        heard = [{"role": "assistant", "content": [{"type": "text", "text": reply}]} for reply in replies]
+        messages = [message for pair in itertools.zip_longest(said, heard) for message in pair if message]
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return np.asarray(processor.tokenizer(text)["input_ids"], dtype=np.int64)
+
+    def reply(
+        self, tokens: Sequence[int], prompt: npt.NDArray[np.int64], task: Task, finish_reason: str
+    ) -> Reply:
         """What the model said to a task.
 
         Args:
-            tokens: The new tokens; what follows the reply's end, or the task's limit, is cut off.
-            ids: The prompt, shape (length,).
+            tokens: The new tokens.
+            prompt: As `prompt` gave it.
             task: What was asked.
-            released: The checkpoint's own config, for the tokens that end a reply.
+            finish_reason: `stop` or `length`.
         """
-        ends = _eos_token_ids(released)
-        tokens = tokens[: task.decoding.max_new_tokens]
-        end = next((place for place, token in enumerate(tokens) if token in ends), None)
-        tokens = tokens if end is None else tokens[: end + 1]
         options = {"strip_prefix": True} if task.strip_prefix and self._strips_prefix else {}
         texts = self.processor.batch_decode([list(tokens)], skip_special_tokens=True, **options)
         return Reply(
-            text=texts[0].strip(),
+            text=cut_at_stop(texts[0], task.decoding.stop).strip(),
             tokens=tuple(tokens),
-            finish_reason="length" if end is None else "stop",
-            audio_tokens=int((ids == self.audio_token_id).sum()),
-            prompt_tokens=len(ids),
+            finish_reason=finish_reason,
+            audio_tokens=int((prompt < 0).sum()),
+            prompt_tokens=len(prompt),
         )
+
+    def said(self, reply: Reply) -> str:
+        """A reply as it stands in a conversation: as the model gave it, framing and all."""
+        text: str = self.processor.tokenizer.decode(list(reply.tokens), skip_special_tokens=True)
+        return text
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
@@ -167,10 +241,29 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     return model
 
 
-def conversation(prompt: str, audio: npt.NDArray[np.float32] | None = None) -> list[dict[str, Any]]:
+def conversation(prompt: str, audios: Sequence[npt.NDArray[np.float32] | None]) -> list[dict[str, Any]]:
     """One user turn with text and audio, as chat templates take it; without samples, for its text alone."""
-    sound = {"type": "audio"} if audio is None else {"type": "audio", "audio": audio}
-    return [{"role": "user", "content": [{"type": "text", "text": prompt}, sound]}]
+    text = [{"type": "text", "text": prompt}] if prompt else []
+    sounds = [{"type": "audio"} if audio is None else {"type": "audio", "audio": audio} for audio in audios]
+    return [{"role": "user", "content": [*text, *sounds]}]
+
+
+def _firsts(turns: Sequence[Turn]) -> Iterator[tuple[bool, Turn]]:
+    """Each turn, and whether it is the first."""
+    return ((index == 0, turn) for index, turn in enumerate(turns))
+
+
+def _heard(turn: Turn, is_first: bool, audios: int) -> tuple[int, ...]:
+    """Which audios a turn holds.
+
+    Raises:
+        Rejected: One that the request does not have.
+    """
+    heard = turn.audios if turn.audios is not None else tuple(range(audios)) if is_first else ()
+    if wrong := [audio for audio in heard if not 0 <= audio < audios]:
+        detail = f"the turn {turn.prompt[:200]!r} hears audio {wrong[0]}, but the request has {audios}"
+        raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
+    return heard
 
 
 def generation_config(decoding: Decoding, released: GenerationConfig) -> GenerationConfig:

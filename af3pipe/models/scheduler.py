@@ -1,4 +1,4 @@
-"""Which requests are worked on together, and what one failure takes down: itself alone. Plain Python, no torch."""
+"""Who is worked on next, and what one failure takes down: itself alone. Plain Python, no torch."""
 
 import threading
 import time
@@ -12,35 +12,82 @@ from af3pipe.schemas import Reply, Request
 
 T = TypeVar("T")
 
-_GATHER_S = 0.05  # how long a batch that is not full waits for more
-_QUEUED_BATCHES = 2  # how much may wait before put blocks
+# A clip of 15 s, or a window of 30 s (750 tokens), with its prompt and a reply of some hundred tokens: the two
+# kinds that archives are full of. From there on doubled.
+_SMALLEST_CAPACITIES = (640, 1280)
+_MOST_PASSES = 64  # how often others may go before a request whose slot is not free
+
+
+def capacity_class(positions: int) -> int:
+    """Length of the slots that a prompt with so many tokens, those of its reply included, is decoded in.
+
+    Few classes, so that the slots of one are shared by many; none more than twice as long as it must be.
+    """
+    capacity = _SMALLEST_CAPACITIES[0]
+    while capacity < positions:
+        capacity *= 2
+    return capacity
 
 
 class Job:
     """A request, its future, and the replies it has so far.
 
     Attributes:
-        rows: Prompts it will become, one a task.
-        seconds: Of audio, summed over those prompts.
+        seconds: Of audio.
+        capacity: Length of the slots its prompts take; filled in by the engine.
+        alone: Whether it is asked by stock `generate` and takes no slot.
+        passed: How many others went before it because its slots were taken.
     """
 
-    def __init__(self, request: Request, segment_s: float) -> None:
+    def __init__(self, request: Request, seconds: float, *, alone: bool = False) -> None:
         self.request = request
-        self.rows = len(request.tasks)
-        self.seconds = segment_s * self.rows
+        self.seconds = seconds
+        self.alone = alone
+        self.capacity = 0
+        self.passed = 0
         self.future: Future[list[Reply]] = Future()
         self._replies: dict[int, Reply] = {}
+        self._begun: set[int] = set()
 
     @property
     def done(self) -> bool:
         """Whether it is answered, or has failed: nothing more needs to be done for it."""
         return self.future.done()
 
-    def reply(self, task: int, reply: Reply) -> None:
+    def begin_ready(self) -> list[int]:
+        """Tasks that can be asked now and were not before: those whose conversation so far has its replies."""
+        ready = []
+        for place in range(len(self.request.tasks)):
+            if place not in self._begun and self.history(place) is not None:
+                self._begun.add(place)
+                ready.append(place)
+        return ready
+
+    def history(self, place: int) -> list[Reply] | None:
+        """The replies to the turns before a task; None while one is missing.
+
+        Raises:
+            ValueError: A turn before it is no task of this request.
+        """
+        tasks = self.request.tasks
+        replies = []
+        for count in range(1, len(tasks[place].turns)):
+            turns = tasks[place].turns[:count]
+            asked = next((other for other in range(place) if tasks[other].turns == turns), None)
+            if asked is None:
+                raise ValueError(
+                    f"task {tasks[place].name!r} follows the turn {turns[-1].prompt!r}, which no task before it asks"
+                )
+            if asked not in self._replies:
+                return None
+            replies.append(self._replies[asked])
+        return replies
+
+    def reply(self, place: int, reply: Reply) -> None:
         """Files the reply to one of its tasks; the last one answers the request."""
-        self._replies[task] = reply
-        if len(self._replies) == self.rows and not self.done:
-            self.future.set_result([self._replies[index] for index in range(self.rows)])
+        self._replies[place] = reply
+        if len(self._replies) == len(self.request.tasks) and not self.done:
+            self.future.set_result([self._replies[index] for index in range(len(self._replies))])
 
     def fail(self, error: BaseException) -> None:
         """Fails the request, unless it is already done."""
@@ -49,57 +96,88 @@ class Job:
 
 
 class JobQueue:
-    """Requests waiting for the engine's thread: bounded, first come first served, handed out in batches.
+    """Requests waiting for the engine's thread, a bounded number a caller; the callers take turns.
 
     Every job that was put is either taken or, when the queue is closed, failed.
+
+    Args:
+        max_jobs: Most that may wait, for each caller.
+        max_seconds: Most audio that may wait, for each caller; a longer one alone passes.
     """
 
-    def __init__(self, batch_size: int, batch_audio_s: float) -> None:
-        self._batch_size = batch_size
-        self._batch_audio_s = batch_audio_s
-        self._jobs: deque[Job] = deque()
-        self._changed = threading.Condition()
+    def __init__(self, max_jobs: int, max_seconds: float) -> None:
+        self._max_jobs = max_jobs
+        self._max_seconds = max_seconds
+        self._waiting: dict[int, deque[Job]] = {}  # by caller, whose turn it is first
+        self._changed = threading.Condition()  # its lock may be taken again by who has it
         self._failure: EngineFailed | None = None
         self._idle_s = 0.0
         self._begun = False
 
-    def put(self, job: Job) -> None:
-        """Appends a job; blocks while about two batches are waiting.
+    def __len__(self) -> int:
+        with self._changed:
+            return sum(len(jobs) for jobs in self._waiting.values())
+
+    def put(self, job: Job, caller: int | None = None) -> None:
+        """Appends a job; blocks while this caller (by default: thread) has enough waiting.
 
         Raises:
             EngineFailed: The queue is closed, with the reason it was closed for.
         """
+        caller = threading.get_ident() if caller is None else caller
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._has_room(job))
+            self._changed.wait_for(lambda: self._failure or self._has_room(job, caller))
             self.raise_if_closed()
-            self._jobs.append(job)
+            self._waiting.setdefault(caller, deque()).append(job)
             self._changed.notify_all()
 
-    def take(self) -> list[Job]:
-        """The next batch of jobs, all of them marked as running; waits a moment for one that is not yet full.
+    def take(self, fits: Callable[[Job], bool], *, wait: bool) -> Job | None:
+        """The next job that fits, marked as running; the callers take turns, each is served in its order.
+
+        A job that does not fit lets others pass, but not for ever: after some it is the only one that may come.
+
+        Args:
+            fits: Whether there is a slot for a job.
+            wait: Whether to wait for a job where there is none.
+
+        Returns:
+            None where no job fits, or none is there.
 
         Raises:
             EngineFailed: The queue is closed.
         """
         with self._changed:
-            began = time.perf_counter()
-            self._changed.wait_for(lambda: self._jobs or self._failure)
-            if not self._begun:
-                began, self._begun = time.perf_counter(), True
-            self._changed.wait_for(lambda: self._failure or self._fitting()[1], _GATHER_S)
-            self._idle_s += time.perf_counter() - began
+            if wait:
+                self._wait()
             self.raise_if_closed()
-            jobs = [self._jobs.popleft() for _ in range(self._fitting()[0])]
-            self._changed.notify_all()
-            # Under the lock, so that close() finds each job either here or running.
-            return [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            order = [(caller, job) for caller, jobs in self._waiting.items() for job in jobs]
+            overdue = [(caller, job) for caller, job in order if job.passed >= _MOST_PASSES]
+            for index, (caller, job) in enumerate(overdue[:1] or order):
+                if not (job.future.cancelled() or fits(job)):
+                    continue
+                self._remove(caller, job)
+                # Under the lock, so that close() finds each job either here or running.
+                if not job.future.set_running_or_notify_cancel():
+                    return self.take(fits, wait=False)
+                for _, other in order[:index]:
+                    other.passed += 1
+                return job
+            return None
+
+    def _remove(self, caller: int, job: Job) -> None:
+        """Takes a job out and sends its caller to the end of the line; one without jobs is forgotten."""
+        jobs = self._waiting.pop(caller)
+        jobs.remove(job)
+        if jobs:
+            self._waiting[caller] = jobs
+        self._changed.notify_all()
 
     def close(self, failure: EngineFailed) -> None:
         """Fails the jobs that wait and all that come; the first reason given stands."""
         with self._changed:
             self._failure = self._failure or failure
-            jobs = list(self._jobs)
-            self._jobs.clear()
+            jobs = [job for waiting in self._waiting.values() for job in waiting]
+            self._waiting.clear()
             self._changed.notify_all()
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
@@ -121,21 +199,17 @@ class JobQueue:
             idle_s, self._idle_s = self._idle_s, 0.0
         return idle_s
 
-    def _has_room(self, job: Job) -> bool:
-        rows = sum(waiting.rows for waiting in self._jobs) + job.rows
-        seconds = sum(waiting.seconds for waiting in self._jobs) + job.seconds
-        return not self._jobs or (
-            rows <= _QUEUED_BATCHES * self._batch_size and seconds <= _QUEUED_BATCHES * self._batch_audio_s
-        )
+    def _wait(self) -> None:
+        began = time.perf_counter()
+        self._changed.wait_for(lambda: self._waiting or self._failure)
+        if self._begun:
+            self._idle_s += time.perf_counter() - began
+        self._begun = True
 
-    def _fitting(self) -> tuple[int, bool]:
-        """How many jobs at the head make a batch (at least one, however large), and whether it is full."""
-        rows, seconds = 0, 0.0
-        for count, job in enumerate(self._jobs):
-            rows, seconds = rows + job.rows, seconds + job.seconds
-            if count and (rows > self._batch_size or seconds > self._batch_audio_s):
-                return count, True
-        return len(self._jobs), rows >= self._batch_size or seconds >= self._batch_audio_s
+    def _has_room(self, job: Job, caller: int) -> bool:
+        waiting = self._waiting.get(caller, ())
+        seconds = sum(other.seconds for other in waiting) + job.seconds
+        return not waiting or (len(waiting) < self._max_jobs and seconds <= self._max_seconds)
 
 
 def isolate(

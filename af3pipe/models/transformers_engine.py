@@ -1,75 +1,150 @@
-"""The default engine: Hugging Face modules, the audio encoded once a segment, the prompts decoded in batches."""
+"""The default engine: Hugging Face modules, every segment encoded once, prompts decoded in flight in shared slots.
+
+One thread does the work, in rounds: requests for which there are slots are encoded and prefilled, then every slot
+takes a step. A slot whose reply has ended takes the next prompt in the next round, so nobody waits for the longest
+reply of a batch. Tasks about the same audio, and later turns of a conversation, find their beginning in a slot that
+holds it already: that much is copied, and only the rest is computed.
+"""
 
 import contextlib
-import functools
 import gc
+import os
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.models.musicflamingo import modeling_musicflamingo
 
+from af3pipe.models.decoding import Choice, Chooser
+from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.engine import EngineFailed, EngineInfo, EngineOptions, EngineStats, ModelError
 from af3pipe.models.family import open_checkpoint
-from af3pipe.models.inputs import Inputs, Windows, generation_config, load_model
-from af3pipe.models.scheduler import Job, JobQueue, isolate
+from af3pipe.models.inputs import Inputs, Window, load_model
+from af3pipe.models.oracle import Oracle
+from af3pipe.models.scheduler import Job, JobQueue, capacity_class, isolate
+from af3pipe.models.slots import ATTENTION, LanguageModel, Piece, Slots
 from af3pipe.schemas import Reason, Rejected, Reply, Request, Stage, Task
 
-_rotate: Any = modeling_musicflamingo.apply_rotary_time_emb  # not typed
-_ENCODER_WINDOWS = 8  # through the audio encoder at once; halved when it does not fit
+_SLOTS = {"cpu": 32, "cuda": 64}
+_PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}  # in one call
+_REFILL_SHARE = 8  # slots are refilled an eighth at a time: encoding and prefilling one by one costs more
+_MEMORY_SHARE = 0.8  # of what is free on the device once the model is loaded, for slots; the rest for working
+_CPU_MEMORY_SHARE = 0.25  # of all there is
+_LEAST_PREFILL_TOKENS = 256
 
 
-class _Segment(NamedTuple):
-    """A request, and its segment as the audio encoder takes it."""
-
-    job: Job
-    windows: Windows
-
-
-class _Encoded(NamedTuple):
-    """A request, and its segment as the language model takes it: shape (audio tokens, hidden size)."""
-
-    job: Job
-    audio: torch.Tensor
-
-
-class _Row(NamedTuple):
-    """One prompt to be decoded: a task about an encoded segment.
+class _Prompt:
+    """One task of a request while it is decoded, or waits for a slot.
 
     Attributes:
-        place: Of the task in its request.
-        ids: The prompt with its placeholders, shape (length,), on the CPU.
-        audio: What takes their place, shape (audio tokens, hidden size).
+        job: The request.
+        place: Of the task in it.
+        tokens: The prompt, as `Inputs.prompt` gives it.
+        audio: Embeddings that its negative tokens stand for, shape (audio tokens, hidden size).
+        choice: The reply so far.
     """
 
-    job: Job
-    place: int
-    ids: torch.Tensor
-    audio: torch.Tensor
+    def __init__(self, job: Job, place: int, tokens: npt.NDArray[np.int64], audio: torch.Tensor) -> None:
+        self.job = job
+        self.place = place
+        self.tokens = tokens
+        self.audio = audio
+        self.choice: Choice | None = None
 
     @property
     def task(self) -> Task:
         return self.job.request.tasks[self.place]
 
     @property
-    def math(self) -> str:
-        """The decoding parameters that rows of one batch must share."""
-        return self.task.decoding._replace(max_new_tokens=0).to_json()
+    def held(self) -> npt.NDArray[np.int64]:
+        """What its slot holds: the prompt, and the reply but for its last token, which comes with the next step."""
+        chosen = self.choice.tokens[:-1] if self.choice else []
+        return np.concatenate([self.tokens, np.asarray(chosen, dtype=np.int64)])
+
+    def shared_with(self, other: "_Prompt") -> int:
+        """How many of its first tokens are in the other's slot; at least one is left, to have scores from."""
+        if other.job is not self.job or other.choice is None:
+            return 0
+        held = other.held[: len(self.tokens) - 1]
+        differ = np.flatnonzero(held != self.tokens[: len(held)])
+        return int(differ[0]) if len(differ) else len(held)
+
+
+class _Pool:
+    """Slots of one length: who is in them, and who waits for them.
+
+    Attributes:
+        slots: None while there is no memory for them.
+        rows: By slot, the prompt that is or was last in it.
+        active: Whether that one is still decoded.
+        waiting: Prompts whose audio is encoded.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.slots: Slots | None = None
+        self.rows: list[_Prompt | None] = []
+        self.active: list[bool] = []
+        self.waiting: deque[_Prompt] = deque()
+
+    def open(self, slots: Slots) -> None:
+        """Takes slots, all of them free."""
+        self.slots = slots
+        self.rows = [None] * slots.count
+        self.active = [False] * slots.count
+
+    def close(self) -> None:
+        """Gives the memory back; who was in a slot waits for another, from the beginning."""
+        ended = [prompt for prompt, active in zip(self.rows, self.active, strict=True) if prompt and active]
+        for prompt in ended:
+            prompt.choice = None
+        self.waiting.extendleft(reversed(ended))
+        self.slots, self.rows, self.active = None, [], []
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody is in or waits for."""
+        return len(self.rows) - sum(self.active) - len(self.waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        return not any(self.active) and not self.waiting
+
+    def compact(self) -> None:
+        """Moves prompts into free slots before them: a step costs what its last slot makes it cost."""
+        while any(self.active[sum(self.active) :]):
+            last = max(row for row, active in enumerate(self.active) if active)
+            hole = self.active.index(False)
+            prompt = self.rows[last]
+            assert prompt is not None and self.slots is not None
+            self.slots.copy(last, hole, len(prompt.held))
+            self.rows[hole], self.active[hole] = prompt, True
+            self.rows[last], self.active[last] = None, False
+
+
+class _Admission(NamedTuple):
+    """A prompt and the slot it is given, of which the first `start` positions are right already."""
+
+    prompt: _Prompt
+    row: int
+    start: int
 
 
 class TransformersEngine:
-    """Turns requests into replies with a stock Hugging Face model; see `Engine` for the contract.
+    """Turns requests into replies with a stock Hugging Face model; see `Engine` for the contract."""
 
-    Batches are static: a batch ends when its last row does.
-    """
-
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, *, loaded: tuple[Any, Any] | None = None) -> None:
         """Loads the model and starts the thread.
+
+        Args:
+            options: Which model, on what.
+            loaded: Model and processor that are in memory already, on the device and of the dtype they have.
 
         Raises:
             ModelError: The checkpoint cannot be loaded here.
@@ -77,26 +152,37 @@ class TransformersEngine:
         checkpoint = open_checkpoint(options.model, options.revision)
         device = _device(options.device)
         dtype = _dtype(options.dtype, device)
+        if loaded:
+            model, processor = loaded
+            self._inputs = Inputs(checkpoint, processor)
+        else:
+            self._inputs = Inputs.load(checkpoint)
+            model = load_model(checkpoint, device, dtype)
         self._options = options
-        self._inputs = Inputs.load(checkpoint)
-        self._model = load_model(checkpoint, device, dtype)
-        self._core = getattr(self._model, "model", self._model)
         self._device = device
+        self._oracle: Oracle | None = Oracle(checkpoint, model, self._inputs.processor)
+        self._encoder: AudioEncoder | None = AudioEncoder(model.model)
+        self._language: LanguageModel | None = LanguageModel(model)
+        self._chooser = Chooser(
+            self._inputs.processor.tokenizer, self._inputs.ends(model.generation_config), self._language.vocabulary
+        )
         self._info = EngineInfo(
             model_id=checkpoint.model_id,
             model_revision=checkpoint.revision,
             family=checkpoint.family,
             licence=checkpoint.licence,
             engine="transformers",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(self._language.dtype).removeprefix("torch."),
             device=str(device),
+            slots=options.slots or _SLOTS.get(device.type, 64),
         )
-        self._released = self._model.generation_config
+        self._pools: dict[int, _Pool] = {}
         # What is remembered of running out of memory, for as long as this engine lives.
-        self._encoder_windows = _ENCODER_WINDOWS
-        self._max_positions: int | None = None
-        self._queue = JobQueue(options.slots or 16, options.queue_audio_s)
-        self._working: list[Job] = []
+        self._positions = _free_bytes(device) // self._language.position_bytes
+        self._most_slots: dict[int, int] = {}
+        self._prefill_tokens = _PREFILL_TOKENS.get(device.type, 16384)
+        self._queue = JobQueue(2 * self._info.slots, options.queue_audio_s)
+        self._working: set[Job] = set()
         self._stats = EngineStats()
         self._stats_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="af3pipe-engine", daemon=True)
@@ -113,8 +199,22 @@ class TransformersEngine:
         return self._queue.is_open
 
     def submit(self, request: Request) -> "Future[list[Reply]]":
-        """Queues a request; blocks while about two batches are waiting."""
-        job = Job(request, len(request.samples) / self._inputs.checkpoint.limits.sample_rate)
+        """Queues a request; blocks while the calling thread has enough waiting."""
+        return self._submit(request, alone=False)
+
+    def ask_alone(self, request: Request) -> "Future[list[Reply]]":
+        """As `submit`, but by stock `generate` with the same weights; everything else waits meanwhile."""
+        return self._submit(request, alone=True)
+
+    def _submit(self, request: Request, *, alone: bool) -> "Future[list[Reply]]":
+        seconds = sum(map(len, request.audios)) / self._inputs.checkpoint.limits.sample_rate
+        job = Job(request, seconds, alone=alone)
+        self._queue.raise_if_closed()
+        try:
+            job.capacity = capacity_class(self._longest(job))
+        except Exception as error:  # noqa: BLE001 (a request that cannot be asked fails alone)
+            job.fail(error)
+            return job.future
         self._queue.put(job)
         return job.future
 
@@ -130,16 +230,37 @@ class TransformersEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _longest(self, job: Job) -> int:
+        """Checks a request; the most positions that one of its prompts may take, its reply included."""
+        tasks, audios = job.request.tasks, job.request.audios
+        for audio in audios:
+            self._inputs.check(audio)
+        audio_tokens = [self._inputs.checkpoint.audio_tokens(len(audio)) for audio in audios]
+        positions = 1
+        for place, task in enumerate(tasks):
+            if task.prompt is None:
+                raise ValueError(f"task {task.name!r} has no prompt; resolve() it before submitting")
+            job.history(place)  # raises where a turn before it is missing
+            empty = [""] * len(task.history)
+            prompt = self._inputs.prompt(task.turns, empty, audio_tokens)
+            if not (prompt < 0).any() and task.turns[0].audios != ():
+                detail = f"task {task.name!r} has no audio; where that is meant, say so with audios=()"
+                raise Rejected(Stage.WINDOW, Reason.TOO_SHORT, detail)
+            before = [other for other in tasks[:place] if other.turns == task.turns[: len(other.turns)]]
+            new = sum(other.decoding.max_new_tokens for other in before) + task.decoding.max_new_tokens
+            positions = max(positions, len(prompt) + new + 1)
+        return positions
+
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         failure = EngineFailed("the engine's thread ended")
         try:
             while True:
-                self._working = self._queue.take()
-                self._count(requests=len(self._working))
-                self._answer(self._working)
-                self._working = []
+                self._admit()
+                for pool in list(self._pools.values()):
+                    self._queue.raise_if_closed()
+                    self._step(pool)
         except EngineFailed as error:
             failure = error
         except Exception as error:  # noqa: BLE001 (a bug here, too, must not leave anybody waiting)
@@ -152,26 +273,20 @@ class TransformersEngine:
             self._free()
 
     def _free(self) -> None:
-        self._model = self._core = None
+        self._oracle = self._encoder = self._language = None
+        self._working.clear()
+        self._pools.clear()
         gc.collect()
         if self._device.type == "cuda":
             # After a lost device even this fails, and there is nothing left to free.
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
-        """Encode, make rows, decode. Whatever becomes of one request, the others are answered."""
-        segments: list[_Segment] = []
-        encoded: list[_Encoded] = []
-        rows: list[_Row] = []
-        each_alone = functools.partial(isolate, after_failure=self._after_failure)
-        for job in jobs:
-            each_alone([job], lambda one: segments.append(self._cut(one[0])), Job.fail)
-        each_alone(segments, lambda some: encoded.extend(self._encode(some)), _fail)
-        for segment in encoded:
-            each_alone([segment], lambda one: rows.extend(self._rows(one[0])), _fail)
-        for batch in self._batches(rows):
-            each_alone(batch, self._decode, _fail)
+    def _each_alone(
+        self, items: Sequence[Any], work: Callable[[Sequence[Any]], None], job_of: Callable[[Any], Job]
+    ) -> None:
+        """Does work on all items; one that fails takes its own request with it and nothing else."""
+        isolate(items, work, lambda item, error: self._fail(job_of(item), error), self._after_failure)
 
     def _after_failure(self, error: Exception) -> None:
         """Goes on, or ends the engine: closed, or its device is lost."""
@@ -185,153 +300,343 @@ class TransformersEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.fail(error)
+        self._let_go(job)
+
+    def _let_go(self, job: Job) -> None:
+        """Forgets a request that is done: its other prompts, and what its slots hold."""
+        self._working.discard(job)
+        for pool in self._pools.values():
+            pool.waiting = deque(prompt for prompt in pool.waiting if prompt.job is not job)
+            for row, prompt in enumerate(pool.rows):
+                if prompt is not None and prompt.job is job:
+                    pool.rows[row], pool.active[row] = None, False
+
+    # -- requests to slots ---------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Fills free slots; waits for requests where there is nothing else to do."""
+        while True:
+            jobs = self._take()
+            for job in jobs:
+                if job.alone:
+                    self._each_alone([job], lambda one: self._ask_alone(one[0]), _itself)
+            self._encode([job for job in jobs if not job.alone and not job.done])
+            for pool in self._pools.values():
+                while pool.waiting and self._has_slots(pool) and not all(pool.active):
+                    self._prefill(pool)
+            if not jobs:
+                return
+
+    def _take(self) -> list[Job]:
+        """Requests for which slots are free, all of them marked as running."""
+        jobs: list[Job] = []
+        prompts: dict[int, int] = {}  # that they will have, by the length of their slots
+        refused: dict[Job, Exception] = {}
+        waiting = len(self._queue)
+
+        def fits(job: Job) -> bool:
+            if job.alone:
+                return True
+            pool = self._pools.setdefault(job.capacity, _Pool(job.capacity))
+            try:
+                if not self._has_slots(pool):
+                    return False
+            except Rejected as error:
+                refused[job] = error
+                return True
+            free = pool.free - prompts.get(job.capacity, 0)
+            # A few at a time, unless these are all there are.
+            enough = min(waiting, max(1, len(pool.rows) // _REFILL_SHARE))
+            return free >= enough or (free >= 1 and job.capacity in prompts)
+
+        while job := self._queue.take(fits, wait=not self._working):
+            self._working.add(job)
+            self._count(requests=1)
+            jobs.append(job)
+            if job in refused:
+                self._fail(job, refused[job])
+            elif not job.alone:
+                prompts[job.capacity] = prompts.get(job.capacity, 0) + len(job.request.tasks)
+        return jobs
+
+    def _has_slots(self, pool: _Pool) -> bool:
+        """Whether a pool has slots, opened now if need be; not while others have all the memory.
+
+        Raises:
+            Rejected: Not even one fits into memory, though nothing else is there.
+        """
+        if pool.slots is not None:
+            return True
+        wanted = self._most_slots.get(pool.capacity, self._info.slots)
+        if self._fitting(pool) < wanted:
+            for other in self._pools.values():
+                if other.slots is not None and other.is_idle:
+                    other.close()
+        count = min(wanted, self._fitting(pool))
+        while count:
+            try:
+                assert self._language is not None
+                pool.open(Slots(self._language, count, pool.capacity, graphs=self._options.cuda_graphs))
+                return True
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._after_failure(error)
+                if count == 1 and not self._open_pools():
+                    raise self._does_not_fit(pool.capacity, error) from error
+                count //= 2
+                self._most_slots[pool.capacity] = max(1, count)
+        return False
+
+    def _open_pools(self) -> list[_Pool]:
+        return [pool for pool in self._pools.values() if pool.slots is not None]
+
+    def _fitting(self, pool: _Pool) -> int:
+        """Slots that a pool may have: half of what memory is left, so that other lengths find some; one at least."""
+        others = self._open_pools()
+        left = self._positions - sum(len(other.rows) * other.capacity for other in others)
+        return max(1, left // 2 // pool.capacity) if left >= pool.capacity or not others else 0
+
+    def _out_of_memory(self, pool: _Pool, error: Exception) -> None:
+        """Takes less memory from now on; prompts begin again. One that is alone and does not fit has failed."""
+        alone = [prompt for prompt in pool.rows if prompt is not None]
+        others = [other for other in self._open_pools() if other is not pool]
+        self._most_slots[pool.capacity] = max(1, len(pool.rows) // 2)
+        if len(pool.rows) == 1 and not others:
+            for prompt in alone:
+                self._fail(prompt.job, self._does_not_fit(pool.capacity, error, prompt))
+        if len(pool.rows) == 1 and others:
+            self._positions //= 2
+            for other in others:
+                other.close()
+        pool.close()
+        self._after_failure(error)
+
+    def _does_not_fit(self, capacity: int, error: Exception, prompt: _Prompt | None = None) -> Rejected:
+        asked = f"a slot of {capacity} positions"
+        if prompt is not None:
+            new = prompt.task.decoding.max_new_tokens
+            asked = f"{len(prompt.tokens)} prompt tokens and up to {new} new ones ({asked})"
+        detail = f"{asked} do not fit {self._device}, beside the model in {self._info.dtype}: {_first_line(error)}"
+        return Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, detail)
+
+    def _ask_alone(self, job: Job) -> None:
+        """Answers a request with stock `generate`, task by task."""
+        assert self._oracle is not None and self._language is not None
+        self._language.attention(self._language.stock_attention)
+        try:
+            for place, reply in enumerate(self._oracle.ask_all(job.request)):
+                self._queue.raise_if_closed()
+                job.reply(place, reply)
+        finally:
+            self._language.attention(ATTENTION)
+        self._let_go(job)
+
     # -- samples to audio embeddings -----------------------------------------------------------------------------
 
-    def _cut(self, job: Job) -> _Segment:
-        """The windows of a request's segment, as log-mel features."""
+    def _encode(self, jobs: Sequence[Job]) -> None:
+        """Encodes the audio of requests, each once, and makes their first prompts."""
+        if not jobs:
+            return
         began = time.perf_counter()
-        self._inputs.check(job.request.samples)
+        features: dict[Job, list[Window]] = {}
+        audio: dict[Job, torch.Tensor] = {}
         device = str(self._device) if self._device.type == "cuda" else "cpu"
-        windows = self._inputs.windows(job.request.samples, device)
+
+        def extract(some: Sequence[Job]) -> None:
+            for job in some:
+                heard = [self._inputs.windows(samples, device) for samples in job.request.audios]
+                features[job] = [window for windows in heard for window in windows]
+
+        def encode(some: Sequence[Job]) -> None:
+            assert self._encoder is not None
+            windows = [window for job in some for window in features[job]]
+            embedded = iter(self._encoder.encode(windows, self._queue.raise_if_closed, _is_out_of_memory))
+            for job in some:
+                pieces = [next(embedded) for _ in features[job]]
+                audio[job] = torch.cat(pieces) if pieces else torch.empty(0)
+            self._count(windows=len(windows), audio_tokens=sum(window.tokens for window in windows))
+
+        self._each_alone(jobs, extract, _itself)
+        self._each_alone([job for job in jobs if job in features], encode, _itself)
+        self._each_alone([*audio], lambda some: [self._begin(job, audio[job]) for job in some], _itself)
         self._count(encode_s=time.perf_counter() - began)
-        return _Segment(job, windows)
 
-    @torch.inference_mode()
-    def _encode(self, segments: Sequence[_Segment]) -> list[_Encoded]:
-        """Audio embeddings of segments, each encoded once; the windows of all go through in micro-batches."""
+    def _begin(self, job: Job, audio: torch.Tensor) -> None:
+        """Makes the prompts of those of a request's tasks that can be asked now."""
+        tokens = [self._inputs.checkpoint.audio_tokens(len(samples)) for samples in job.request.audios]
+        turn_of = self._pools[job.capacity].waiting
+        prompts = []
+        for place in job.begin_ready():
+            said = [self._inputs.said(reply) for reply in job.history(place) or ()]
+            turns = job.request.tasks[place].turns
+            prompts.append(_Prompt(job, place, self._inputs.prompt(turns, said, tokens), audio))
+        if any(place.task.history for place in prompts):
+            turn_of.extendleft(reversed(prompts))  # before the slot that holds the conversation is given away
+        else:
+            turn_of.extend(prompts)
+
+    # -- prompts to first tokens ---------------------------------------------------------------------------------
+
+    def _prefill(self, pool: _Pool) -> None:
+        """Gives waiting prompts free slots and chooses their first tokens."""
         began = time.perf_counter()
-        features = torch.cat([segment.windows.features for segment in segments])
-        masks = torch.cat([segment.windows.mask for segment in segments])
-        tokens = [count for segment in segments for count in segment.windows.tokens]
-        # A window's place in its own segment: Music Flamingo tells windows apart by it.
-        places = torch.tensor([place for segment in segments for place in range(len(segment.windows.tokens))])
-        pieces: list[torch.Tensor] = []
-        while len(pieces) < len(tokens):
-            self._queue.raise_if_closed()
-            part = slice(len(pieces), len(pieces) + self._encoder_windows)
+        admissions = self._admissions(pool)
+
+        def work(some: Sequence[_Admission]) -> None:
+            assert pool.slots is not None
+            scores = []
             try:
-                embedded = self._embed_windows(features[part], masks[part], places[part])
+                for pieces, ends in self._chunks(some):
+                    scores.append(pool.slots.prefill(pieces)[ends])
+                self._choose(pool, [admission.row for admission in some], torch.cat(scores))
             except Exception as error:
-                if not _is_out_of_memory(error) or self._encoder_windows == 1:
+                if not _is_out_of_memory(error):
                     raise
-                self._encoder_windows //= 2
-                continue
-            pieces += [piece[:count] for piece, count in zip(embedded, tokens[part], strict=True)]
-        remaining = iter(pieces)
-        encoded = [
-            _Encoded(segment.job, torch.cat([next(remaining) for _ in segment.windows.tokens]))
-            for segment in segments
-        ]
-        self._count(windows=len(tokens), audio_tokens=sum(tokens), encode_s=time.perf_counter() - began)
-        return encoded
+                self._prefill_out_of_memory(pool, admissions, error)
 
-    def _embed_windows(self, features: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Audio tower and projector; (windows, mel bins, frames) to (windows, tokens of a full window, hidden)."""
-        features = features.to(self._device, self._model.dtype)
-        hidden = self._core.audio_tower(features, input_features_mask=mask.to(self._device)).last_hidden_state
-        if hasattr(self._core, "pos_emb"):
-            # Stock code reads the windows' places off input_ids. The times must be those of full windows
-            # (hidden is padded to one here), and float32 as there, for the same cosines.
-            length, step = hidden.shape[-2], self._model.config.audio_frame_step * 4
-            starts = places.to(self._device).unsqueeze(1) * length * step
-            times = starts + torch.arange(length, device=self._device, dtype=torch.float32) * step
-            cos, sin = self._core.pos_emb(times, seq_len=length)
-            hidden = _rotate(hidden, cos, sin)
-        embedded: torch.Tensor = self._core.multi_modal_projector(hidden)
-        return embedded
+        self._each_alone(admissions, work, lambda admission: admission.prompt.job)
+        self._count(prefill_s=time.perf_counter() - began)
 
-    # -- prompts to batches --------------------------------------------------------------------------------------
+    def _admissions(self, pool: _Pool) -> list[_Admission]:
+        """Waiting prompts and the slots they are given: those that hold most of them already.
 
-    def _rows(self, encoded: _Encoded) -> list[_Row]:
-        """One row a task, all over the same audio."""
-        job, audio = encoded
-        rows = []
-        for index, task in enumerate(job.request.tasks):
-            if task.prompt is None:
-                raise ValueError(f"task {task.name!r} has no prompt; resolve() it before submitting")
-            rows.append(_Row(job, index, self._inputs.prompt_ids(task.prompt, len(audio)), audio))
-        return rows
-
-    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        """Rows that may be decoded together, of like length, within the limits as they are when asked for.
-
-        `max_new_tokens` may differ in a batch: a greedy reply cut earlier is the beginning of the longer one.
+        A prompt whose audio is just being prefilled for another task waits for that.
         """
-        waiting = sorted(rows, key=lambda row: (row.math, len(row.ids)))
-        while waiting:
-            count = next(n for n in range(len(waiting), 0, -1) if n == 1 or self._fits(waiting[:n]))
-            # A request that has failed meanwhile needs none of its other rows.
-            yield [row for row in waiting[:count] if not row.job.done]
-            waiting = waiting[count:]
+        assert pool.slots is not None
+        admissions: list[_Admission] = []
+        later: list[_Prompt] = []
+        tokens = 0
+        while pool.waiting and not all(pool.active):
+            prompt = pool.waiting.popleft()
+            shared = [prompt.shared_with(held) if held else 0 for held in pool.rows]
+            start = max(shared)
+            if not start and any(other.prompt.job is prompt.job for other in admissions):
+                later.append(prompt)
+                continue
+            tokens += len(prompt.tokens) - start
+            if admissions and tokens > self._prefill_tokens:
+                later.append(prompt)
+                break
+            row = source = shared.index(start)
+            if not start or pool.active[source]:
+                wanted = {other.job for other in (*later, *pool.waiting)}
+                free = [row for row, active in enumerate(pool.active) if not active]
+                # Not one that holds what somebody waits to share, where there is another.
+                row = min(free, key=lambda each: (held := pool.rows[each]) is not None and held.job in wanted)
+                if start:
+                    pool.slots.copy(source, row, start)
+            pool.rows[row], pool.active[row] = prompt, True
+            admissions.append(_Admission(prompt, row, start))
+        pool.waiting.extendleft(reversed(later))
+        return admissions
 
-    def _fits(self, rows: Sequence[_Row]) -> bool:
-        return (
-            len(rows) <= (self._options.slots or 16)
-            and len({row.math for row in rows}) == 1
-            and sum(row.job.seconds / row.job.rows for row in rows) <= self._options.queue_audio_s
-            and (self._max_positions is None or _positions(rows) <= self._max_positions)
-        )
+    def _chunks(self, admissions: Sequence[_Admission]) -> Iterator[tuple[list[Piece], list[int]]]:
+        """What is prefilled in one call each, and which of its pieces end a prompt; long prompts take several."""
+        assert self._language is not None
+        pieces: list[Piece] = []
+        ends: list[int] = []
+        left = self._prefill_tokens
+        for prompt, row, start in admissions:
+            ids = torch.from_numpy(self._inputs.ids(prompt.tokens[start:])).to(self._device)
+            embeds = self._language.embed(ids)
+            heard = torch.from_numpy(np.flatnonzero(prompt.tokens[start:] < 0))
+            if len(heard):
+                taken = torch.from_numpy(-1 - prompt.tokens[start:])[heard]
+                embeds[heard.to(self._device)] = prompt.audio[taken.to(self._device)].to(embeds.dtype)
+            place = 0
+            while place < len(embeds):
+                part = embeds[place : place + left]
+                pieces.append(Piece(row, start + place, part))
+                place += len(part)
+                left -= len(part)
+                if place == len(embeds):
+                    ends.append(len(pieces) - 1)
+                if not left:
+                    yield pieces, ends
+                    pieces, ends, left = [], [], self._prefill_tokens
+            if prompt.choice is None:
+                prompt.choice = self._chooser.begin(
+                    prompt.task.decoding, prompt.job.request.seed, self._inputs.ids(prompt.tokens).tolist()
+                )
+            self._count(prompt_tokens=len(prompt.tokens), reused_tokens=start)
+        if pieces:
+            yield pieces, ends
 
-    # -- batches to replies --------------------------------------------------------------------------------------
+    def _prefill_out_of_memory(self, pool: _Pool, admissions: Sequence[_Admission], error: Exception) -> None:
+        """Prefills less at once from now on; where that is little already, slots must go."""
+        if self._prefill_tokens <= _LEAST_PREFILL_TOKENS:
+            self._out_of_memory(pool, error)
+            return
+        self._prefill_tokens //= 2
+        for prompt, row, _ in admissions:
+            if pool.active[row] and pool.rows[row] is prompt:
+                prompt.choice = None
+                pool.rows[row], pool.active[row] = None, False
+                pool.waiting.appendleft(prompt)
+        self._after_failure(error)
 
-    def _decode(self, rows: Sequence[_Row]) -> None:
-        """Answers rows together; running out of memory is remembered, and of a single row it is the answer."""
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _step(self, pool: _Pool) -> None:
+        """One more token for everybody in a slot."""
+        if pool.slots is None or not any(pool.active):
+            return
         began = time.perf_counter()
-        limits = [row.task.decoding.max_new_tokens for row in rows]
-        watch = _Watch(torch.tensor(limits), max(len(row.ids) for row in rows), self._queue.raise_if_closed)
-        try:
-            output = self._generate(rows, watch)
-        except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
-            self._max_positions = max(1, _positions(rows) // 2)
-            if len(rows) > 1:
-                raise
-            row, new = rows[0], limits[0]
-            asked = f"{len(row.ids)} prompt tokens and up to {new} new ones do not fit {self._device} on their own"
-            detail = f"{asked}, beside the model in {self._info.dtype}: {_first_line(error)}"
-            raise Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, detail) from error
-        ended = time.perf_counter()
-        replies = [
-            self._inputs.reply(new, row.ids, row.task, self._released) for row, new in zip(rows, output, strict=True)
-        ]
-        self._count(
-            steps=1,
-            slot_steps=len(rows),
-            slot_capacity=(self._options.slots or 16),
-            prompt_tokens=sum(reply.prompt_tokens for reply in replies),
-            new_tokens=sum(reply.new_tokens for reply in replies),
-            prefill_s=watch.prefilled - began,
-            decode_s=ended - watch.prefilled,
-        )
-        for row, reply in zip(rows, replies, strict=True):
-            row.job.reply(row.place, reply)
+        if not pool.waiting:
+            pool.compact()
 
-    @torch.inference_mode()
-    def _generate(self, rows: Sequence[_Row], watch: "_Watch") -> list[list[int]]:
-        """Stock `generate` over rows padded on the left; the new tokens of each, padded to the longest."""
-        width, placeholder = watch.prompt_length, self._inputs.audio_token_id
-        # Padded with a token that every prompt holds anyway, because a repetition penalty looks at all of them.
-        ids = torch.full((len(rows), width), placeholder)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids[index, width - len(row.ids) :] = row.ids
-            mask[index, width - len(row.ids) :] = 1
-        ids, mask = ids.to(self._device), mask.to(self._device)
-        embeds = self._model.get_input_embeddings()(ids)
-        embeds[(ids == placeholder) & (mask == 1)] = torch.cat([row.audio for row in rows]).to(embeds.dtype)
-        longest = max(row.task.decoding.max_new_tokens for row in rows)
-        output = self._model.generate(
-            input_ids=ids,
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            generation_config=generation_config(
-                rows[0].task.decoding._replace(max_new_tokens=longest), self._released
-            ),
-            stopping_criteria=StoppingCriteriaList([watch]),
-        )
-        new: list[list[int]] = output[:, width:].tolist()
-        return new
+        def work(rows: Sequence[int]) -> None:
+            assert pool.slots is not None
+            first, count = rows[0], rows[-1] + 1 - rows[0]
+            # A free slot between others takes part, at the position that no prompt uses.
+            tokens, positions = np.zeros(count, np.int64), np.full(count, pool.capacity - 1)
+            for row in rows:
+                prompt = pool.rows[row]
+                assert prompt is not None and prompt.choice is not None
+                tokens[row - first] = prompt.choice.tokens[-1]
+                positions[row - first] = len(prompt.tokens) + len(prompt.choice.tokens) - 1
+            try:
+                scores = pool.slots.step(first, tokens, positions)
+                self._choose(pool, rows, scores if count == len(rows) else scores[[row - first for row in rows]])
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._out_of_memory(pool, error)
+
+        rows = [row for row, active in enumerate(pool.active) if active]
+        capacity = len(pool.rows)
+        self._each_alone(rows, work, lambda row: self._job_in(pool, row))
+        self._count(steps=1, slot_steps=len(rows), slot_capacity=capacity, decode_s=time.perf_counter() - began)
+
+    def _job_in(self, pool: _Pool, row: int) -> Job:
+        prompt = pool.rows[row]
+        assert prompt is not None
+        return prompt.job
+
+    def _choose(self, pool: _Pool, rows: Sequence[int], scores: torch.Tensor) -> None:
+        """The next token of each of these slots; those whose reply has ended are freed."""
+        prompts = [pool.rows[row] for row in rows]
+        choices = [prompt.choice for prompt in prompts if prompt is not None and prompt.choice is not None]
+        self._chooser.next(scores, choices)
+        for row, choice in zip(rows, choices, strict=True):
+            if choice.finish_reason:
+                pool.active[row] = False
+                self._each_alone([row], lambda one: self._finish(pool, one[0]), lambda row: self._job_in(pool, row))
+
+    def _finish(self, pool: _Pool, row: int) -> None:
+        """Files a reply; what was waiting for it comes next, in the same slot."""
+        prompt = pool.rows[row]
+        assert prompt is not None and prompt.choice is not None and prompt.choice.finish_reason
+        reply = self._inputs.reply(prompt.choice.tokens, prompt.tokens, prompt.task, prompt.choice.finish_reason)
+        self._count(new_tokens=len(reply.tokens))
+        prompt.job.reply(prompt.place, reply)
+        if prompt.job.done:
+            self._let_go(prompt.job)
+        else:
+            self._begin(prompt.job, prompt.audio)
 
     def _count(self, **more: Any) -> None:
         with self._stats_lock:
@@ -339,27 +644,19 @@ class TransformersEngine:
             self._stats = self._stats._replace(**told)
 
 
-class _Watch(StoppingCriteria):
-    """Ends each row at its own `max_new_tokens`, and everything when the engine is closed.
+def _itself(job: Job) -> Job:
+    return job
 
-    Attributes:
-        prompt_length: Of the padded prompts.
-        prefilled: When the first new tokens were there.
-    """
 
-    def __init__(self, limits: torch.Tensor, prompt_length: int, raise_if_closed: Callable[[], None]) -> None:
-        self.prompt_length = prompt_length
-        self.prefilled = 0.0
-        self._limits = limits
-        self._raise_if_closed = raise_if_closed
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self._raise_if_closed()
-        if not self.prefilled:
-            input_ids[0, -1].item()  # waits for the device, else its work would be counted as decoding
-            self.prefilled = time.perf_counter()
-            self._limits = self._limits.to(input_ids.device)
-        return self._limits <= input_ids.shape[1] - self.prompt_length
+def _free_bytes(device: torch.device) -> int:
+    """Memory that slots may take, once the model is loaded."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE)
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        total = 8 << 30
+    return int(total * _CPU_MEMORY_SHARE)
 
 
 def _device(name: str) -> torch.device:
@@ -378,15 +675,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise ModelError(f"dtype {name!r} is not known; choose from {', '.join(sorted(known))}")
     return known[name]
-
-
-def _fail(part: _Segment | _Encoded | _Row, error: Exception) -> None:
-    part.job.fail(error)
-
-
-def _positions(rows: Sequence[_Row]) -> int:
-    """Keys and values that a batch may come to hold, padding included."""
-    return len(rows) * (max(len(row.ids) for row in rows) + max(row.task.decoding.max_new_tokens for row in rows))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

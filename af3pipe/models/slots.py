@@ -1,0 +1,273 @@
+"""Keys and values of the prompts that are decoded together, and the stock language model over them.
+
+A slot is one row of a cache of fixed size, filled from its start. Keys are kept as they are after the rotary
+embedding, so a row may be copied, cut short and grown at will. The model is Hugging Face's own; only its attention is
+given another cache, through the library's registry of attention functions:
+
+- Prefill: pieces of many prompts follow each other in one sequence, each attends to its own row. No padding.
+- Step: one token of each of the first rows, each at its own position. Rows that hold less than the longest are masked.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+_log = logging.getLogger(__name__)
+
+ATTENTION = "af3pipe_slots"
+_LENGTH_ROUNDING = {"cpu": 64, "cuda": 256}  # of the part of the cache that a step looks at
+_GRAPH_TOLERANCE = 0.05  # of the largest logit: bfloat16's own noise is smaller, a wrong step is not
+
+
+class _Attention(Protocol):
+    """Stores a layer's new keys and values, and attends; shapes (batch, heads, tokens, head size)."""
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor: ...
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    slots: _Attention,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    return slots(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+class LanguageModel:
+    """The language model and its head, as the slots use them.
+
+    Attributes:
+        device: Where it is.
+        position_bytes: What one position of one slot takes in memory.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._decoder = model.model.language_model
+        self._head = model.lm_head
+        self._embed = model.get_input_embeddings()
+        config = self._decoder.config
+        self.device = self._embed.weight.device
+        self.dtype = self._embed.weight.dtype
+        self.layers = int(config.num_hidden_layers)
+        self.heads = int(config.num_key_value_heads)
+        self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self.vocabulary = int(self._head.weight.shape[0])
+        self.position_bytes = 2 * self.layers * self.heads * self.head_size * self.dtype.itemsize
+        self._config = config
+        self.stock_attention = str(config._attn_implementation)
+        self.attention(ATTENTION)
+
+    def attention(self, name: str) -> None:
+        """Chooses the attention function: ours over slots, or the stock one."""
+        self._config._attn_implementation = name
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of token ids."""
+        embedded: torch.Tensor = self._embed(ids)
+        return embedded
+
+    def hidden(self, embeds: torch.Tensor, positions: torch.Tensor, slots: _Attention) -> torch.Tensor:
+        """Last hidden states; (batch, tokens, hidden size) at positions (batch, tokens)."""
+        output = self._decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, slots=slots)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of the next token, float32; (..., vocabulary)."""
+        scores: torch.Tensor = self._head(hidden)
+        return scores.float()
+
+
+class Piece(NamedTuple):
+    """Part of a prompt to be prefilled.
+
+    Attributes:
+        row: Which slot.
+        start: Position of its first token; everything before is in the slot already.
+        embeds: Shape (tokens, hidden size).
+    """
+
+    row: int
+    start: int
+    embeds: torch.Tensor
+
+
+class Slots:
+    """Slots of one length.
+
+    Args:
+        model: The language model.
+        count: How many.
+        capacity: Positions in each; the last one is not used by prompts.
+        graphs: Whether steps are captured as CUDA graphs.
+
+    Raises:
+        RuntimeError: They do not fit in memory, or what torch raises there.
+    """
+
+    def __init__(self, model: LanguageModel, count: int, capacity: int, *, graphs: bool = False) -> None:
+        self.count = count
+        self.capacity = capacity
+        self._model = model
+        # Zeros, because what the mask hides is still multiplied by 0.
+        shape = (model.layers, count, model.heads, capacity, model.head_size)
+        self._keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self._values = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self._rows = torch.arange(count, device=model.device)
+        # What a step reads, in places that stay the same, as CUDA graphs need it.
+        self._tokens = torch.zeros(count, dtype=torch.long, device=model.device)
+        self._positions = torch.zeros(count, dtype=torch.long, device=model.device)
+        self._rounding = _LENGTH_ROUNDING.get(model.device.type, 256)
+        self._graphs = _Graphs(self) if graphs and model.device.type == "cuda" else None
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first positions of a slot to another."""
+        for cache in (self._keys, self._values):
+            cache[:, target, :, :length] = cache[:, source, :, :length]
+
+    @torch.inference_mode()
+    def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Stores pieces of prompts, each in a slot of its own; the scores after the last token of each."""
+        ends = np.cumsum([len(piece.embeds) for piece in pieces])
+        positions = torch.cat([torch.arange(piece.start, piece.start + len(piece.embeds)) for piece in pieces])
+        embeds = torch.cat([piece.embeds for piece in pieces])
+
+        def attend(
+            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        ) -> torch.Tensor:
+            output = torch.empty_like(query)
+            for piece, end in zip(pieces, ends, strict=True):
+                now = slice(end - len(piece.embeds), end)
+                stop = piece.start + len(piece.embeds)
+                keys, values = self._keys[layer, piece.row], self._values[layer, piece.row]
+                keys[:, piece.start : stop] = key[0, :, now]
+                values[:, piece.start : stop] = value[0, :, now]
+                output[:, :, now] = functional.scaled_dot_product_attention(
+                    query[:, :, now],
+                    keys[None, :, :stop],
+                    values[None, :, :stop],
+                    attn_mask=_after(piece.start, stop, query.device) if piece.start else None,
+                    is_causal=piece.start == 0,
+                    scale=scaling,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+            return output.transpose(1, 2)
+
+        hidden = self._model.hidden(embeds[None], positions[None].to(self._model.device), attend)[0]
+        return self._model.logits(hidden[torch.as_tensor(ends - 1, device=hidden.device)])
+
+    @torch.inference_mode()
+    def step(self, first: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Adds one token to each of some neighbouring slots; the scores of the next, shape (slots, vocabulary).
+
+        Args:
+            first: The first of the slots.
+            tokens: One for each slot.
+            positions: Where each token goes: how much the slot holds.
+        """
+        count = len(tokens)
+        self._tokens[first : first + count] = torch.from_numpy(tokens).to(self._tokens.device)
+        self._positions[first : first + count] = torch.from_numpy(positions).to(self._tokens.device)
+        length = min(self.capacity, -(-(int(positions.max()) + 1) // self._rounding) * self._rounding)
+        if self._graphs and first == 0:
+            return self._graphs.step(count, length)
+        return self._forward(first, count, length)
+
+    def _forward(self, first: int, count: int, length: int) -> torch.Tensor:
+        """One step over the slots' first positions, reading what was left in `_tokens` and `_positions`."""
+        rows = self._rows[:count]
+        slots = slice(first, first + count)
+        positions = self._positions[slots]
+        beyond = torch.arange(length, device=positions.device) > positions[:, None]
+        mask = torch.zeros(beyond.shape, dtype=self._model.dtype, device=positions.device)
+        mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None]
+
+        def attend(
+            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        ) -> torch.Tensor:
+            keys, values = self._keys[layer, slots], self._values[layer, slots]
+            keys[rows, :, positions] = key[:, :, 0]
+            values[rows, :, positions] = value[:, :, 0]
+            # Query heads that share a key head are attended as if they were tokens: nothing is repeated in memory.
+            grouped = query.reshape(count, self._model.heads, -1, self._model.head_size)
+            output = functional.scaled_dot_product_attention(
+                grouped, keys[:, :, :length], values[:, :, :length], attn_mask=mask, scale=scaling
+            )
+            return output.reshape(count, 1, -1, self._model.head_size)
+
+        embeds = self._model.embed(self._tokens[slots])[:, None]
+        return self._model.logits(self._model.hidden(embeds, positions[:, None], attend)[:, 0])
+
+
+class _Graphs:
+    """Steps of a GPU captured once and replayed, so that its many small kernels are not started one by one.
+
+    A graph is of fixed shape: the number of slots and the length looked at are rounded up. Each is held against the
+    plain step once; where capturing fails or differs, all steps are plain from then on, with one warning.
+    """
+
+    _broken = False  # for the process: what fails once on this machine fails again
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._logits = torch.empty(
+            slots.count, slots._model.vocabulary, dtype=torch.float32, device=slots._model.device
+        )
+        self._pool: Any = None
+
+    def step(self, count: int, length: int) -> torch.Tensor:
+        rounded = min(self._slots.count, 1 << (count - 1).bit_length())
+        if rounded > count:
+            # Slots beyond those asked for take part; they write to the position that no prompt uses.
+            self._slots._positions[count:rounded] = self._slots.capacity - 1
+        if _Graphs._broken:
+            return self._slots._forward(0, count, length)
+        if (rounded, length) not in self._captured:
+            return self._capture(rounded, length)[:count]
+        self._captured[rounded, length].replay()
+        return self._logits[:count]
+
+    def _capture(self, count: int, length: int) -> torch.Tensor:
+        """The plain step's scores, and its graph for the next time."""
+        plain = self._slots._forward(0, count, length)  # also what capturing needs: everything is initialised
+        try:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._logits[:count] = self._slots._forward(0, count, length)
+            graph.replay()
+            self._pool = graph.pool()
+            difference = (self._logits[:count] - plain).abs().max() / plain.abs().max()
+            if not difference < _GRAPH_TOLERANCE:
+                raise RuntimeError(f"a captured step differs from the plain one by {float(difference):.3g}")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _Graphs._broken = True
+            _log.warning("CUDA graphs are not used, decoding steps are slower: %s", error)
+        else:
+            self._captured[count, length] = graph
+        return plain
+
+
+def _after(start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Which keys the tokens from `start` on may see, those before them included; True where they may."""
+    return torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)
