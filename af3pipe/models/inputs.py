@@ -128,7 +128,7 @@ class Inputs:
             task: What was asked.
             released: The checkpoint's own config, for the tokens that end a reply.
         """
-        ends = _eos_token_ids(released)
+        ends = eos_token_ids(released)
         tokens = tokens[: task.decoding.max_new_tokens]
         end = next((place for place, token in enumerate(tokens) if token in ends), None)
         tokens = tokens if end is None else tokens[: end + 1]
@@ -176,27 +176,28 @@ def conversation(prompt: str, audio: npt.NDArray[np.float32] | None = None) -> l
 def generation_config(decoding: Decoding, released: GenerationConfig) -> GenerationConfig:
     """Everything that decides the next token, stated: what is left open, `generate` takes from the checkpoint.
 
+    But for constraints and draws, which `Chooser.generate_arguments` adds: sampling by `generate` itself depends on
+    whatever torch drew before.
+
     Args:
         decoding: What the task asks for.
         released: The checkpoint's own; only its special tokens are used.
     """
-    sampling = {}
-    if decoding.do_sample:
-        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
     config: GenerationConfig = hf.GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.do_sample,
+        min_new_tokens=decoding.min_new_tokens,
+        do_sample=False,
         num_beams=1,
-        repetition_penalty=decoding.repetition_penalty,
+        repetition_penalty=float(decoding.repetition_penalty),
+        stop_strings=list(decoding.stop) or None,
         eos_token_id=released.eos_token_id,
         pad_token_id=released.pad_token_id,
         bos_token_id=released.bos_token_id,
-        **sampling,
     )
     return config
 
 
-def _eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:
+def eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:
     """The checkpoint's end-of-sequence tokens; there may be several."""
     ids = released.eos_token_id
     return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from af3pipe.models.decoding import Chooser
 from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.inputs import Inputs, conversation, generation_config, load_model
+from af3pipe.models.inputs import Inputs, conversation, eos_token_ids, generation_config, load_model
 from af3pipe.schemas import Reply, Task
 
 
@@ -24,6 +25,8 @@ class Oracle:
         self.checkpoint = checkpoint
         self.model = model
         self.processor = processor
+        ends, vocab_size = eos_token_ids(model.generation_config), model.config.get_text_config().vocab_size
+        self._chooser = Chooser(processor.tokenizer, ends, vocab_size)
 
     @classmethod
     def load(cls, model: str, revision: str | None = None, *, device: str = "cpu") -> "Oracle":
@@ -43,17 +46,19 @@ class Oracle:
         )
 
     @torch.inference_mode()
-    def ask(self, samples: npt.NDArray[np.float32], task: Task) -> Reply:
-        """The reply to one task about one segment; its prompt must be filled in.
+    def ask(self, samples: npt.NDArray[np.float32], task: Task, seed: int = 0) -> Reply:
+        """The reply to one task about one segment; its prompt must be filled in, the seed is the request's.
 
         Raises:
             ValueError: The task has no prompt.
+            ModelError: Its decoding parameters cannot be used.
         """
         if task.prompt is None:
             raise ValueError(f"task {task.name!r} has no prompt; resolve() it first")
         inputs = self.inputs(samples, task.prompt).to(self.model.device)
         config = generation_config(task.decoding, self.model.generation_config)
-        output = self.model.generate(**inputs, generation_config=config)
+        arguments = self._chooser.generate_arguments(task.decoding, seed)
+        output = self.model.generate(**inputs, generation_config=config, **arguments)
         ids = inputs["input_ids"][0].cpu()
         return Inputs(self.checkpoint, self.processor).reply(
             output[0, len(ids) :].tolist(), ids, task, self.model.generation_config
