@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from af3pipe.models.decoding import cut_at_stop
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint
 from af3pipe.schemas import Decoding, Reason, Rejected, Reply, Stage, Task, Turn
@@ -140,8 +141,10 @@ class Inputs:
         Raises:
             Rejected: A turn holds the placeholder as text, or hears what is not there.
         """
-        heard = [_heard(turn, first, len(audio_tokens)) for first, turn in _firsts(turns)]
-        ids = self._template(tuple(zip((turn.prompt for turn in turns), map(len, heard), strict=True)), tuple(replies))
+        heard = heard_in(turns, len(audio_tokens))
+        ids = self._template(
+            tuple(zip((turn.prompt for turn in turns), map(len, heard), strict=True)), tuple(replies)
+        )
         starts = np.cumsum([0, *audio_tokens])
         begin, end = self._audio_edges
         spans = [
@@ -161,8 +164,9 @@ class Inputs:
         if len(places) != len(spans):
             detail = f"the chat template writes {len(places)} audio placeholders for {len(spans)} that are heard"
             raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
-        pieces = np.split(ids, places)
-        return np.concatenate([pieces[0], *(p for span, rest in zip(spans, pieces[1:], strict=True) for p in (span, rest[1:]))])
+        between = np.split(np.delete(ids, places), places - np.arange(len(places)))
+        parts = [part for pair in zip(between, [*spans, ids[:0]], strict=True) for part in pair]
+        return np.concatenate(parts)
 
     def ids(self, prompt: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """A prompt as the model's own token ids, the placeholders as what they are."""
@@ -184,15 +188,11 @@ class Inputs:
             if processor.audio_token in prompt:
                 detail = f"the prompt holds the model's audio placeholder {processor.audio_token!r}: {prompt[:200]!r}"
                 raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
-        said = [conversation(prompt, [None] * audios)[0] for prompt, audios in turns]
-        heard = [{"role": "assistant", "content": [{"type": "text", "text": reply}]} for reply in replies]
-        messages = [message for pair in itertools.zip_longest(said, heard) for message in pair if message]
+        messages = conversation([(prompt, [None] * audios) for prompt, audios in turns], replies)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return np.asarray(processor.tokenizer(text)["input_ids"], dtype=np.int64)
 
-    def reply(
-        self, tokens: Sequence[int], prompt: npt.NDArray[np.int64], task: Task, finish_reason: str
-    ) -> Reply:
+    def reply(self, tokens: Sequence[int], prompt: npt.NDArray[np.int64], task: Task, finish_reason: str) -> Reply:
         """What the model said to a task.
 
         Args:
@@ -241,55 +241,65 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     return model
 
 
-def conversation(prompt: str, audios: Sequence[npt.NDArray[np.float32] | None]) -> list[dict[str, Any]]:
-    """One user turn with text and audio, as chat templates take it; without samples, for its text alone."""
-    text = [{"type": "text", "text": prompt}] if prompt else []
-    sounds = [{"type": "audio"} if audio is None else {"type": "audio", "audio": audio} for audio in audios]
-    return [{"role": "user", "content": [*text, *sounds]}]
+def conversation(
+    turns: Sequence[tuple[str, Sequence[npt.NDArray[np.float32] | None]]], replies: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it.
+
+    Args:
+        turns: The user's, each a text (none where it is empty) and its audio; without samples, for the text alone.
+        replies: The model's to all but the last of them.
+    """
+    messages: list[dict[str, Any]] = []
+    for (prompt, audios), reply in itertools.zip_longest(turns, replies):
+        text = [{"type": "text", "text": prompt}] if prompt else []
+        sounds = [{"type": "audio"} if audio is None else {"type": "audio", "audio": audio} for audio in audios]
+        messages.append({"role": "user", "content": [*text, *sounds]})
+        if reply is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+    return messages
 
 
-def _firsts(turns: Sequence[Turn]) -> Iterator[tuple[bool, Turn]]:
-    """Each turn, and whether it is the first."""
-    return ((index == 0, turn) for index, turn in enumerate(turns))
-
-
-def _heard(turn: Turn, is_first: bool, audios: int) -> tuple[int, ...]:
-    """Which audios a turn holds.
+def heard_in(turns: Sequence[Turn], audios: int) -> list[tuple[int, ...]]:
+    """Which of a request's audios each turn of a conversation holds.
 
     Raises:
         Rejected: One that the request does not have.
     """
-    heard = turn.audios if turn.audios is not None else tuple(range(audios)) if is_first else ()
-    if wrong := [audio for audio in heard if not 0 <= audio < audios]:
-        detail = f"the turn {turn.prompt[:200]!r} hears audio {wrong[0]}, but the request has {audios}"
-        raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
+    every = tuple(range(audios))
+    heard = [turn.audios if turn.audios is not None else () if place else every for place, turn in enumerate(turns)]
+    for turn, places in zip(turns, heard, strict=True):
+        if wrong := set(places) - set(every):
+            detail = f"the turn {turn.prompt[:200]!r} hears audio {min(wrong)}, but the request has {audios}"
+            raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
     return heard
 
 
 def generation_config(decoding: Decoding, released: GenerationConfig) -> GenerationConfig:
     """Everything that decides the next token, stated: what is left open, `generate` takes from the checkpoint.
 
+    But for constraints and draws, which `Chooser.generate_arguments` adds: sampling by `generate` itself depends on
+    whatever torch drew before.
+
     Args:
         decoding: What the task asks for.
         released: The checkpoint's own; only its special tokens are used.
     """
-    sampling = {}
-    if decoding.do_sample:
-        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
     config: GenerationConfig = hf.GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.do_sample,
+        min_new_tokens=decoding.min_new_tokens,
+        do_sample=False,
         num_beams=1,
-        repetition_penalty=decoding.repetition_penalty,
+        repetition_penalty=float(decoding.repetition_penalty),
+        stop_strings=list(decoding.stop) or None,
         eos_token_id=released.eos_token_id,
         pad_token_id=released.pad_token_id,
         bos_token_id=released.bos_token_id,
-        **sampling,
     )
     return config
 
 
-def _eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:
+def eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:
     """The checkpoint's end-of-sequence tokens; there may be several."""
     ids = released.eos_token_id
     return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)

@@ -1,14 +1,16 @@
 """The reference: stock processor and stock `generate`, one request at a time. For tests and for checking a run."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from af3pipe.models.decoding import Chooser
 from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.inputs import Inputs, conversation, generation_config, load_model
-from af3pipe.schemas import Reply, Task
+from af3pipe.models.inputs import Inputs, conversation, eos_token_ids, generation_config, heard_in, hf, load_model
+from af3pipe.schemas import Reply, Request, Task, Turn
 
 
 class Oracle:
@@ -24,6 +26,8 @@ class Oracle:
         self.checkpoint = checkpoint
         self.model = model
         self.processor = processor
+        self._ends = eos_token_ids(model.generation_config)
+        self._chooser = Chooser(processor.tokenizer, self._ends, model.config.get_text_config().vocab_size)
 
     @classmethod
     def load(cls, model: str, revision: str | None = None, *, device: str = "cpu") -> "Oracle":
@@ -36,28 +40,85 @@ class Oracle:
         loaded = load_model(checkpoint, torch.device(device), torch.float32)
         return cls(checkpoint, loaded, Inputs.load(checkpoint).processor)
 
-    def inputs(self, samples: npt.NDArray[np.float32], prompt: str) -> Any:
-        """What the stock processor makes of one turn: input_ids, attention_mask, features and their mask."""
-        return self.processor.apply_chat_template(
-            [conversation(prompt, samples)], tokenize=True, add_generation_prompt=True, return_dict=True
-        )
+    def inputs(
+        self, audios: Sequence[npt.NDArray[np.float32]], turns: Sequence[Turn], replies: Sequence[str] = ()
+    ) -> Any:
+        """What stock `generate` is given: input_ids, attention_mask, features and their mask.
 
-    @torch.inference_mode()
-    def ask(self, samples: npt.NDArray[np.float32], task: Task) -> Reply:
-        """The reply to one task about one segment; its prompt must be filled in.
+        The stock processor makes it where it can, which is for one audio. For several, as in AF3-Chat, the parts are
+        put together as it does for one.
+        """
+        heard = heard_in(turns, len(audios))
+        said = [(turn.prompt, [audios[place] for place in places]) for turn, places in zip(turns, heard, strict=True)]
+        if sum(map(len, heard)) <= 1:
+            return self.processor.apply_chat_template(
+                [conversation(said, replies)], tokenize=True, add_generation_prompt=True, return_dict=True
+            )
+        inputs = Inputs(self.checkpoint, self.processor)
+        tokens = [self.checkpoint.audio_tokens(len(audio)) for audio in audios]
+        ids = torch.from_numpy(inputs.ids(inputs.prompt(turns, replies, tokens)))[None]
+        size = self.checkpoint.limits.window_samples
+        windows = [
+            audio[start : start + size]
+            for _, places in said
+            for audio in places
+            for start in range(0, len(audio), size)
+        ]
+        extracted = self.processor.feature_extractor(
+            windows,
+            sampling_rate=self.checkpoint.limits.sample_rate,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        features = {"input_features": extracted["input_features"], "input_features_mask": extracted["attention_mask"]}
+        return hf.BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **features})
+
+    def ask(self, samples: npt.NDArray[np.float32], task: Task, seed: int = 0) -> Reply:
+        """The reply to one task about one segment; its prompt must be filled in, the seed is the request's.
 
         Raises:
-            ValueError: The task has no prompt.
+            ValueError: The task has no prompt, or turns before it.
+            ModelError: Its decoding parameters cannot be used.
         """
-        if task.prompt is None:
-            raise ValueError(f"task {task.name!r} has no prompt; resolve() it first")
-        inputs = self.inputs(samples, task.prompt).to(self.model.device)
+        (reply,) = self.ask_all(Request(samples, (task,), seed))
+        return reply
+
+    def ask_all(self, request: Request) -> Iterator[Reply]:
+        """The replies to a request's tasks, one after the other.
+
+        Raises:
+            ValueError: A task has no prompt, or follows a turn that is no task before it.
+            ModelError: Decoding parameters cannot be used.
+        """
+        replies: dict[tuple[Turn, ...], Reply] = {}
+        inputs = Inputs(self.checkpoint, self.processor)
+        for task in request.tasks:
+            if task.prompt is None:
+                raise ValueError(f"task {task.name!r} has no prompt; resolve() it first")
+            before = [task.turns[:count] for count in range(1, len(task.turns))]
+            if missing := [turns for turns in before if turns not in replies]:
+                raise ValueError(
+                    f"task {task.name!r} follows {missing[0][-1].prompt!r}, which no task before it asks"
+                )
+            said = [inputs.said(replies[turns]) for turns in before]
+            reply = self._generate(self.inputs(request.audios, task.turns, said), task, request.seed)
+            replies.setdefault(task.turns, reply)
+            yield reply
+
+    @torch.inference_mode()
+    def _generate(self, inputs: Any, task: Task, seed: int) -> Reply:
+        inputs = inputs.to(self.model.device)
+        if "input_features" in inputs:
+            inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
         config = generation_config(task.decoding, self.model.generation_config)
-        output = self.model.generate(**inputs, generation_config=config)
-        ids = inputs["input_ids"][0].cpu()
-        return Inputs(self.checkpoint, self.processor).reply(
-            output[0, len(ids) :].tolist(), ids, task, self.model.generation_config
-        )
+        arguments = self._chooser.generate_arguments(task.decoding, seed)
+        output = self.model.generate(**inputs, generation_config=config, **arguments)
+        ids = inputs["input_ids"][0].cpu().numpy()
+        tokens = output[0, len(ids) :].tolist()
+        text = self.processor.tokenizer.decode(tokens)
+        ended = tokens[-1] in self._ends or any(stop in text for stop in task.decoding.stop)
+        prompt = np.where(ids == self.processor.audio_token_id, -1, ids)
+        return Inputs(self.checkpoint, self.processor).reply(tokens, prompt, task, "stop" if ended else "length")
 
 
 def ask_alone(model: str, samples: npt.NDArray[np.float32], task: Task) -> Reply:

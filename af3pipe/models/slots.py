@@ -5,7 +5,8 @@ embedding, so a row may be copied, cut short and grown at will. The model is Hug
 given another cache, through the library's registry of attention functions:
 
 - Prefill: pieces of many prompts follow each other in one sequence, each attends to its own row. No padding.
-- Step: one token of each of the first rows, each at its own position. Rows that hold less than the longest are masked.
+- Step: one token of each of the first rows, each at its own position. Where a row holds less than
+  the longest, the rest is masked.
 """
 
 import logging

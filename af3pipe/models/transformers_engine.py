@@ -25,7 +25,7 @@ from af3pipe.models.decoding import Choice, Chooser
 from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.engine import EngineFailed, EngineInfo, EngineOptions, EngineStats, ModelError
 from af3pipe.models.family import open_checkpoint
-from af3pipe.models.inputs import Inputs, Window, load_model
+from af3pipe.models.inputs import Inputs, Window, eos_token_ids, load_model
 from af3pipe.models.oracle import Oracle
 from af3pipe.models.scheduler import Job, JobQueue, capacity_class, isolate
 from af3pipe.models.slots import ATTENTION, LanguageModel, Piece, Slots
@@ -122,7 +122,8 @@ class _Pool:
             last = max(row for row, active in enumerate(self.active) if active)
             hole = self.active.index(False)
             prompt = self.rows[last]
-            assert prompt is not None and self.slots is not None
+            assert prompt is not None
+            assert self.slots is not None
             self.slots.copy(last, hole, len(prompt.held))
             self.rows[hole], self.active[hole] = prompt, True
             self.rows[last], self.active[last] = None, False
@@ -164,7 +165,7 @@ class TransformersEngine:
         self._encoder: AudioEncoder | None = AudioEncoder(model.model)
         self._language: LanguageModel | None = LanguageModel(model)
         self._chooser = Chooser(
-            self._inputs.processor.tokenizer, self._inputs.ends(model.generation_config), self._language.vocabulary
+            self._inputs.processor.tokenizer, eos_token_ids(model.generation_config), self._language.vocabulary
         )
         self._info = EngineInfo(
             model_id=checkpoint.model_id,
@@ -247,8 +248,9 @@ class TransformersEngine:
                 detail = f"task {task.name!r} has no audio; where that is meant, say so with audios=()"
                 raise Rejected(Stage.WINDOW, Reason.TOO_SHORT, detail)
             before = [other for other in tasks[:place] if other.turns == task.turns[: len(other.turns)]]
-            new = sum(other.decoding.max_new_tokens for other in before) + task.decoding.max_new_tokens
-            positions = max(positions, len(prompt) + new + 1)
+            # A reply read back as text may take some tokens more than it was given as.
+            said = sum(other.decoding.max_new_tokens * 5 // 4 + 8 for other in before if other.turns != task.turns)
+            positions = max(positions, len(prompt) + said + task.decoding.max_new_tokens + 1)
         return positions
 
     # -- the thread --------------------------------------------------------------------------------------------
@@ -324,10 +326,18 @@ class TransformersEngine:
                     self._each_alone([job], lambda one: self._ask_alone(one[0]), _itself)
             self._encode([job for job in jobs if not job.alone and not job.done])
             for pool in self._pools.values():
-                while pool.waiting and self._has_slots(pool) and not all(pool.active):
-                    self._prefill(pool)
+                self._fill(pool)
             if not jobs:
                 return
+
+    def _fill(self, pool: _Pool) -> None:
+        """Gives free slots to those who wait for them."""
+        try:
+            while pool.waiting and self._has_slots(pool) and not all(pool.active):
+                self._prefill(pool)
+        except Rejected as error:
+            for prompt in list(pool.waiting):
+                self._fail(prompt.job, error)
 
     def _take(self) -> list[Job]:
         """Requests for which slots are free, all of them marked as running."""
@@ -339,6 +349,9 @@ class TransformersEngine:
         def fits(job: Job) -> bool:
             if job.alone:
                 return True
+            # Who has been encoded, and lost its slot or never had one, goes first.
+            if any(pool.waiting and pool.slots is None for pool in self._pools.values()):
+                return False
             pool = self._pools.setdefault(job.capacity, _Pool(job.capacity))
             try:
                 if not self._has_slots(pool):
@@ -424,7 +437,8 @@ class TransformersEngine:
 
     def _ask_alone(self, job: Job) -> None:
         """Answers a request with stock `generate`, task by task."""
-        assert self._oracle is not None and self._language is not None
+        assert self._oracle is not None
+        assert self._language is not None
         self._language.attention(self._language.stock_attention)
         try:
             for place, reply in enumerate(self._oracle.ask_all(job.request)):
@@ -461,7 +475,8 @@ class TransformersEngine:
 
         self._each_alone(jobs, extract, _itself)
         self._each_alone([job for job in jobs if job in features], encode, _itself)
-        self._each_alone([*audio], lambda some: [self._begin(job, audio[job]) for job in some], _itself)
+        for job in audio:
+            self._each_alone([job], lambda one: self._begin(one[0], audio[one[0]]), _itself)
         self._count(encode_s=time.perf_counter() - began)
 
     def _begin(self, job: Job, audio: torch.Tensor) -> None:
@@ -471,9 +486,12 @@ class TransformersEngine:
         prompts = []
         for place in job.begin_ready():
             said = [self._inputs.said(reply) for reply in job.history(place) or ()]
-            turns = job.request.tasks[place].turns
-            prompts.append(_Prompt(job, place, self._inputs.prompt(turns, said, tokens), audio))
-        if any(place.task.history for place in prompts):
+            task = job.request.tasks[place]
+            prompt = self._inputs.prompt(task.turns, said, tokens)
+            if len(prompt) + task.decoding.max_new_tokens >= job.capacity:
+                raise ValueError(f"the conversation before {task.prompt!r} grew to {len(prompt)} tokens")
+            prompts.append(_Prompt(job, place, prompt, audio))
+        if any(prompt.task.history for prompt in prompts):
             turn_of.extendleft(reversed(prompts))  # before the slot that holds the conversation is given away
         else:
             turn_of.extend(prompts)
@@ -486,7 +504,9 @@ class TransformersEngine:
         admissions = self._admissions(pool)
 
         def work(some: Sequence[_Admission]) -> None:
-            assert pool.slots is not None
+            some = [each for each in some if each.row < len(pool.rows) and pool.rows[each.row] is each.prompt]
+            if pool.slots is None or not some:
+                return
             scores = []
             try:
                 for pieces, ends in self._chunks(some):
@@ -588,14 +608,18 @@ class TransformersEngine:
         if not pool.waiting:
             pool.compact()
 
-        def work(rows: Sequence[int]) -> None:
-            assert pool.slots is not None
+        def work(some: Sequence[int]) -> None:
+            # Some may have gone since: with another prompt of their request, or with all slots.
+            rows = [row for row in some if row < len(pool.active) and pool.active[row]]
+            if pool.slots is None or not rows:
+                return
             first, count = rows[0], rows[-1] + 1 - rows[0]
             # A free slot between others takes part, at the position that no prompt uses.
             tokens, positions = np.zeros(count, np.int64), np.full(count, pool.capacity - 1)
             for row in rows:
                 prompt = pool.rows[row]
-                assert prompt is not None and prompt.choice is not None
+                assert prompt is not None
+                assert prompt.choice is not None
                 tokens[row - first] = prompt.choice.tokens[-1]
                 positions[row - first] = len(prompt.tokens) + len(prompt.choice.tokens) - 1
             try:
@@ -629,7 +653,12 @@ class TransformersEngine:
     def _finish(self, pool: _Pool, row: int) -> None:
         """Files a reply; what was waiting for it comes next, in the same slot."""
         prompt = pool.rows[row]
-        assert prompt is not None and prompt.choice is not None and prompt.choice.finish_reason
+        if prompt is None:
+            return  # another of its request's prompts has failed meanwhile
+        assert prompt.choice is not None
+        assert prompt.choice.finish_reason is not None
+        if prompt.choice.error:
+            raise prompt.choice.error
         reply = self._inputs.reply(prompt.choice.tokens, prompt.tokens, prompt.task, prompt.choice.finish_reason)
         self._count(new_tokens=len(reply.tokens))
         prompt.job.reply(prompt.place, reply)

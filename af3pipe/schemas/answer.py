@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from af3pipe.schemas.recording import Levels, Recording, taken_from
 
-
 _ALWAYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
 
 

@@ -90,8 +90,10 @@ def test_nothing_that_decides_is_left_to_the_checkpoint(af3_oracle):
     greedy = generation_config(Decoding(), released)
     assert (greedy.do_sample, greedy.repetition_penalty, greedy.num_beams) == (False, 1.0, 1)
     assert greedy.eos_token_id == released.eos_token_id
-    sampled = generation_config(Decoding(do_sample=True, temperature=0.3, top_p=0.9, top_k=7), released)
-    assert (sampled.do_sample, sampled.temperature, sampled.top_p, sampled.top_k) == (True, 0.3, 0.9, 7)
+    decoding = Decoding(do_sample=True, temperature=0.3, min_new_tokens=3, stop=("x",))
+    sampled = generation_config(decoding, released)
+    assert not sampled.do_sample, "its draws would be torch's own"
+    assert (sampled.min_new_tokens, sampled.stop_strings) == (3, ["x"])
 
 
 def test_windows_hold_the_samples_in_order(af3_oracle):

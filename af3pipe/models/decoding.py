@@ -1,0 +1,355 @@
+"""The next token of many prompts at once: what stock `generate` would choose for each of them alone."""
+
+import functools
+import json
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import llguidance
+import llguidance.hf
+import numpy as np
+import torch
+import transformers
+
+from af3pipe.models.engine import ModelError
+from af3pipe.schemas import Decoding, Reason, Rejected, Stage
+
+hf: Any = transformers  # typed in parts only: strict mypy refuses to call the rest
+
+# As `json.dumps` writes: where any whitespace is allowed, a greedy model may go on with it for ever.
+_JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_CACHED = 64  # compiled constraints and sets of stop strings that are kept
+_NO_TOKEN = 2**62  # outside every vocabulary: matches no stop string
+
+
+class _Sampling(NamedTuple):
+    """What rows must share to go through the same warpers."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+class Choice:
+    """One prompt's reply while it is decoded; made by `Chooser.begin`.
+
+    Attributes:
+        tokens: Chosen so far, the end-of-sequence token included.
+        finish_reason: None while it goes on; `stop` when the model or a stop string ended it, else `length`.
+        error: Why a constraint could not be followed to the end; None if it could. The reply is finished then, and
+            what there is of it is worth nothing.
+    """
+
+    __slots__ = ("_matcher", "_plain", "_seen", "_tail", "_uniforms", "decoding", "error", "finish_reason", "tokens")
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        seed: int,
+        prompt_ids: Sequence[int],
+        tail: int,
+        matcher: llguidance.LLMatcher | None,
+    ) -> None:
+        self.decoding = decoding
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.error: Rejected | None = None
+        # A penalty falls on a token once, however often it came: 15,000 placeholders of audio are one id.
+        self._seen = array("q", set(prompt_ids) if decoding.repetition_penalty != 1 else ())
+        self._tail = list(prompt_ids[-tail:]) if tail else []
+        self._matcher = matcher
+        self._uniforms = _uniforms(decoding.seed, seed)
+        self._plain = not (
+            decoding.do_sample
+            or decoding.repetition_penalty != 1
+            or decoding.min_new_tokens
+            or decoding.stop
+            or matcher is not None
+        )
+
+
+class Chooser:
+    """Chooses as `generate` does for one prompt, for prompts with decoding parameters of their own.
+
+    The processors are Hugging Face's, each given all the rows that share its parameters. What a prompt gets does
+    not depend on the others: draws come from a counter-based generator that the two seeds are the key of.
+    """
+
+    def __init__(self, tokenizer: Any, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            tokenizer: The checkpoint's own.
+            eos_token_ids: Each of them ends a reply.
+            vocab_size: Rows of the language model's head; may be more than the tokenizer has tokens.
+        """
+        self._tokenizer = tokenizer
+        self._eos = list(eos_token_ids)
+        self._ends = frozenset(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._stop_criteria = functools.lru_cache(_CACHED)(self._make_stop_criteria)
+        self._matcher = functools.lru_cache(_CACHED)(self._make_matcher)
+        self._guide = functools.lru_cache(1)(self._make_guide)
+
+    def begin(self, decoding: Decoding, seed: int, prompt_ids: Sequence[int]) -> Choice:
+        """A prompt's reply, still empty.
+
+        Args:
+            decoding: How it is chosen.
+            seed: The request's own.
+            prompt_ids: With the audio's placeholders, as stock `generate` would be given it.
+
+        Raises:
+            ModelError: Parameters that Hugging Face refuses, or a constraint that cannot be followed.
+        """
+        try:
+            _penalty(decoding.repetition_penalty)
+            _warpers(_sampling(decoding))
+            tail = self._stop_criteria(decoding.stop).maximum_token_len if decoding.stop else 0
+        except ValueError as error:
+            raise ModelError(f"these decoding parameters cannot be used: {error}") from error
+        matcher = None
+        if decoding.one_of or decoding.json_schema is not None:
+            if decoding.min_new_tokens:
+                raise ModelError(
+                    "min_new_tokens cannot be kept beside one_of or json_schema: they say how a reply ends"
+                )
+            matcher = self._matcher(decoding.one_of, decoding.json_schema).deep_copy()
+        return Choice(decoding, seed, prompt_ids, tail, matcher)
+
+    def next(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
+        """Chooses a token for each prompt, and sets what has finished by it.
+
+        Args:
+            logits: What the model says of the next token, shape (prompts, vocab size), any float dtype and device.
+            choices: One a row, none of them finished; the tokens are appended to them.
+
+        Returns:
+            The tokens, one a row.
+        """
+        # Ties go to the first of equals in every dtype, so this needs no float32.
+        picked = logits.argmax(-1)
+        special = [row for row, choice in enumerate(choices) if not choice._plain]
+        if special:
+            index = torch.tensor(special, device=logits.device)
+            picked[index] = self._pick(logits[index].float(), [choices[row] for row in special])
+        tokens: list[int] = picked.tolist()
+        ends = self._ends
+        for choice, token in zip(choices, tokens, strict=True):
+            choice.tokens.append(token)
+            if token in ends:
+                choice.finish_reason = "stop"
+            elif len(choice.tokens) >= choice.decoding.max_new_tokens:
+                choice.finish_reason = "length"
+        if special:
+            self._follow([choices[row] for row in special])
+        return tokens
+
+    def generate_arguments(self, decoding: Decoding, seed: int) -> dict[str, Any]:
+        """What stock `generate` must be given beside `inputs.generation_config` to choose the same, for one prompt.
+
+        They are for one call: the processors remember how far it is.
+
+        Raises:
+            ModelError: As `begin`.
+        """
+        choice = self.begin(decoding, seed, ())
+        processors = hf.LogitsProcessorList()
+        if choice._matcher is not None:
+            processors.append(_Constrained(choice, self._allow))
+        if decoding.do_sample:
+            processors += [*_warpers(_sampling(decoding)), _Drawn(choice)]
+        return {"logits_processor": processors, **({"tokenizer": self._tokenizer} if decoding.stop else {})}
+
+    # -- rows with parameters of their own -------------------------------------------------------------------------
+
+    def _pick(self, scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+        """Tokens for float32 scores, which are overwritten; in the order of stock `generate`."""
+        for penalty, rows in _groups(choices, lambda choice: choice.decoding.repetition_penalty).items():
+            if penalty != 1:
+                ids = _padded([choices[row]._seen for row in rows]).to(scores.device)
+                scores[rows] = _penalty(penalty)(ids, scores[rows])
+        early = [row for row, choice in enumerate(choices) if len(choice.tokens) < choice.decoding.min_new_tokens]
+        if early:
+            scores[torch.tensor(early).unsqueeze(1), torch.tensor(self._eos)] = -torch.inf
+        bound = [row for row, choice in enumerate(choices) if choice._matcher is not None]
+        if bound:
+            scores[bound] = self._allow(scores[bound], [choices[row] for row in bound])
+        for sampling, rows in _groups(choices, lambda choice: _sampling(choice.decoding)).items():
+            if sampling is not None:
+                scores[rows] = _warpers(sampling)(None, scores[rows])
+        picked = scores.argmax(-1)
+        drawn = [row for row, choice in enumerate(choices) if choice.decoding.do_sample]
+        if drawn:
+            picked[drawn] = _draw(scores[drawn], [choices[row]._uniforms.random() for row in drawn])
+        return picked
+
+    def _follow(self, choices: Sequence[Choice]) -> None:
+        """Takes the last tokens into account: for penalties, constraints and stop strings."""
+        for choice in choices:
+            if choice.decoding.repetition_penalty != 1:
+                choice._seen.append(choice.tokens[-1])
+            if choice._matcher is not None and choice.finish_reason is None:
+                choice._matcher.consume_token(choice.tokens[-1])  # a failure shows in the next mask
+        for stop, rows in _groups(choices, lambda choice: choice.decoding.stop).items():
+            if stop:
+                criteria = self._stop_criteria(stop)
+                width = criteria.maximum_token_len
+                # As stock does: at the end of prompt and reply, whatever is short of it.
+                ends = [(choices[row]._tail + choices[row].tokens[-width:])[-width:] for row in rows]
+                ids = torch.tensor([[_NO_TOKEN] * (width - len(end)) + end for end in ends])
+                for row, stopped in zip(rows, criteria(ids, None).tolist(), strict=True):
+                    if stopped:
+                        choices[row].finish_reason = "stop"
+
+    def _allow(self, scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+        """Scores with everything at -inf that a constraint forbids next."""
+        allowed = np.zeros((len(choices), self._vocab_size), dtype=bool)
+        for row, choice in zip(allowed, choices, strict=True):
+            assert choice._matcher is not None
+            # After an error the library allows the end only, so that the reply ends here.
+            bits = np.frombuffer(choice._matcher.compute_bitmask(), dtype=np.uint8)
+            row[:] = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+            row[self._eos] = row[self._eos].any()
+            if choice._matcher.is_error():
+                why = _first_line(choice._matcher.get_error())
+                detail = f"the constraint cannot be followed after {len(choice.tokens)} tokens: {why}"
+                choice.error = Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
+        return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
+
+    # -- made once ---------------------------------------------------------------------------------------------------
+
+    def _make_stop_criteria(self, stop: tuple[str, ...]) -> Any:
+        """Looks through the whole vocabulary, in Python: seconds for a large one."""
+        if not all(stop):
+            raise ValueError("a stop string is empty, which every reply begins with")
+        return hf.StopStringCriteria(self._tokenizer, list(stop))
+
+    def _make_guide(self) -> llguidance.LLTokenizer:
+        """The tokenizer as the constraints' library has it."""
+        size = max(self._vocab_size, len(self._tokenizer))
+        eos = self._eos[0] if self._eos else None
+        return llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=size, eos_token=eos)
+
+    def _make_matcher(self, one_of: tuple[str, ...], json_schema: str | None) -> llguidance.LLMatcher:
+        """A compiled constraint at its start; to be copied.
+
+        Raises:
+            ModelError: The library refuses it.
+        """
+        if one_of and json_schema is not None:
+            raise ModelError("one_of and json_schema are two constraints on one reply; give one of them")
+        try:
+            if json_schema is not None:
+                asked = f"json_schema {json_schema[:200]!r}"
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(json_schema, defaults=_JSON_STYLE)
+            else:
+                asked = f"one_of {list(one_of)!r:.200}"
+                # One terminal, so that of two strings the longer one may follow on the shorter one.
+                grammar = f"start: REPLY\nREPLY: {' | '.join(map(json.dumps, one_of))}"
+            matcher = llguidance.LLMatcher(self._guide(), grammar, log_level=0)
+        except ValueError as error:
+            raise ModelError(f"{asked} cannot be used as a constraint: {error}") from error
+        if matcher.is_error():
+            raise ModelError(f"{asked} cannot be used as a constraint: {_first_line(matcher.get_error())}")
+        return matcher
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string in it; all of it where there is none."""
+    return text[: min((place for each in stop if (place := text.find(each)) >= 0), default=len(text))]
+
+
+class _Constrained(hf.LogitsProcessor):
+    """A constraint for stock `generate`, one prompt."""
+
+    def __init__(self, choice: Choice, allow: Callable[[torch.Tensor, Sequence[Choice]], torch.Tensor]) -> None:
+        self._choice = choice
+        self._allow = allow
+        self._began = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._began and self._choice._matcher is not None:
+            self._choice.tokens.append(int(input_ids[0, -1]))
+            self._choice._matcher.consume_token(self._choice.tokens[-1])
+        self._began = True
+        scores = self._allow(scores, [self._choice])
+        if self._choice.error:
+            raise self._choice.error
+        return scores
+
+
+class _Drawn(hf.LogitsProcessor):
+    """Leaves only the token that is drawn, so that greedy `generate` takes it."""
+
+    def __init__(self, choice: Choice) -> None:
+        self._uniforms = choice._uniforms
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        drawn = _draw(scores, [self._uniforms.random()])
+        return torch.full_like(scores, -torch.inf).index_fill(1, drawn, 0.0)
+
+
+def _uniforms(seed: int, request_seed: int) -> np.random.Generator:
+    """Uniform numbers in [0, 1), one a step; negative seeds are as good as others."""
+    key = np.array([seed % 2**64, request_seed % 2**64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def _draw(scores: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
+    """Tokens by inverse CDF, shape (rows,): the first whose cumulative probability is above the row's number."""
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    below = torch.tensor(uniforms, dtype=torch.float64, device=scores.device).unsqueeze(1) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, below, right=True).squeeze(1)
+    # Only scores that are no numbers lead past the end; as an index that would cost the whole device.
+    return drawn.clamp(max=scores.shape[-1] - 1)
+
+
+def _sampling(decoding: Decoding) -> _Sampling | None:
+    """None for greedy rows."""
+    return _Sampling(decoding.temperature, decoding.top_k, decoding.top_p) if decoding.do_sample else None
+
+
+def _warpers(sampling: _Sampling | None) -> Any:
+    """The list that `generate` would make itself if it were to sample.
+
+    Raises:
+        ValueError: A value out of its range.
+    """
+    warpers = hf.LogitsProcessorList()
+    if sampling is None:
+        return warpers
+    if sampling.temperature != 1:
+        warpers.append(hf.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k != 0:
+        warpers.append(hf.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(hf.TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+def _penalty(penalty: float) -> Any:
+    return hf.RepetitionPenaltyLogitsProcessor(float(penalty))
+
+
+def _groups(choices: Sequence[Choice], key: Callable[[Choice], Hashable]) -> dict[Any, list[int]]:
+    """Rows by what they share."""
+    groups = defaultdict(list)
+    for row, choice in enumerate(choices):
+        groups[key(choice)].append(row)
+    return groups
+
+
+def _padded(ids: Sequence["array[int]"]) -> torch.Tensor:
+    """Rows of ids made as long as the longest, by an id that the row holds already."""
+    padded = np.empty((len(ids), max(map(len, ids))), dtype=np.int64)
+    for line, row in zip(padded, ids, strict=True):
+        line[: len(row)] = row
+        line[len(row) :] = row[0]
+    return torch.from_numpy(padded)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:300]
