@@ -1,5 +1,6 @@
 """Who is worked on next, and what one failure takes down: itself alone. Plain Python, no torch."""
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -36,7 +37,8 @@ class Job:
         seconds: Of audio.
         capacity: Length of the slots its prompts take; filled in by the engine.
         alone: Whether it is asked by stock `generate` and takes no slot.
-        passed: How many others went before it because its slots were taken.
+        number: In the order of arrival.
+        passed: How many that came later went before it.
     """
 
     def __init__(self, request: Request, seconds: float, *, alone: bool = False) -> None:
@@ -44,6 +46,7 @@ class Job:
         self.seconds = seconds
         self.alone = alone
         self.capacity = 0
+        self.number = 0
         self.passed = 0
         self.future: Future[list[Reply]] = Future()
         self._replies: dict[int, Reply] = {}
@@ -110,6 +113,7 @@ class JobQueue:
         self._max_seconds = max_seconds
         self._waiting: dict[int, deque[Job]] = {}  # by caller, whose turn it is first
         self._changed = threading.Condition()  # its lock may be taken again by who has it
+        self._numbers = itertools.count()
         self._failure: EngineFailed | None = None
         self._idle_s = 0.0
         self._begun = False
@@ -128,6 +132,7 @@ class JobQueue:
         with self._changed:
             self._changed.wait_for(lambda: self._failure or self._has_room(job, caller))
             self.raise_if_closed()
+            job.number = next(self._numbers)
             self._waiting.setdefault(caller, deque()).append(job)
             self._changed.notify_all()
 
@@ -152,15 +157,15 @@ class JobQueue:
             self.raise_if_closed()
             order = [(caller, job) for caller, jobs in self._waiting.items() for job in jobs]
             overdue = [(caller, job) for caller, job in order if job.passed >= _MOST_PASSES]
-            for index, (caller, job) in enumerate(overdue[:1] or order):
+            for caller, job in overdue[:1] or order:
                 if not (job.future.cancelled() or fits(job)):
                     continue
                 self._remove(caller, job)
                 # Under the lock, so that close() finds each job either here or running.
                 if not job.future.set_running_or_notify_cancel():
                     return self.take(fits, wait=False)
-                for _, other in order[:index]:
-                    other.passed += 1
+                for _, other in order:
+                    other.passed += other.number < job.number
                 return job
             return None
 

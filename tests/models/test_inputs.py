@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from af3pipe.models.inputs import Inputs, generation_config
-from af3pipe.schemas import Decoding, Rejected, Task
+from af3pipe.schemas import Decoding, Rejected, Task, Turn
 from tests.models.conftest import sounds
 
 LENGTHS = st.one_of(st.integers(321, 2000), st.integers(321, 1_500_000), st.integers(479_000, 481_500))
@@ -28,14 +28,21 @@ def test_audio_tokens_and_prompts_are_the_processors_own(oracle):
     @example(480_001, "Describe the audio in detail.")
     @example(480_321, "äöü 音楽 🎵")
     def holds(n, prompt):
-        stock = oracle.inputs(NOISE[:n], prompt)
-        assert checkpoint.audio_tokens(n) == int((stock["input_ids"] == inputs.audio_token_id).sum())
-        assert torch.equal(inputs.prompt_ids(prompt, checkpoint.audio_tokens(n)), stock["input_ids"][0])
+        turns = (Turn(prompt),)
+        stock = oracle.inputs([NOISE[:n]], turns)
+        audio_tokens = checkpoint.audio_tokens(n)
+        assert audio_tokens == int((stock["input_ids"] == inputs.audio_token_id).sum())
+        ours = inputs.prompt(turns, [], [audio_tokens])
+        assert inputs.ids(ours).tolist() == stock["input_ids"][0].tolist()
+        assert ours[ours < 0].tolist() == [-1 - place for place in range(audio_tokens)]
         windows = inputs.windows(NOISE[:n])
-        kept = len(windows.tokens)
-        assert len(stock["input_features"]) - kept == (checkpoint.window_tokens(n)[-1] == 0)
-        torch.testing.assert_close(windows.features, stock["input_features"][:kept])
-        assert torch.equal(windows.mask, stock["input_features_mask"][:kept])
+        assert len(stock["input_features"]) - len(windows) == (checkpoint.window_tokens(n)[-1] == 0)
+        for window, features, mask in zip(
+            windows, stock["input_features"], stock["input_features_mask"], strict=False
+        ):
+            assert (window.frames, window.full_frames) == (mask.sum(), len(mask))
+            torch.testing.assert_close(window.features, features[:, : window.features.shape[1]])
+            assert window.features.shape[1] == min(window.frames + 8, window.full_frames)
 
     holds()
 
@@ -44,12 +51,18 @@ def test_min_samples_is_the_fewest_that_give_a_token(oracle):
     checkpoint = oracle.checkpoint
     fewest = checkpoint.limits.min_samples
     assert (checkpoint.audio_tokens(fewest - 1), checkpoint.audio_tokens(fewest)) == (0, 1)
-    assert int((oracle.inputs(NOISE[: fewest - 1], "x")["input_ids"] == oracle.processor.audio_token_id).sum()) == 0
+    assert (
+        int(
+            (oracle.inputs([NOISE[: fewest - 1]], (Turn("x"),))["input_ids"] == oracle.processor.audio_token_id).sum()
+        )
+        == 0
+    )
 
 
 def test_music_flamingo_has_its_audio_in_brackets(mf_oracle):
     processor = mf_oracle.processor
-    ids = Inputs(mf_oracle.checkpoint, processor).prompt_ids("x", 2).tolist()
+    inputs = Inputs(mf_oracle.checkpoint, processor)
+    ids = inputs.ids(inputs.prompt((Turn("x"),), [], [2])).tolist()
     begin = ids.index(processor.audio_bos_token_id)
     assert ids[begin : begin + 4] == [
         processor.audio_bos_token_id,
@@ -61,26 +74,61 @@ def test_music_flamingo_has_its_audio_in_brackets(mf_oracle):
 
 def test_a_prompt_with_a_placeholder_is_rejected(oracle):
     with pytest.raises(Rejected, match="audio placeholder '<sound>'"):
-        Inputs(oracle.checkpoint, oracle.processor).prompt_ids("Is <sound> a word?", 5)
+        Inputs(oracle.checkpoint, oracle.processor).prompt((Turn("Is <sound> a word?"),), [], [5])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "kept", "reason"),
-    [
-        ([7, 8, 9], [7, 8, 9], "length"),
-        ([7, 8, 9, 10], [7, 8, 9], "length"),
-        ([7, 2, 0, 0], [7, 2], "stop"),
-        ([7, 8, 2, 0], [7, 8, 2], "stop"),
-        ([7, 8, 9, 2], [7, 8, 9], "length"),
-        ([0], [0], "stop"),
-    ],
-)
-def test_a_reply_ends_at_its_end_or_at_its_limit(demo_oracle, tokens, kept, reason):
+def test_a_conversation_is_as_the_processor_writes_it(oracle):
+    inputs = Inputs(oracle.checkpoint, oracle.processor)
+    turns, replies = (Turn("What is heard?"), Turn("How often?"), Turn("")), ["A beep.", "äh, twice\n"]
+    stock = oracle.inputs([NOISE[:48_000]], turns, replies)
+    assert inputs.ids(inputs.prompt(turns, replies, [75])).tolist() == stock["input_ids"][0].tolist()
+
+
+def test_audio_alone_and_text_alone_are_as_the_processor_writes_them(oracle):
+    inputs = Inputs(oracle.checkpoint, oracle.processor)
+    stock = oracle.inputs([NOISE[:48_000]], (Turn(""),))["input_ids"][0].tolist()
+    assert inputs.ids(inputs.prompt((Turn(""),), [], [75])).tolist() == stock
+    assert stock.count(inputs.audio_token_id) == 75
+    stock = oracle.inputs([], (Turn("Which is louder?", ()),))["input_ids"][0].tolist()
+    assert inputs.prompt((Turn("Which is louder?", ()),), [], []).tolist() == stock
+
+
+def test_several_audios_stand_where_their_turns_hear_them(oracle):
+    inputs = Inputs(oracle.checkpoint, oracle.processor)
+
+    def heard(*turns):
+        prompt = inputs.prompt(turns, ["yes"] * (len(turns) - 1), [3, 2])
+        return [-1 - token for token in prompt.tolist() if token < 0]
+
+    assert heard(Turn("Which?")) == [0, 1, 2, 3, 4]
+    assert heard(Turn("Which?", (1, 0))) == [3, 4, 0, 1, 2]
+    assert heard(Turn("This?", (0,)), Turn("Or this?", (1,))) == [0, 1, 2, 3, 4]
+    assert heard(Turn("This?", (1,)), Turn("Again?")) == [3, 4]
+    assert heard(Turn("This?", (1,)), Turn("And?", (0, 1))) == [3, 4, 0, 1, 2, 3, 4]
+    with pytest.raises(Rejected, match=r"'This\?' hears audio 2, but the request has 2"):
+        heard(Turn("This?", (2,)))
+
+
+def test_a_template_without_room_for_the_audio_is_rejected(oracle):
+    class Deaf:
+        def __getattr__(self, name):
+            return getattr(oracle.processor, name)
+
+        def apply_chat_template(self, messages, **kwargs):
+            return oracle.processor.apply_chat_template(messages, **kwargs).replace("<sound>", "")
+
+    with pytest.raises(Rejected, match="writes 0 audio placeholders for 1"):
+        Inputs(oracle.checkpoint, Deaf()).prompt((Turn("x"),), [], [5])
+
+
+def test_a_reply_counts_its_tokens_and_loses_what_follows_a_stop_string(demo_oracle):
     inputs = Inputs(demo_oracle.checkpoint, demo_oracle.processor)
-    task = Task("x", decoding=Decoding(max_new_tokens=3))
-    reply = inputs.reply(tokens, torch.tensor([3, 3, 5]), task, demo_oracle.model.generation_config)
-    assert (list(reply.tokens), reply.finish_reason) == (kept, reason)
-    assert (reply.audio_tokens, reply.prompt_tokens, reply.new_tokens) == (2, 3, len(kept))
+    task = Task("x", decoding=Decoding(max_new_tokens=9, stop=("b",)))
+    tokens = inputs.processor.tokenizer("a b c")["input_ids"]
+    reply = inputs.reply(tokens, np.array([-1, -2, 5]), task, "stop")
+    assert (reply.text, reply.tokens, reply.finish_reason) == ("a", tuple(tokens), "stop")
+    assert (reply.audio_tokens, reply.prompt_tokens, reply.new_tokens) == (2, 3, len(tokens))
+    assert inputs.said(reply) == "a b c"
 
 
 def test_nothing_that_decides_is_left_to_the_checkpoint(af3_oracle):
@@ -98,7 +146,6 @@ def test_nothing_that_decides_is_left_to_the_checkpoint(af3_oracle):
 
 def test_windows_hold_the_samples_in_order(af3_oracle):
     inputs = Inputs(af3_oracle.checkpoint, af3_oracle.processor)
-    windows = inputs.windows(np.concatenate([np.zeros(480_000, np.float32), NOISE[:48_000]]))
-    assert windows.tokens == (750, 75)
-    assert windows.mask.sum(1).tolist() == [3000, 300]
-    assert windows.features[0].std() < 1e-6 < windows.features[1, :, :300].std()
+    silent, loud = inputs.windows(np.concatenate([np.zeros(480_000, np.float32), NOISE[:48_000]]))
+    assert [(w.place, w.tokens, w.frames) for w in (silent, loud)] == [(0, 750, 3000), (1, 75, 300)]
+    assert silent.features.std() < 1e-6 < loud.features[:, :300].std()

@@ -6,10 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from af3pipe.models import answer, caption, parse, prompt, resolve, transcript
+from af3pipe.models.encoder import AudioEncoder
+from af3pipe.models.inputs import Inputs
 from af3pipe.models.oracle import ask_alone
-from af3pipe.schemas import Decoding, Request
+from af3pipe.schemas import Decoding, Request, Task, Turn
 from tests.models.conftest import RATE, clip, sounds
 
 # Around the window's edges, and a second window of 1, 2, 3 and 4 mel frames: 0, 0, 1 and 1 audio tokens.
@@ -125,17 +128,142 @@ def test_stock_music_flamingo_fails_on_a_last_window_without_tokens(mf_oracle):
 def test_music_flamingo_tells_windows_apart(mf_oracle, open_model, tiny_mf):
     """The same 30 s twice: without the windows' places, both would have the same embeddings."""
     twice = np.tile(sounds(30), 2)
-    engine = open_model(tiny_mf)
     request = Request(twice, all_tasks("MusicFlamingo", 1))
-    assert_equal(mf_oracle, request, engine.submit(request).result())
-    inputs = mf_oracle.inputs(twice, "x")
-    features, mask, ids = (inputs[key] for key in ("input_features", "input_features_mask", "input_ids"))
-    with torch.inference_mode():
-        stock = mf_oracle.model.get_audio_features(features, mask, ids).pooler_output
-        ours = engine._embed_windows(features, mask, torch.arange(2)).flatten(0, 1)
-        wrong = engine._embed_windows(features, mask, torch.zeros(2)).flatten(0, 1)
-    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
-    assert (wrong[750:] - stock[750:]).abs().max() > 1e-2
+    assert_equal(mf_oracle, request, open_model(tiny_mf).submit(request).result())
+    first, second = encode(mf_oracle, [twice])
+    assert (first - second).abs().max() > 1e-2
+
+
+def encode(oracle, audios, **options):
+    """Embeddings of all windows of all audios, encoded together."""
+    inputs = Inputs(oracle.checkpoint, oracle.processor)
+    windows = [window for audio in audios for window in inputs.windows(audio)]
+    return AudioEncoder(oracle.model.model, **options).encode(windows, lambda: None, lambda error: False)
+
+
+@pytest.mark.parametrize("rounding", [1, 64, 1500])
+@pytest.mark.parametrize("oracle", ["af3_oracle", "mf_oracle"])
+def test_only_valid_frames_are_encoded_and_the_embeddings_are_stocks(request, oracle, rounding):
+    """Windows of several recordings encoded together, of lengths odd and even, at the edges and in the middle."""
+    oracle = request.getfixturevalue(oracle)
+    lengths = [0.021, 0.3, 1.0, 1.01, 1.02, 2.013, 29.97, 29.99, 30.0, 31.7, 60.0, 75.5]
+    audios = [sounds(seconds, seed=i) for i, seconds in enumerate(lengths)]
+    ours = iter(encode(oracle, audios, rounding=rounding))
+    for audio in audios:
+        inputs = oracle.inputs([audio], (Turn("x"),))
+        features, mask, ids = (inputs[key] for key in ("input_features", "input_features_mask", "input_ids"))
+        takes_ids = oracle.checkpoint.family == "MusicFlamingo"
+        with torch.inference_mode():
+            output = oracle.model.get_audio_features(features, mask, *([ids] if takes_ids else []))
+        stock = output.pooler_output
+        windows = sum(1 for tokens in oracle.checkpoint.window_tokens(len(audio)) if tokens)
+        torch.testing.assert_close(torch.cat([next(ours) for _ in range(windows)]), stock, rtol=1e-4, atol=2e-5)
+    assert next(ours, None) is None
+
+
+def random_decoding(rng):
+    """Greedy, mostly; every feature now and then, and several at once."""
+    decoding = Decoding(max_new_tokens=rng.choice([1, 2, 5, 9, 17, 30]))
+    if rng.random() < 0.2:
+        decoding = decoding._replace(repetition_penalty=rng.choice([1.1, 1.5]))
+    if rng.random() < 0.2:
+        decoding = decoding._replace(
+            do_sample=True, temperature=rng.choice([0.7, 1.3]), top_p=rng.choice([0.8, 1.0]), seed=rng.randrange(9)
+        )
+    if rng.random() < 0.1:
+        decoding = decoding._replace(stop=("a", "the "))
+    if rng.random() < 0.1:
+        return decoding._replace(one_of=("yes", "no", "not at all"), max_new_tokens=30)
+    return decoding._replace(min_new_tokens=min(decoding.max_new_tokens, rng.choice([0, 0, 3])))
+
+
+def random_request(rng, seed):
+    """Some seconds of audio, one or two of them, asked one to four things, some of them after each other."""
+    seconds = rng.choice([rng.uniform(0.1, 6), rng.uniform(0.1, 6), rng.uniform(20, 40)])
+    audios = tuple(sounds(s, seed=seed + i) for i, s in enumerate([seconds, 1.5][: rng.choice([1, 1, 1, 2])]))
+    tasks = []
+    for place in range(rng.randint(1, 4)):
+        before = rng.choice([(), *(task.turns for task in tasks)])
+        heard = (1,) if before and len(audios) > 1 and rng.random() < 0.5 else None
+        text = f"Question {place}? " + "and so on " * rng.randrange(3)
+        tasks.append(Task(f"t{place}", text, decoding=random_decoding(rng), history=before, audios=heard))
+    return Request(audios if len(audios) > 1 else audios[0], tuple(tasks), seed)
+
+
+@pytest.mark.parametrize("family", ["af3", "mf"])
+def test_random_requests_under_random_arrival(request, family, open_model):
+    """Whatever is beside them, with however many slots: the requests are answered alike."""
+    oracle = request.getfixturevalue(f"{family}_oracle")
+    rng = random.Random(family)
+    requests = [random_request(rng, seed) for seed in range(150)]
+    expected = [list(oracle.ask_all(each)) for each in requests]
+    for slots in (1, 3, 16, 64):
+        engine = open_model(request.getfixturevalue(f"tiny_{family}"), slots=slots)
+        some = requests[:: 5 if slots == 1 else 1]
+        for each, replies, right in zip(
+            some, ask_all(engine, some, slots), expected[:: 5 if slots == 1 else 1], strict=True
+        ):
+            assert replies == right, (slots, each)
+        stats = engine.take_stats()
+        assert stats.reused_tokens > stats.prompt_tokens / 4
+        assert stats.windows == sum(-(-len(audio) // 480_000) for each in some for audio in each.audios)
+        engine.close()
+
+
+def test_asking_alone_is_stock_generate(af3_oracle, open_model, tiny_af3):
+    """Beside others in flight, whose slots it must leave alone."""
+    rng = random.Random(7)
+    requests = [random_request(rng, seed) for seed in range(12)]
+    expected = [list(af3_oracle.ask_all(each)) for each in requests]
+    engine = open_model(tiny_af3, slots=4)
+    futures = [(engine.submit, engine.ask_alone)[i % 2](each) for i, each in enumerate(requests)]
+    assert [future.result(timeout=120) for future in futures] == expected
+
+
+def test_several_audios_in_one_conversation_as_built_by_hand(af3_oracle, open_model, tiny_af3):
+    """AF3-Chat: what the stock processor has no call for, written out with its own pieces."""
+    processor, model = af3_oracle.processor, af3_oracle.model
+    audios = (sounds(2.0, seed=1), sounds(33.0, seed=2))
+    texts = ["First?", "Second?"]
+    decoding = Decoding(max_new_tokens=8, min_new_tokens=8)
+    first = Task("a", texts[0], decoding=decoding, audios=(0,))
+    second = Task("b", texts[1], decoding=decoding, audios=(1,), history=first.turns)
+    replies = open_model(tiny_af3).submit(Request(audios, (first, second))).result(timeout=60)
+    said = processor.tokenizer.decode(list(replies[0].tokens), skip_special_tokens=True)
+    chat = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{'<sound>' * 50}First?<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n"
+        f"<|im_start|>user\n{'<sound>' * 825}Second?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    features = processor.feature_extractor(
+        [audios[0], audios[1][:480_000], audios[1][480_000:]],
+        sampling_rate=RATE,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    ids = processor.tokenizer(chat, return_tensors="pt")
+    output = model.generate(
+        **ids,
+        input_features=features["input_features"],
+        input_features_mask=features["attention_mask"],
+        generation_config=GenerationConfig(
+            max_new_tokens=8, min_new_tokens=8, do_sample=False, repetition_penalty=1.0, eos_token_id=[2, 0]
+        ),
+    )
+    assert list(replies[1].tokens) == output[0, ids["input_ids"].shape[1] :].tolist()
+    assert replies[1].audio_tokens == 875
+
+
+def test_audio_only_and_text_only(af3_oracle, open_model, tiny_af3):
+    decoding = Decoding(max_new_tokens=6)
+    audio_only = Request(sounds(3), (Task("a", "", decoding=decoding),))
+    text_only = Request((), (Task("b", "What is a tuba?", decoding=decoding, audios=()),))
+    both = Request(sounds(3), (Task("c", "Heard?", decoding=decoding), Task("d", "x", decoding=decoding, audios=())))
+    engine = open_model(tiny_af3)
+    for each in (audio_only, text_only, both):
+        replies = engine.submit(each).result(timeout=60)
+        assert replies == list(af3_oracle.ask_all(each))
+    assert [reply.audio_tokens for reply in replies] == [75, 0]
 
 
 def test_a_repetition_penalty_sees_the_prompt_but_no_padding(af3_oracle, open_model, tiny_af3):
