@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 
 from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.inputs import Inputs, conversation, generation_config, load_model
+from af3pipe.models.inputs import Inputs, conversation, generation_config
+from af3pipe.models.weights import load_model
 from af3pipe.schemas import Reply, Task
 
 
