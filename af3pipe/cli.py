@@ -174,7 +174,9 @@ def run(
     engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
-    attention: Annotated[str | None, typer.Option(help="Hugging Face's name of an attention implementation.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Of the audio encoder: sdpa, eager, flash_attention_2.")
+    ] = None,
     cuda_graphs: Annotated[
         bool | None,
         typer.Option("--cuda-graphs/--no-cuda-graphs", help="Capture decoding steps as CUDA graphs (default)."),

@@ -41,7 +41,7 @@ def load_model(
         checkpoint: Whose weights.
         device: Where they go.
         dtype: Of everything that is not quantised.
-        attention: Hugging Face's name of an attention implementation, for all parts of the model.
+        attention: Of the audio encoder, by Hugging Face's name for it.
         adapter: Directory of a PEFT LoRA that is merged into the weights, with `non_lora_trainables.bin` if it has
             one.
         quantize: `none`, or `int8` or `fp8` for the weights of the language model's linear layers. The head, the
@@ -56,7 +56,8 @@ def load_model(
         model, report = model_class.from_pretrained(
             checkpoint.source,
             dtype=dtype,
-            attn_implementation=attention,
+            # The language model keeps the default: not every kernel takes the masks that it is decoded with here.
+            attn_implementation={"audio_config": attention},
             output_loading_info=True,
             **revision_options(checkpoint),
         )

@@ -159,7 +159,7 @@ class JobConfig(_Strict):
         output: Folder for the Parquet tables.
         model: Hub id, local directory, or `demo`. NVIDIA's released weights are for non-commercial use, and an
             adapter made from them inherits that.
-        attention: Hugging Face's name of an attention implementation.
+        attention: Of the audio encoder, by Hugging Face's name for it.
         cuda_graphs: Whether decoding steps are captured as CUDA graphs.
         adapter: Directory of a PEFT LoRA, on the workers: the `think` folder of the released checkpoint, for example.
         quantize: Whether the language model's weights are held in fewer bits.

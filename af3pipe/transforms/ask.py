@@ -272,7 +272,7 @@ class AskAudioFlamingo(beam.PTransform):
         queue_audio_s: Most seconds of audio that wait for the engine.
         question_tokens: Longest reply to a recording's own questions.
         question_think: Whether the model is asked to reason before it answers those.
-        attention: Hugging Face's name of an attention implementation.
+        attention: Of the audio encoder, by Hugging Face's name for it.
         cuda_graphs: Whether decoding steps are captured as CUDA graphs; without meaning on a CPU.
         adapter: Directory of a PEFT LoRA that is merged into the weights; the workers must have it.
         quantize: `none`, or `int8` or `fp8` for the language model's weights.

@@ -232,11 +232,12 @@ def test_what_cannot_be_done_here_is_told(tiny_af3, options, says):
         load(tiny_af3, **options)
 
 
-def test_attention_is_the_one_asked_for(tiny_af3):
-    assert load(tiny_af3).config._attn_implementation == "sdpa"
-    model = load(tiny_af3, attention="eager")
-    assert model.config._attn_implementation == "eager"
-    assert model.model.audio_tower.config._attn_implementation == "eager"
+def test_attention_is_the_audio_encoders(tiny_af3, tiny_mf):
+    for path in (tiny_af3, tiny_mf):
+        for attention in ("sdpa", "eager"):
+            core = load(path, attention=attention).model
+            assert core.audio_tower.config._attn_implementation == attention
+            assert core.language_model.config._attn_implementation == "sdpa"
 
 
 def test_other_weights_have_another_revision(tiny_af3, think, tmp_path):
