@@ -123,10 +123,20 @@ def run(
         str | None,
         typer.Option(
             help=f"Hub id, local directory, or `demo`; the default is {DEFAULT_MODEL}. NVIDIA's released weights "
-            "are for **non-commercial** use."
+            "are for **non-commercial** use; an adapter made from them inherits that."
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder of a PEFT LoRA to merge, such as the released model's `think`.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or fp8: the language model's weights in fewer bits.")
+    ] = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Ask the model to reason first; needs the adapter trained to."),
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="caption or transcript; more than one may be given.")] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="Asked of every recording; choices follow: `Who? | cat | dog`.")
@@ -164,6 +174,13 @@ def run(
     engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Of the audio encoder: sdpa, eager, flash_attention_2.")
+    ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option("--cuda-graphs/--no-cuda-graphs", help="Capture decoding steps as CUDA graphs (default)."),
+    ] = None,
     slots: Annotated[int | None, typer.Option(help="Most prompts decoded together.")] = None,
     queue_audio_s: Annotated[float | None, typer.Option(help="Most seconds of audio that wait.")] = None,
     decode_threads: Annotated[int | None, typer.Option(help="Recordings decoded at once.")] = None,
@@ -193,6 +210,9 @@ def run(
         "output": output,
         "model": model,
         "revision": revision,
+        "adapter": adapter,
+        "quantize": quantize,
+        "think": think,
         "tasks": [*(task or []), *map(_own_task, prompt or [])] or None,
         "questions": [*map(_question, question or []), *(_question_file(questions) if questions else [])] or None,
         "over_length": over_length,
@@ -206,6 +226,8 @@ def run(
         "engine": engine,
         "dtype": dtype,
         "device": device,
+        "attention": attention,
+        "cuda_graphs": cuda_graphs,
         "slots": slots,
         "queue_audio_s": queue_audio_s,
         "decode_threads": decode_threads,

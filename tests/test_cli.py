@@ -97,6 +97,18 @@ def test_dead_letters_fail_a_run_only_when_asked(archive, tmp_path, allowed, cod
     assert ("more than --fail-on-dead-letters" in done.output) == (code == 3)
 
 
+def test_how_the_model_is_run_is_recorded(archive, tmp_path):
+    told = ["--think", "--attention", "eager", "--no-cuda-graphs", "--slots", "2", "--question", "Is there speech?"]
+    done = quick(archive, tmp_path / "out", *told)
+    assert done.exit_code == 0, done.output
+    (row,) = rows(tmp_path / "out", "answers")
+    assert row["prompt"] == "Is there speech?\nPlease think and reason about the input audio before you respond."
+    assert (row["question"], row["history"]) == ("Is there speech?", [])
+    (record,) = (tmp_path / "out" / "_runs").glob("*.json")
+    job = json.loads(record.read_text())["job"]
+    assert (job["attention"], job["cuda_graphs"], job["think"], job["adapter"]) == ("eager", False, True, None)
+
+
 def test_silence_is_left_unasked_when_told(archive, tmp_path):
     (archive / "silent.wav").write_bytes(make.wav(0 * make.sound(1, 16000), 16000))
     told = ["--on-silent", "dead-letter", "--silent-below", "-70", "--over-length", "split", "--split-at", "silence"]
@@ -120,6 +132,8 @@ def test_silence_is_left_unasked_when_told(archive, tmp_path):
         (["--prompt", "no name"], "it must be NAME=TEXT"),
         (["--questions", "/nowhere.txt"], "--questions /nowhere.txt"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--adapter", "/nowhere"], "adapter '/nowhere': looked for a PEFT adapter in /nowhere"),
+        (["--quantize", "int3"], "quantize is 'int3'"),
         (["--task", "caption", "--task", "caption"], "task 'caption' is asked twice"),
         (["--question", "Who? | cat | cat"], "choices"),
         (["--runner", "NoRunner"], "NoRunner"),

@@ -12,7 +12,7 @@ from af3pipe.models.engine import (
     open_engine,
     release_engine,
 )
-from af3pipe.models.family import DEFAULT_MODEL, Checkpoint, open_checkpoint
+from af3pipe.models.family import DEFAULT_MODEL, Checkpoint, model_revision, open_checkpoint
 from af3pipe.models.tasks import (
     PARSERS,
     Parser,
@@ -41,6 +41,7 @@ __all__ = [
     "acquire_engine",
     "answer",
     "caption",
+    "model_revision",
     "open_checkpoint",
     "open_engine",
     "parse",

@@ -29,6 +29,7 @@ _NVIDIA_MODELS = ("nvidia/audio-flamingo-3", "nvidia/music-flamingo")
 _CONFIG = "config.json"
 _PROCESSOR = "processor_config.json"
 _PREPROCESSOR = "preprocessor_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Checkpoint(NamedTuple):
@@ -99,6 +100,32 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         limits=_limits(model, extractor, max_audio_s),
         hop_length=int(_required(model, extractor, "hop_length")),
     )
+
+
+def adapter_revision(directory: str) -> str:
+    """Names the content of an adapter's directory, as a checkpoint's is named: `sha256:` and 12 hex digits.
+
+    Raises:
+        ModelError: There is no adapter.
+    """
+    path = Path(directory).expanduser()
+    if not (path / ADAPTER_CONFIG).is_file():
+        found = "there is no such directory" if not path.is_dir() else f"it has no {ADAPTER_CONFIG}"
+        raise ModelError(
+            f"adapter {directory!r}: looked for a PEFT adapter in {path.absolute()}, but {found}; that of "
+            f"{DEFAULT_MODEL} is the folder `think` of a downloaded copy"
+        )
+    return _directory_revision(path)
+
+
+def model_revision(checkpoint: Checkpoint, adapter: str | None = None, quantize: str = "none") -> str:
+    """Names the weights that answer: other weights, other answers, another revision.
+
+    Raises:
+        ModelError: There is no such adapter.
+    """
+    added = [adapter_revision(adapter)] if adapter else []
+    return "+".join([checkpoint.revision, *added, *([] if quantize == "none" else [quantize])])
 
 
 class _Files(NamedTuple):
@@ -175,7 +202,7 @@ def _directory_revision(directory: Path) -> str:
     Names and sizes alone would be the same after every fine-tuning, and a rerun would skip work it must do.
     """
     digest = hashlib.sha256()
-    for name in (_CONFIG, _PROCESSOR, _PREPROCESSOR, "generation_config.json"):
+    for name in (_CONFIG, _PROCESSOR, _PREPROCESSOR, "generation_config.json", ADAPTER_CONFIG):
         digest.update((_text(directory / name) or "").encode())
     for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""The checkpoint's own processor and model, and what goes in and out: samples, prompts, decoding, replies."""
+"""The checkpoint's own processor, and what goes in and out: samples, prompts, decoding, replies."""
 
 import inspect
 import itertools
@@ -72,9 +72,11 @@ class Inputs:
             ModelError: It cannot be loaded here.
         """
         try:
-            return cls(checkpoint, hf.AutoProcessor.from_pretrained(checkpoint.source, **_revision(checkpoint)))
+            return cls(
+                checkpoint, hf.AutoProcessor.from_pretrained(checkpoint.source, **revision_options(checkpoint))
+            )
         except Exception as error:
-            raise _load_error(checkpoint, "its processor", error) from error
+            raise load_error(checkpoint, "its processor", error) from error
 
     @property
     def audio_token_id(self) -> int:
@@ -217,30 +219,6 @@ class Inputs:
         return text
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
-    """The family's class with all of its weights, on the device, for inference.
-
-    Raises:
-        ModelError: It cannot be loaded here, or weights are missing.
-    """
-    hf.utils.logging.disable_progress_bar()  # it would draw over the run's own line, and fill a worker's log
-    try:
-        model_class = getattr(hf, f"{checkpoint.family}ForConditionalGeneration")
-        model, report = model_class.from_pretrained(
-            checkpoint.source, dtype=dtype, output_loading_info=True, **_revision(checkpoint)
-        )
-        model = model.to(device).eval()
-    except Exception as error:
-        raise _load_error(checkpoint, "its weights", error) from error
-    # transformers fills in missing weights at random and only warns.
-    if missing := sorted(report["missing_keys"]):
-        some = ", ".join(missing[:3])
-        raise ModelError(
-            f"model {checkpoint.model_id!r}: {len(missing)} weights are missing from {checkpoint.source} ({some})"
-        )
-    return model
-
-
 def conversation(
     turns: Sequence[tuple[str, Sequence[npt.NDArray[np.float32] | None]]], replies: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
@@ -305,12 +283,12 @@ def eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:
     return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
-def _revision(checkpoint: Checkpoint) -> dict[str, str]:
+def revision_options(checkpoint: Checkpoint) -> dict[str, str]:
     """What pins `from_pretrained` to the commit the JSON files came from; nothing for a directory."""
     return {} if checkpoint.path else {"revision": checkpoint.revision}
 
 
-def _load_error(checkpoint: Checkpoint, part: str, error: Exception) -> ModelError:
+def load_error(checkpoint: Checkpoint, part: str, error: Exception) -> ModelError:
     """One sentence about a part of a checkpoint that does not load."""
     reason = " ".join(str(error).split())[:500]
     return ModelError(

@@ -9,7 +9,8 @@ import torch
 
 from af3pipe.models.decoding import Chooser
 from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.inputs import Inputs, conversation, eos_token_ids, generation_config, heard_in, hf, load_model
+from af3pipe.models.inputs import Inputs, conversation, eos_token_ids, generation_config, heard_in, hf
+from af3pipe.models.weights import load_model
 from af3pipe.schemas import Reply, Request, Task, Turn
 
 

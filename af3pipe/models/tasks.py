@@ -6,11 +6,12 @@ import importlib
 import json
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from af3pipe.audio.levels import combine
 from af3pipe.models.engine import ModelError
-from af3pipe.schemas import Answer, Decoding, Reason, Rejected, Stage, Task, TimedText
+from af3pipe.schemas import Answer, Decoding, Reason, Rejected, Stage, Task, TimedText, Turn
 
 CAPTION = "caption"
 TRANSCRIPT = "transcript"
@@ -36,6 +37,11 @@ _PROMPTS = {
     },
 }
 
+# The model card of nvidia/audio-flamingo-3-hf: what its think adapter was trained to be asked with.
+THINK = "\nPlease think and reason about the input audio before you respond."
+
+DEFAULT_QUESTION_TOKENS = 256
+
 _TABLES = {CAPTION: "captions", TRANSCRIPT: "transcripts"}
 _LABELS = string.ascii_uppercase
 _WRAPPING = " \"'`*.,;!\u201c\u201d\u2018\u2019"  # spaces, quotes (curly ones too), stops around a reply
@@ -44,12 +50,12 @@ Parser = Callable[[Task, str], tuple[str, str | None]]
 """Reads a reply: (task, reply) -> (text, choice or None). Says no with ValueError or `Rejected`."""
 
 
-def caption(*, prompt: str | None = None, max_new_tokens: int = 512) -> Task:
+def caption(*, prompt: str | None = None, max_new_tokens: int = 512, think: bool = False) -> Task:
     """Asks for a description of the audio, greedily; rows go to `captions/`."""
-    return Task(CAPTION, prompt=prompt, decoding=Decoding(max_new_tokens=max_new_tokens))
+    return Task(CAPTION, prompt=prompt, decoding=Decoding(max_new_tokens=max_new_tokens), think=think)
 
 
-def transcript(*, prompt: str | None = None, max_new_tokens: int = 2048) -> Task:
+def transcript(*, prompt: str | None = None, max_new_tokens: int = 2048, think: bool = False) -> Task:
     """Asks for the words spoken (or sung), greedily; rows go to `transcripts/`.
 
     The framing sentence of the reply is removed, and the segments of a long recording make one answer.
@@ -60,6 +66,7 @@ def transcript(*, prompt: str | None = None, max_new_tokens: int = 2048) -> Task
         decoding=Decoding(max_new_tokens=max_new_tokens),
         strip_prefix=True,
         stitch=True,
+        think=think,
     )
 
 
@@ -69,34 +76,55 @@ def answer(
     question_id: str | None = None,
     *,
     prompt: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = DEFAULT_QUESTION_TOKENS,
+    decoding: Decoding | None = None,
+    constrained: bool = False,
+    json_schema: Mapping[str, Any] | str | None = None,
+    think: bool = False,
+    after: Task | None = None,
 ) -> Task:
     """Asks a question, greedily; rows go to `answers/`.
 
     Args:
         question: In words. With choices it is asked as `question (A) first (B) second`.
         choices: What the answer must name one of; empty for free text. At most 26, no two alike.
-        question_id: Names the question across runs; by default 12 hex digits over question and choices.
+        question_id: Names the question across runs; by default 12 hex digits over question, choices and what was
+            asked before.
         prompt: Asked instead of what is built from question and choices.
-        max_new_tokens: Where the reply is cut.
+        max_new_tokens: Where the reply is cut; not used when `decoding` is given.
+        decoding: All decoding parameters, for example to sample.
+        constrained: Whether the model can say nothing but one of the choices, with its letter or without.
+        json_schema: A JSON schema, or its text, that the reply must follow; not together with choices.
+        think: Whether the model is asked to reason first; needs the adapter that was trained to.
+        after: The task that this one follows up: the model sees what it was asked and what it replied. Ask both of
+            the same recording, `after` first.
 
     Raises:
-        ValueError: No question, or choices that no reply could tell apart.
+        ValueError: No question, choices that no reply could tell apart, or wishes that exclude each other.
     """
     choices = tuple(choices)
     if not question.strip():
         raise ValueError("answer() needs a question; it got an empty one")
     _check_choices(choices)
+    decoding = decoding or Decoding(max_new_tokens=max_new_tokens)
+    if constrained:
+        decoding = decoding._replace(one_of=_replies_for(choices))
+    if json_schema is not None and choices:
+        raise ValueError("a question has either choices or a json_schema; leave one out")
+    history = () if after is None else _turns_of(after)
     labelled = [f"({label}) {choice}" for label, choice in zip(_LABELS, choices, strict=False)]
-    return Task(
+    task = Task(
         ANSWER,
         prompt=" ".join([question, *labelled]) if prompt is None else prompt,
-        question_id=question_id or _hash(question, choices),
+        question_id=question_id or _hash(question, choices, history),
         question=question,
         choices=choices,
-        decoding=Decoding(max_new_tokens=max_new_tokens),
+        decoding=decoding,
         parser="choice" if choices else "text",
+        history=history,
+        think=think,
     )
+    return _constrained(task, json_schema)
 
 
 def prompt(
@@ -108,6 +136,8 @@ def prompt(
     parser: str = "text",
     strip_prefix: bool = False,
     stitch: bool = False,
+    json_schema: Mapping[str, Any] | str | None = None,
+    think: bool = False,
 ) -> Task:
     """A task of your own: the prompt is given to the model as it stands.
 
@@ -119,38 +149,98 @@ def prompt(
         parser: A name from `PARSERS`, or `module:function` of a `Parser` that the workers can import.
         strip_prefix: Whether the checkpoint's framing sentence is removed.
         stitch: Whether the replies of a long recording's segments make one answer.
+        json_schema: A JSON schema, or its text, that the reply must follow; the parser is then `json`, unless
+            another one is named.
+        think: Whether the model is asked to reason first; needs the adapter that was trained to.
 
     Raises:
-        ValueError: An empty name or prompt.
+        ValueError: An empty name or prompt, or wishes that exclude each other.
     """
     if not name.strip() or not text.strip():
         raise ValueError(f"prompt() needs a name and a text; it got {name!r} and {text!r}")
-    return Task(
+    task = Task(
         name,
         prompt=text,
         decoding=decoding or Decoding(max_new_tokens=max_new_tokens),
         parser=parser,
         strip_prefix=strip_prefix,
         stitch=stitch,
+        think=think,
     )
+    return _constrained(task, json_schema)
+
+
+def _constrained(task: Task, json_schema: Mapping[str, Any] | str | None) -> Task:
+    """The task with its schema, if there is one, once it is sure that all its constraints can hold together."""
+    if json_schema is not None:
+        task = task._replace(
+            decoding=task.decoding._replace(json_schema=_schema_text(json_schema)),
+            parser="json" if task.parser == "text" else task.parser,
+        )
+    if task.decoding.one_of and task.decoding.json_schema:
+        raise ValueError("a reply follows either one_of or a json_schema; leave one out")
+    if task.think and (task.decoding.one_of or task.decoding.json_schema):
+        raise ValueError("a reply that is constrained leaves no room to think; leave out one of the two")
+    return task
+
+
+def _schema_text(schema: Mapping[str, Any] | str) -> str:
+    """One spelling for equal schemas. The order of keys stays: it is the order in which the model writes them."""
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"json_schema is not JSON: {error}") from error
+    if not isinstance(value, Mapping):
+        raise ValueError(f"json_schema must be a JSON object, for example {{'type': 'object'}}; it is {text}")
+    return text
+
+
+def _replies_for(choices: tuple[str, ...]) -> tuple[str, ...]:
+    """All that a constrained reply may be: each choice with its letter and without, where that names it alone."""
+    if not choices:
+        raise ValueError("constrained needs choices; a question without any may be answered in any words")
+    forms = [
+        (index, f"{lead}{choice}") for index, choice in enumerate(choices) for lead in (f"({_LABELS[index]}) ", "")
+    ]
+    return tuple(dict.fromkeys(form for index, form in forms if _choices_named(choices, form) == {index}))
+
+
+def thinking(task: Task) -> Task:
+    """The task with the words that ask for thinking in its prompt, once, if it is to think and has a prompt."""
+    if not task.think or task.prompt is None or task.prompt.endswith(THINK):
+        return task
+    return task._replace(prompt=task.prompt + THINK)
+
+
+def _turns_of(task: Task) -> tuple[Turn, ...]:
+    """What a follow-up has before it."""
+    if task.prompt is None:
+        raise ValueError(
+            f"a follow-up needs to know the prompt it follows, and that of task {task.name!r} depends on the model; "
+            f"give it one, or resolve() it first"
+        )
+    return thinking(task).turns
 
 
 def resolve(task: Task, family: str) -> Task:
-    """The task with its prompt filled in for this family, and its parser looked up.
+    """The task as the model is asked it: its prompt filled in for this family, its parser looked up.
+
+    Resolving a second time changes nothing.
 
     Raises:
         ModelError: The family has no prompt of its own for this task, or the parser cannot be imported.
     """
     load_parser(task.parser)
-    if task.prompt is not None:
-        return task
-    try:
-        return task._replace(prompt=_PROMPTS[family][task.name])
-    except KeyError:
-        raise ModelError(
-            f"task {task.name!r} has no prompt for family {family!r}; give it one, "
-            f'for example prompt({task.name!r}, "What is heard?")'
-        ) from None
+    if task.prompt is None:
+        try:
+            task = task._replace(prompt=_PROMPTS[family][task.name])
+        except KeyError:
+            raise ModelError(
+                f"task {task.name!r} has no prompt for family {family!r}; give it one, "
+                f'for example prompt({task.name!r}, "What is heard?")'
+            ) from None
+    return thinking(task)
 
 
 def table_of(task_name: str) -> str:
@@ -298,8 +388,9 @@ def _check_choices(choices: tuple[str, ...]) -> None:
         raise ValueError(f"choices must differ and not be empty; they are {choices}")
 
 
-def _hash(question: str, choices: tuple[str, ...]) -> str:
-    return hashlib.sha256(json.dumps([question, choices]).encode()).hexdigest()[:12]
+def _hash(question: str, choices: tuple[str, ...], history: tuple[Turn, ...]) -> str:
+    before = [[list(turn) for turn in history]] if history else []  # without any, ids are what they always were
+    return hashlib.sha256(json.dumps([question, choices, *before]).encode()).hexdigest()[:12]
 
 
 def _quote(text: str, limit: int = 200) -> str:

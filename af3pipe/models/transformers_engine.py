@@ -24,11 +24,12 @@ import torch
 from af3pipe.models.decoding import Choice, Chooser
 from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.engine import EngineFailed, EngineInfo, EngineOptions, EngineStats, ModelError
-from af3pipe.models.family import open_checkpoint
-from af3pipe.models.inputs import Inputs, Window, eos_token_ids, load_model
+from af3pipe.models.family import model_revision, open_checkpoint
+from af3pipe.models.inputs import Inputs, Window, eos_token_ids
 from af3pipe.models.oracle import Oracle
 from af3pipe.models.scheduler import Job, JobQueue, capacity_class, isolate
 from af3pipe.models.slots import ATTENTION, LanguageModel, Piece, Slots
+from af3pipe.models.weights import load_model
 from af3pipe.schemas import Reason, Rejected, Reply, Request, Stage, Task
 
 _SLOTS = {"cpu": 32, "cuda": 64}
@@ -158,7 +159,14 @@ class TransformersEngine:
             self._inputs = Inputs(checkpoint, processor)
         else:
             self._inputs = Inputs.load(checkpoint)
-            model = load_model(checkpoint, device, dtype)
+            model = load_model(
+                checkpoint,
+                device,
+                dtype,
+                attention=options.attention,
+                adapter=options.adapter,
+                quantize=options.quantize,
+            )
         self._options = options
         self._device = device
         self._oracle: Oracle | None = Oracle(checkpoint, model, self._inputs.processor)
@@ -169,7 +177,7 @@ class TransformersEngine:
         )
         self._info = EngineInfo(
             model_id=checkpoint.model_id,
-            model_revision=checkpoint.revision,
+            model_revision=model_revision(checkpoint, options.adapter, options.quantize),
             family=checkpoint.family,
             licence=checkpoint.licence,
             engine="transformers",

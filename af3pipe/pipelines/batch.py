@@ -18,8 +18,8 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from af3pipe import storage
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.models.engine import ModelError
-from af3pipe.models.family import Checkpoint, open_checkpoint
-from af3pipe.models.tasks import resolve, table_of
+from af3pipe.models.family import Checkpoint, adapter_revision, model_revision, open_checkpoint
+from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, resolve, table_of
 from af3pipe.pipelines.accounting import (
     RunCounts,
     count_run,
@@ -47,7 +47,18 @@ from af3pipe.transforms.write import new_run_id
 
 _log = logging.getLogger(__name__)
 _IN_PROCESS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
-_PACKAGES = ("apache-beam", "torch", "transformers", "pyarrow", "soundfile", "av", "soxr", "fsspec")
+_PACKAGES = (
+    "apache-beam",
+    "torch",
+    "transformers",
+    "peft",
+    "torchao",
+    "pyarrow",
+    "soundfile",
+    "av",
+    "soxr",
+    "fsspec",
+)
 
 
 class RunFailed(Exception):
@@ -100,7 +111,12 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
         device=job.device,
         slots=job.slots,
         queue_audio_s=job.queue_audio_s,
-        question_tokens=job.max_new_tokens or 256,
+        question_tokens=job.max_new_tokens or DEFAULT_QUESTION_TOKENS,
+        question_think=job.think,
+        attention=job.attention,
+        cuda_graphs=job.cuda_graphs,
+        adapter=job.adapter,
+        quantize=job.quantize,
     )
     recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs, channel=job.channel, stream=job.stream)
     answers: Outcome = recordings | "AnswerRecordings" >> AnswerRecordings(decode, ask, accelerator=job.accelerator)
@@ -147,17 +163,26 @@ def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
 
     Raises:
         JobError: No input matches, one cannot be read, or the output cannot be written.
-        ModelError: The checkpoint cannot be found, is of a family that is not supported, or does not know a task.
+        ModelError: The checkpoint or the adapter cannot be found, the checkpoint is of a family that is not
+            supported, or does not know a task.
     """
     _check_inputs(job.inputs)
     try:
         storage.check_writable(job.output)
     except storage.StorageError as error:
         raise JobError(f"output: {error}") from error
+    workers_are_here = options.view_as(StandardOptions).runner in _IN_PROCESS
+    try:
+        if job.adapter is not None:
+            adapter_revision(job.adapter)
+    except ModelError as error:
+        if workers_are_here:
+            raise
+        _log.warning("the adapter cannot be read on this machine, only the workers can tell: %s", error)
     try:
         checkpoint = open_checkpoint(job.model, job.revision)
     except ModelError as error:
-        if options.view_as(StandardOptions).runner in _IN_PROCESS:
+        if workers_are_here:
             raise
         _log.warning("the model cannot be read on this machine, only the workers can tell: %s", error)
         return None
@@ -323,13 +348,19 @@ def _write_record(job: JobConfig, checkpoint: Checkpoint | None, options: Pipeli
 
 
 def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, str | None]:
+    chosen = {"adapter": job.adapter, "quantize": job.quantize}
     if checkpoint is None:  # the answers' own columns say which it was
-        return {"id": job.model, "revision": job.revision, "family": None, "licence": None}
+        return {"id": job.model, "revision": job.revision, "family": None, "licence": None, **chosen}
+    try:
+        revision: str | None = model_revision(checkpoint, job.adapter, job.quantize)
+    except ModelError:  # only the workers have the adapter
+        revision = None
     return {
         "id": checkpoint.model_id,
-        "revision": checkpoint.revision,
+        "revision": revision,
         "family": checkpoint.family,
         "licence": checkpoint.licence,
+        **chosen,
     }
 
 

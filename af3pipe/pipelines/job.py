@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -13,9 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from af3pipe.audio.guard import DEFAULT_LIMITS, LEAST_MEMORY_MIB, MOST_MEMORY_MIB, MOST_TIMEOUT_S
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength
-from af3pipe.models.engine import ENGINES
+from af3pipe.models.engine import ENGINES, EngineOptions
 from af3pipe.models.family import DEFAULT_MODEL
-from af3pipe.models.tasks import answer, caption, prompt, transcript
+from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, prompt, transcript
 from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.transforms.ask import check_tasks
 from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
@@ -35,17 +35,54 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TaskConfig(_Strict):
-    """A task with settings of its own; a plain name in the job file stands for `{name: ...}`."""
+class _Asked(_Strict):
+    """What every task and question may set. The names are those of `Decoding` and of the task factories.
 
-    name: str
+    Attributes:
+        think: Whether the model is asked to reason first; None for what the job says.
+        json_schema: Keys and values in YAML, or JSON text.
+    """
+
     prompt: str | None = None
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
     do_sample: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 50
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)] = ()
+    json_schema: dict[str, Any] | str | None = None
+    think: bool | None = None
+
+    @model_validator(mode="after")
+    def _ends_after_it_may(self) -> "_Asked":
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, which is more than max_new_tokens {self.max_new_tokens}"
+            )
+        return self
+
+    def decoding(self, max_new_tokens: int) -> Decoding:
+        """How its reply is chosen, this long at most."""
+        return Decoding(
+            max_new_tokens=max_new_tokens,
+            do_sample=self.do_sample,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            min_new_tokens=self.min_new_tokens,
+            seed=self.seed,
+            stop=self.stop,
+        )
+
+
+class TaskConfig(_Asked):
+    """A task with settings of its own; a plain name in the job file stands for `{name: ...}`."""
+
+    name: str
     parser: str | None = None
 
     @model_validator(mode="after")
@@ -55,42 +92,55 @@ class TaskConfig(_Strict):
                 f"task {self.name!r} is not known; choose from {', '.join(_FACTORIES)}, "
                 "or give your own task a prompt"
             )
+        if self.name in _FACTORIES and self.json_schema is not None:
+            raise ValueError(f"task {self.name!r} has no json_schema; give a task of your own a name and a prompt")
         return self
 
-    def to_task(self) -> Task:
-        """The task as the transforms take it."""
+    def to_tasks(self, max_new_tokens: int | None, think: bool) -> Iterator[Task]:
+        """The task as the transforms take it; the job's limit and wish to think hold where it has none of its own."""
+        think = think if self.think is None else self.think
         if self.name in _FACTORIES:
-            task = _FACTORIES[self.name](prompt=self.prompt)
+            task = _FACTORIES[self.name](prompt=self.prompt, think=think)
         else:
-            task = prompt(self.name, self.prompt or "")
-        decoding = Decoding(
-            max_new_tokens=self.max_new_tokens or task.decoding.max_new_tokens,
-            do_sample=self.do_sample,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-        )
-        return task._replace(decoding=decoding, parser=self.parser or task.parser)
+            task = prompt(self.name, self.prompt or "", json_schema=self.json_schema, think=think)
+        limit = self.max_new_tokens or max_new_tokens or task.decoding.max_new_tokens
+        decoding = self.decoding(limit)._replace(json_schema=task.decoding.json_schema)
+        yield task._replace(decoding=decoding, parser=self.parser or task.parser)
 
 
 _FACTORIES: dict[str, Callable[..., Task]] = {"caption": caption, "transcript": transcript}
 
 
-class QuestionConfig(_Strict):
-    """A question asked of every recording; a plain string stands for `{question: ...}`."""
+class QuestionConfig(_Asked):
+    """A question asked of every recording; a plain string stands for `{question: ...}`.
+
+    Attributes:
+        constrained: Whether the model can say nothing but one of the choices.
+        then: Questions that follow it up, in the same conversation.
+    """
 
     question: str
     choices: tuple[str, ...] = ()
     id: str | None = None
-    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    constrained: bool = False
+    then: Annotated[tuple["QuestionConfig", ...], BeforeValidator(lambda value: _question_configs(value))] = ()
 
-    def to_task(self) -> Task:
-        """The question as a task."""
-        task = answer(self.question, choices=self.choices, question_id=self.id)
-        if self.max_new_tokens:
-            task = task._replace(decoding=task.decoding._replace(max_new_tokens=self.max_new_tokens))
-        return task
+    def to_tasks(self, max_new_tokens: int | None, think: bool, after: Task | None = None) -> Iterator[Task]:
+        """The question as a task, and after it what follows it up."""
+        task = answer(
+            self.question,
+            self.choices,
+            self.id,
+            prompt=self.prompt,
+            decoding=self.decoding(self.max_new_tokens or max_new_tokens or DEFAULT_QUESTION_TOKENS),
+            constrained=self.constrained,
+            json_schema=self.json_schema,
+            think=think if self.think is None else self.think,
+            after=after,
+        )
+        yield task
+        for follow_up in self.then:
+            yield from follow_up.to_tasks(max_new_tokens, think, after=task)
 
 
 def _task_configs(value: Any) -> Any:
@@ -107,7 +157,13 @@ class JobConfig(_Strict):
     Attributes:
         inputs: Files, folders, globs or manifests, on any fsspec URL.
         output: Folder for the Parquet tables.
-        model: Hub id, local directory, or `demo`.
+        model: Hub id, local directory, or `demo`. NVIDIA's released weights are for non-commercial use, and an
+            adapter made from them inherits that.
+        attention: Of the audio encoder, by Hugging Face's name for it.
+        cuda_graphs: Whether decoding steps are captured as CUDA graphs.
+        adapter: Directory of a PEFT LoRA, on the workers: the `think` folder of the released checkpoint, for example.
+        quantize: Whether the language model's weights are held in fewer bits.
+        think: Whether all tasks and questions ask the model to reason first, but those that say otherwise.
         tasks: What is asked of every recording.
         questions: Asked beside the tasks.
         over_length: What becomes of recordings longer than the model takes.
@@ -132,9 +188,14 @@ class JobConfig(_Strict):
     engine: str = "transformers"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    attention: Annotated[str, Field(min_length=1)] = EngineOptions._field_defaults["attention"]
+    cuda_graphs: bool = True
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    quantize: Literal["none", "int8", "fp8"] = "none"
     tasks: Annotated[tuple[TaskConfig, ...], BeforeValidator(_task_configs)] = ()
     questions: Annotated[tuple[QuestionConfig, ...], BeforeValidator(_question_configs)] = ()
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    think: bool = False
     over_length: OverLength = "dead-letter"
     split_at: SplitAt = "cap"
     split_tolerance_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -178,14 +239,7 @@ class JobConfig(_Strict):
     def all_tasks(self) -> list[Task]:
         """What is asked of every recording; a caption where the job names nothing."""
         configs: list[TaskConfig | QuestionConfig] = [*self.tasks, *self.questions] or [TaskConfig(name="caption")]
-        return [self._limited(config) for config in configs]
-
-    def _limited(self, config: "TaskConfig | QuestionConfig") -> Task:
-        """The task, under the job's limit where it has none of its own."""
-        task = config.to_task()
-        if self.max_new_tokens is None or config.max_new_tokens is not None:
-            return task
-        return task._replace(decoding=task.decoding._replace(max_new_tokens=self.max_new_tokens))
+        return [task for config in configs for task in config.to_tasks(self.max_new_tokens, self.think)]
 
     def dead_letters_allowed(self, recordings: int) -> float:
         """How many dead letters the run may have."""

@@ -167,6 +167,7 @@ class Answer(NamedTuple):
         channels: How many the object has, as stored.
         channel: The one that was heard: `mix`, `left`, `right`, or its index as text.
         stream: Index of the audio stream that was heard; None for the object's main one.
+        history: The prompts that were asked before, in a conversation; empty for a first question.
         choice: The choice that the reply names; None for free text.
         segments: The pieces of a transcript with their times; empty for other tasks.
         decoding: JSON of `Decoding`.
@@ -194,6 +195,7 @@ class Answer(NamedTuple):
     stream: int | None
     task: str
     prompt: str
+    history: tuple[str, ...]
     question_id: str | None
     question: str | None
     choices: tuple[str, ...]
@@ -243,6 +245,7 @@ ANSWER_SCHEMA = pa.schema(
         ("stream", pa.int32()),
         pa.field("task", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
+        ("history", pa.list_(pa.string())),
         ("question_id", pa.string()),
         ("question", pa.string()),
         ("choices", pa.list_(pa.string())),

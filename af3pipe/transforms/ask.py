@@ -1,5 +1,6 @@
 """Segments to answers, on the process's one engine."""
 
+import hashlib
 import json
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from af3pipe.models.engine import (
     release_engine,
 )
 from af3pipe.models.family import DEFAULT_MODEL
-from af3pipe.models.tasks import answer, parse, resolve, stitch
+from af3pipe.models.tasks import answer, parse, resolve, stitch, thinking
 from af3pipe.schemas import (
     Answer,
     DeadLetter,
@@ -27,6 +28,7 @@ from af3pipe.schemas import (
     Stage,
     Task,
     TimedText,
+    Turn,
     answer_key,
 )
 from af3pipe.transforms import metrics
@@ -82,6 +84,7 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
         stream=recording.stream,
         task=task.name,
         prompt=prompt,
+        history=tuple(turn.prompt for turn in task.history),
         question_id=task.question_id,
         question=task.question,
         choices=task.choices,
@@ -106,14 +109,33 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Raises ValueError for no task, and for two that nobody could tell apart in the output."""
+    """Whether tasks can be asked together.
+
+    Raises:
+        ValueError: No task, two that nobody could tell apart in the output, or a follow-up to what was not asked.
+    """
     if not tasks:
         raise ValueError("tasks is empty; ask at least one, for example tasks=[caption()]")
     names = [(task.name, task.question_id) for task in tasks]
     for task in tasks:
         if names.count((task.name, task.question_id)) > 1:
-            asked = f"question {task.question!r}" if task.question else f"task {task.name!r}"
-            raise ValueError(f"{asked} is asked twice; leave one out, or give it a name or id of its own")
+            raise ValueError(f"{_told(task)} is asked twice; leave one out, or give it a name or id of its own")
+    asked: set[tuple[Turn, ...]] = set()
+    for task in tasks:
+        if task.history and task.history not in asked:
+            before = task.history[-1].prompt
+            raise ValueError(f"{_told(task)} follows up {before!r}, which is not asked before it; ask that, too")
+        asked.add(thinking(task).turns)
+
+
+def _told(task: Task) -> str:
+    return f"question {task.question!r}" if task.question else f"task {task.name!r}"
+
+
+def request_seed(segment: Segment) -> int:
+    """Of a segment's request, below 2**32: another one for every recording, the same one on every run."""
+    place = json.dumps([segment.recording.recording_id, segment.start_s])
+    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big")
 
 
 class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
@@ -123,12 +145,15 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     bounded by count and by seconds of audio: one runner gives a whole stage as one bundle.
     """
 
-    def __init__(self, options: EngineOptions, tasks: Sequence[Task], question_tokens: int = 256) -> None:
+    def __init__(
+        self, options: EngineOptions, tasks: Sequence[Task], question_tokens: int = 256, question_think: bool = False
+    ) -> None:
         # Two batches: one that the engine works on, one that it finds when it is done.
         super().__init__(2 * (options.slots or 16), 2 * options.queue_audio_s)
         self._options = options
         self._asked = tuple(tasks)
         self._question_tokens = question_tokens
+        self._question_think = question_think
 
     def setup(self) -> None:
         self._engine = acquire_engine(self._options)
@@ -144,13 +169,15 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
 
     def tasks_of(self, recording: Recording) -> tuple[Task, ...]:
         """The job's tasks and the recording's own questions, each once."""
-        limit = self._question_tokens
-        own = (answer(q.text, q.choices, q.question_id, max_new_tokens=limit) for q in recording.questions)
+        limit, think = self._question_tokens, self._question_think
+        own = (
+            answer(q.text, q.choices, q.question_id, max_new_tokens=limit, think=think) for q in recording.questions
+        )
         tasks = (*self._tasks, *(resolve(task, self._info.family) for task in own))
         return tuple({(task.name, task.question_id): task for task in reversed(tasks)}.values())[::-1]
 
     def submit(self, segment: Segment) -> "Future[list[Reply]]":
-        return self._engine.submit(Request(segment.samples, self.tasks_of(segment.recording)))
+        return self._engine.submit(Request(segment.samples, self.tasks_of(segment.recording), request_seed(segment)))
 
     def emit(self, segment: Segment, future: "Future[list[Reply]]") -> Iterator[Any]:
         metrics.count("segments_asked")
@@ -234,7 +261,8 @@ class AskAudioFlamingo(beam.PTransform):
     A request that fails is a dead letter and costs no other; a model that cannot be loaded ends the job.
 
     Args:
-        model: Hub id, local directory, or `demo`. The released weights are for non-commercial use.
+        model: Hub id, local directory, or `demo`. The released weights are for non-commercial use, and so are
+            adapters made from them.
         tasks: What is asked of every segment; a recording's own questions are asked beside them.
         revision: Branch, tag or commit of the model on the hub.
         engine: What turns requests into replies: `transformers`.
@@ -243,9 +271,14 @@ class AskAudioFlamingo(beam.PTransform):
         slots: Most prompts decoded together; None for what the device is good for.
         queue_audio_s: Most seconds of audio that wait for the engine.
         question_tokens: Longest reply to a recording's own questions.
+        question_think: Whether the model is asked to reason before it answers those.
+        attention: Of the audio encoder, by Hugging Face's name for it.
+        cuda_graphs: Whether decoding steps are captured as CUDA graphs; without meaning on a CPU.
+        adapter: Directory of a PEFT LoRA that is merged into the weights; the workers must have it.
+        quantize: `none`, or `int8` or `fp8` for the language model's weights.
 
     Raises:
-        ValueError: No task, or two of the same name and question.
+        ValueError: No task, two of the same name and question, or a follow-up to what is not asked.
     """
 
     def __init__(
@@ -260,11 +293,28 @@ class AskAudioFlamingo(beam.PTransform):
         slots: int | None = None,
         queue_audio_s: float = EngineOptions._field_defaults["queue_audio_s"],
         question_tokens: int = 256,
+        question_think: bool = False,
+        attention: str = EngineOptions._field_defaults["attention"],
+        cuda_graphs: bool = True,
+        adapter: str | None = None,
+        quantize: str = "none",
     ) -> None:
         super().__init__()
         check_tasks(tasks)
-        options = EngineOptions(model, engine, revision, dtype, device, slots, queue_audio_s)
-        self._dofn = AskDoFn(options, tasks, question_tokens)
+        options = EngineOptions(
+            model,
+            engine,
+            revision,
+            dtype,
+            device,
+            slots,
+            queue_audio_s,
+            attention=attention,
+            cuda_graphs=cuda_graphs,
+            adapter=adapter,
+            quantize=quantize,
+        )
+        self._dofn = AskDoFn(options, tasks, question_tokens, question_think)
 
     def expand(self, inputs: Any) -> Any:
         segments, before = split_input(inputs)

@@ -9,7 +9,7 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from af3pipe.models.engine import EngineOptions, acquire_engine, release_engine
 from af3pipe.models.tasks import resolve
 from af3pipe.schemas import DeadLetter, Request, Segment, Stage, Task
-from af3pipe.transforms.ask import check_tasks, iter_result
+from af3pipe.transforms.ask import check_tasks, iter_result, request_seed
 from af3pipe.transforms.outcome import outcomes, to_dead_letter
 
 
@@ -49,7 +49,7 @@ class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, _Held]):
     ) -> Iterator[PredictionResult]:
         info = model.engine.info
         tasks = tuple(resolve(task, info.family) for task in self._tasks)
-        futures = [model.engine.submit(Request(segment.samples, tasks)) for segment in batch]
+        futures = [model.engine.submit(Request(segment.samples, tasks, request_seed(segment))) for segment in batch]
         for segment, future in zip(batch, futures, strict=True):
 
             def lost(error: Exception, segment: Segment = segment) -> DeadLetter:

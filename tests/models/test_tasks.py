@@ -6,7 +6,8 @@ import pytest
 
 from af3pipe.models import ModelError, answer, caption, parse, prompt, resolve, stitch, table_of, transcript
 from af3pipe.models.family import FAMILIES
-from af3pipe.schemas import Answer, Decoding, Reason, Rejected, Stage, TimedText
+from af3pipe.models.tasks import THINK
+from af3pipe.schemas import Answer, Decoding, Reason, Rejected, Stage, TimedText, Turn
 
 SOUNDS = ("ticking", "siren", "melody", "silence")
 
@@ -159,6 +160,137 @@ def test_a_parser_of_the_users_own():
 def test_unknown_parsers_are_found_before_anything_runs(parser):
     with pytest.raises(ModelError, match="choose from choice, json, text"):
         resolve(prompt("loud", "What?", parser=parser), "AudioFlamingo3")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        caption(think=True),
+        transcript(think=True),
+        answer("Who?", think=True),
+        prompt("mood", "What mood?", think=True),
+        answer("And?", after=answer("Who?", think=True), think=True),
+    ],
+    ids=lambda task: f"{task.name} {len(task.history)}",
+)
+def test_thinking_is_asked_for_once(task):
+    resolved = resolve(task, "AudioFlamingo3")
+    assert resolved.prompt == resolve(task._replace(think=False), "AudioFlamingo3").prompt + THINK
+    assert resolve(resolved, "AudioFlamingo3") == resolved
+    assert resolved.think
+
+
+def test_thinking_is_asked_for_in_the_words_of_the_model_card():
+    asked = resolve(prompt("mood", "What mood?", think=True), "AudioFlamingo3").prompt
+    assert asked == "What mood?\nPlease think and reason about the input audio before you respond."
+
+
+def test_a_follow_up_has_all_turns_before_it_as_they_are_asked():
+    first = answer("Who speaks?", ("a man", "a woman"), think=True)
+    second = answer("How old?", after=first)
+    third = answer("Are you sure?", after=second)
+    asked = [resolve(task, "AudioFlamingo3") for task in (first, second, third)]
+    assert third.history == (
+        Turn("Who speaks? (A) a man (B) a woman" + THINK),
+        Turn("How old?"),
+    )
+    assert [task.history for task in asked] == [(), asked[0].turns, asked[1].turns]
+    assert first.history == ()
+
+
+def test_the_same_question_after_another_one_is_another_question():
+    why = [
+        answer("Why?", after=before)
+        for before in (
+            answer("Who?"),
+            answer("Where?"),
+            answer("Who?", think=True),
+            answer("Why?"),
+            answer("Who?", after=answer("Where?")),
+            None,
+        )
+    ]
+    assert len({task.question_id for task in why}) == len(why)
+    assert why[-1].question_id == "87bcfe608650"  # as before there were follow-ups
+    assert why[0].question_id == answer("Why?", after=answer("Who?")).question_id
+
+
+def test_a_follow_up_to_a_prompt_that_is_not_known_yet():
+    with pytest.raises(ValueError, match="task 'caption' depends on the model"):
+        answer("Why?", after=caption())
+    asked = resolve(caption(), "MusicFlamingo")
+    assert answer("Why?", after=asked).history == (Turn(asked.prompt),)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        SOUNDS,
+        ("yes", "no"),
+        ("B", "A"),
+        ("A", "B"),
+        ("tone", "rising tone"),
+        ("(B) dog", "dog"),
+        ("a dog", "not a dog", "neither"),
+        ("C major", "A minor"),
+        ("3", "4", "'5'"),
+        tuple(f"choice {index}" for index in range(26)),
+    ],
+    ids=str,
+)
+def test_every_reply_that_a_constrained_question_allows_names_its_choice(choices):
+    task = answer("Which?", choices, constrained=True)
+    named = [parse(task, reply)[1] for reply in task.decoding.one_of]
+    assert set(named) == set(choices)
+    for choice, label in zip(choices, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False):
+        assert f"({label}) {choice}" in task.decoding.one_of or choice in task.decoding.one_of
+
+
+def test_both_forms_of_a_choice_are_allowed():
+    assert answer("Which?", ("cat", "dog"), constrained=True).decoding.one_of == ("(A) cat", "cat", "(B) dog", "dog")
+    assert answer("Which?", ("cat", "dog")).decoding.one_of == ()
+    # "B" alone is a label, too.
+    assert answer("Which?", ("B", "A"), constrained=True).decoding.one_of == ("(A) B", "(B) A")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"why": {"type": "string"}, "bpm": {"type": "integer"}}},
+        '{ "type": "object",\n "properties": {"why": {"type": "string"}, "bpm": {"type":"integer"}} }',
+    ],
+    ids=["mapping", "text"],
+)
+def test_a_json_schema_has_one_spelling_and_keeps_its_order(schema):
+    task = prompt("facts", "Give JSON.", json_schema=schema)
+    assert task.decoding.json_schema == (
+        '{"type":"object","properties":{"why":{"type":"string"},"bpm":{"type":"integer"}}}'
+    )
+    assert task.parser == "json"
+    assert answer("What?", json_schema=schema).parser == "json"
+    own = prompt("facts", "Give JSON.", json_schema=schema, parser="tests.models.test_tasks:shout")
+    assert own.parser == "tests.models.test_tasks:shout"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: prompt("facts", "Give.", json_schema="{"), "json_schema is not JSON"),
+        (lambda: prompt("facts", "Give.", json_schema="[1]"), "json_schema must be a JSON object"),
+        (lambda: prompt("facts", "Give.", json_schema={"x": object()}), "json_schema is not JSON"),
+        (lambda: answer("Q?", constrained=True), "constrained needs choices"),
+        (lambda: answer("Q?", ("a", "b"), json_schema={}), "either choices or a json_schema"),
+        (
+            lambda: prompt("x", "Q?", decoding=Decoding(one_of=("a",)), json_schema={}),
+            "either one_of or a json_schema",
+        ),
+        (lambda: answer("Q?", ("a", "b"), constrained=True, think=True), "no room to think"),
+        (lambda: prompt("x", "Q?", json_schema={}, think=True), "no room to think"),
+    ],
+)
+def test_wishes_that_cannot_hold_together(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
 
 
 def test_tables():

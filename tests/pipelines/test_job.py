@@ -1,6 +1,8 @@
 import pytest
 
+from af3pipe.models import resolve
 from af3pipe.pipelines.job import JobError, beam_options, load_job_values, make_job, split_beam_flags
+from af3pipe.schemas import Decoding
 
 BASE = {"inputs": ["a.wav"], "output": "out"}
 
@@ -73,6 +75,31 @@ def test_a_limit_for_all_tasks():
         ({"fail_on_dead_letters": 0.05}, ["fail_on_dead_letters is '0.05'"]),
         ({"tasks": 5}, ["tasks"]),
         ({"engine": "magic"}, ["engine is 'magic'", "transformers"]),
+        ({"quantize": "int3"}, ["quantize is 'int3'", "'none', 'int8' or 'fp8'"]),
+        ({"adapter": ""}, ["adapter is ''"]),
+        ({"cuda_graphs": "often"}, ["cuda_graphs is 'often'"]),
+        ({"questions": [{"question": "Q?", "constrained": True}]}, ["constrained needs choices"]),
+        ({"questions": [{"question": "Q?", "json_schema": "{"}]}, ["json_schema is not JSON"]),
+        (
+            {"questions": [{"question": "Q?", "choices": ["a", "b"], "constrained": True, "json_schema": {}}]},
+            ["either choices or a json_schema"],
+        ),
+        (
+            {"questions": [{"question": "Q?", "choices": ["a", "b"], "constrained": True}], "think": True},
+            ["no room to think"],
+        ),
+        (
+            {"questions": [{"question": "Q?", "then": [{"question": "R?", "chioces": []}]}]},
+            ["did you mean 'choices'"],
+        ),
+        ({"questions": [{"question": "Q?", "then": ["R?", "R?"]}]}, ["question 'R?' is asked twice"]),
+        ({"tasks": [{"name": "caption", "json_schema": {}}]}, ["task 'caption' has no json_schema"]),
+        ({"tasks": [{"name": "caption", "seed": -1}]}, ["tasks.0", "seed is -1"]),
+        ({"tasks": [{"name": "caption", "stop": ""}]}, ["stop"]),
+        (
+            {"tasks": [{"name": "caption", "min_new_tokens": 9, "max_new_tokens": 8}]},
+            ["min_new_tokens is 9", "max_new_tokens 8"],
+        ),
         ({"dtype": "int3"}, ["dtype is 'int3'", "'float32'"]),
         ({"fail_on_dead_letters": "many"}, ["fail_on_dead_letters is 'many'"]),
     ],
@@ -183,3 +210,62 @@ def test_a_misspelt_option_is_not_taken_for_an_input():
         split_beam_flags(["a.wav", "-o", "out"])
     with pytest.raises(JobError, match="expected one argument"):
         split_beam_flags(["a.wav", "--runner"])
+
+
+def test_questions_that_follow_up():
+    job = make_job(
+        BASE
+        | {
+            "questions": [
+                {
+                    "question": "Who speaks?",
+                    "think": True,
+                    "then": ["How old?", {"question": "Where?", "then": "Why there?", "max_new_tokens": 9}],
+                },
+                "Why there?",
+            ],
+            "max_new_tokens": 7,
+        }
+    )
+    who, old, where, why, other = job.all_tasks()
+    assert [len(task.history) for task in (who, old, where, why, other)] == [0, 1, 1, 2, 0]
+    assert old.history == where.history == resolve(who, "AudioFlamingo3").turns
+    assert why.history == where.turns
+    assert why.question_id != other.question_id
+    assert [task.decoding.max_new_tokens for task in (who, old, where, why)] == [7, 7, 9, 7]
+    assert [task.think for task in (who, old, where, why)] == [True, False, False, False]
+
+
+def test_all_of_a_job_may_think_but_what_says_otherwise():
+    job = make_job(
+        BASE
+        | {
+            "think": True,
+            "tasks": ["caption", {"name": "transcript", "think": False}],
+            "questions": [{"question": "Q?", "choices": ["a", "b"], "constrained": True, "think": False}, "R?"],
+        }
+    )
+    assert [task.think for task in job.all_tasks()] == [True, False, False, True]
+
+
+def test_how_a_reply_is_chosen():
+    schema = {"type": "object", "properties": {"z": {}, "a": {}}}
+    sampled = {"do_sample": True, "temperature": 0.7, "seed": 5, "stop": "###", "min_new_tokens": 3}
+    job = make_job(
+        BASE
+        | {
+            "tasks": [{"name": "facts", "prompt": "Give.", "json_schema": schema, **sampled}],
+            "questions": [
+                {"question": "Q?", "choices": ["a", "b"], "constrained": True, "stop": ["x", "y"]},
+                {"question": "R?", "prompt": "Really?", **sampled},
+            ],
+        }
+    )
+    facts, choice, really = job.all_tasks()
+    assert facts.decoding == really.decoding._replace(json_schema='{"type":"object","properties":{"z":{},"a":{}}}')
+    assert really.decoding == Decoding(
+        do_sample=True, temperature=0.7, seed=5, stop=("###",), min_new_tokens=3, max_new_tokens=256
+    )
+    assert facts.parser == "json"
+    assert choice.decoding == Decoding(stop=("x", "y"), one_of=("(A) a", "a", "(B) b", "b"))
+    assert (really.prompt, really.question) == ("Really?", "R?")

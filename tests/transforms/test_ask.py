@@ -18,9 +18,9 @@ from af3pipe.models import (
     release_engine,
     resolve,
 )
-from af3pipe.schemas import AudioInfo, Question, Recording, Request, Segment
+from af3pipe.schemas import AudioInfo, Question, Recording, Reply, Request, Segment
 from af3pipe.transforms import AskAudioFlamingo
-from af3pipe.transforms.ask import AskDoFn
+from af3pipe.transforms.ask import AskDoFn, check_tasks, make_answer, request_seed
 
 OPTIONS = EngineOptions("demo", device="cpu")
 NOISE = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
@@ -132,3 +132,52 @@ def test_an_engine_that_is_lost_ends_the_bundle_instead_of_making_dead_letters(d
     with pytest.raises(EngineFailed):
         list(dofn.process(segment("b"), 0, None)) + list(dofn.finish_bundle())
     dofn.start_bundle()
+
+
+def test_a_follow_up_needs_what_it_follows_before_it():
+    who, where = answer("Who?", think=True), answer("Where?")
+    why, why_there = answer("Why?", after=who), answer("Why?", after=where)
+    sure = answer("Sure?", after=why)
+    check_tasks([who, where, why, why_there, sure])
+    resolved = [resolve(task, "AudioFlamingo3") for task in (who, why, sure)]
+    check_tasks(resolved)
+    for tasks in ([why], [why, who], [who, sure], [answer("Who?"), why]):
+        with pytest.raises(ValueError, match="which is not asked before it"):
+            check_tasks(tasks)
+    with pytest.raises(ValueError, match=r"question 'Why\?' is asked twice"):
+        check_tasks([who, where, why, answer("Why?", question_id=why.question_id, after=where)])
+
+
+def test_the_row_of_a_follow_up_tells_what_was_asked_before():
+    who = answer("Who?", think=True)
+    tasks = [resolve(task, "AudioFlamingo3") for task in (who, answer("Why?", after=who))]
+    info = engine.EngineInfo("m", "r", "AudioFlamingo3", "l", "transformers", "float32", "cpu")
+    first, second = (make_answer(segment("a"), task, Reply("x", (1,), "stop", 1, 2), info) for task in tasks)
+    assert (first.history, second.history) == ((), (first.prompt,))
+    assert first.prompt.endswith("before you respond.")
+    assert second.prompt == "Why?"
+    assert first.answer_key != second.answer_key
+
+
+def test_a_seed_is_the_recordings_own_on_every_run():
+    first = segment("a")
+    assert request_seed(first) == request_seed(segment("a")) == 3451505442
+    others = [segment("b"), first._replace(start_s=30.0)]
+    assert len({request_seed(found) for found in [first, *others]}) == 3
+    assert all(0 <= request_seed(found) < 2**32 for found in others)
+
+
+def test_a_request_carries_its_seed(dofn, monkeypatch):
+    asked = []
+    submit = dofn._engine.submit
+    monkeypatch.setattr(dofn._engine, "submit", lambda request: asked.append(request) or submit(request))
+    dofn.submit(segment("a")).result()
+    assert [request.seed for request in asked] == [request_seed(segment("a"))]
+
+
+def test_a_recordings_own_questions_think_where_the_job_does():
+    thinking = AskDoFn(OPTIONS, [caption()], question_think=True)
+    thinking.setup()
+    tasks = thinking.tasks_of(Recording("id", "a.wav", questions=(Question("q", "Who?"),)))
+    thinking.teardown()
+    assert [task.prompt.endswith("before you respond.") for task in tasks] == [False, True]

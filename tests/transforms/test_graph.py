@@ -2,9 +2,10 @@
 
 import apache_beam as beam
 import pytest
+from apache_beam.pipeline import PipelineVisitor
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 
-from af3pipe.models import answer, caption, prompt, transcript
+from af3pipe.models import EngineOptions, answer, caption, prompt, transcript
 from af3pipe.pipelines.batch import build
 from af3pipe.pipelines.job import make_job
 from af3pipe.schemas import Segment
@@ -15,6 +16,7 @@ from af3pipe.transforms import (
     WriteAnswers,
     WriteDeadLetters,
 )
+from af3pipe.transforms.ask import AskDoFn
 
 HINT = "beam:resources:accelerator:v1"
 AT_SILENCE = {"over_length": "split", "split_at": "silence"}
@@ -25,6 +27,33 @@ def proto(**changes):
     values = {"inputs": ["a.wav"], "output": "memory://out", "model": "demo", "tasks": ["caption"]}
     build(pipeline, make_job(values | changes), "run")
     return pipeline.to_runner_api()
+
+
+def test_the_engine_is_opened_as_the_job_says():
+    told = {
+        "model": "demo",
+        "dtype": "float16",
+        "device": "cuda:1",
+        "slots": 3,
+        "queue_audio_s": 60.0,
+        "attention": "eager",
+        "cuda_graphs": False,
+        "adapter": "/models/think",
+        "quantize": "int8",
+    }
+    values = {"inputs": ["a.wav"], "output": "memory://out", "tasks": ["caption"], "think": True, "max_new_tokens": 9}
+    pipeline = beam.Pipeline()
+    build(pipeline, make_job(values | told), "run")
+    found = []
+
+    class Asking(PipelineVisitor):
+        def visit_transform(self, node):
+            found.extend(fn for fn in [getattr(node.transform, "fn", None)] if isinstance(fn, AskDoFn))
+
+    pipeline.visit(Asking())
+    (dofn,) = found
+    assert dofn._options == EngineOptions(**told)
+    assert (dofn._question_tokens, dofn._question_think) == (9, True)
 
 
 def transforms(found):

@@ -37,6 +37,7 @@ def answer(number, task="caption"):
         stream=None,
         task=task,
         prompt="Describe the audio in detail.",
+        history=("What is heard?",),
         question_id=None,
         question=None,
         choices=("yes", "no"),
