@@ -51,7 +51,7 @@ class Oracle:
         """
         if task.prompt is None:
             raise ValueError(f"task {task.name!r} has no prompt; resolve() it first")
-        inputs = self.inputs(samples, task.prompt).to(self.model.device)
+        inputs = self.inputs(samples, task.prompt).to(self.model.device, self.model.dtype)
         config = generation_config(task.decoding, self.model.generation_config)
         output = self.model.generate(**inputs, generation_config=config)
         ids = inputs["input_ids"][0].cpu()
