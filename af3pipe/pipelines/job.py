@@ -122,6 +122,7 @@ class JobConfig(_Strict):
         stream: Index among the audio streams of a container; a manifest's own column goes before it.
         accelerator: Beam's accelerator hint for the workers that hold the model.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
+        verify_sample: How many requests, drawn at random, are asked again one at a time by plain `generate`.
         beam: Beam's pipeline options.
     """
 
@@ -150,6 +151,7 @@ class JobConfig(_Strict):
     decode_memory_mib: Annotated[int, Field(ge=LEAST_MEMORY_MIB, le=MOST_MEMORY_MIB)] = DEFAULT_LIMITS.memory_mib
     accelerator: str | None = None
     fail_on_dead_letters: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$")] | None = None
+    verify_sample: Annotated[int, Field(ge=0)] = 0
     beam: dict[str, Any] = {}
 
     @model_validator(mode="before")
