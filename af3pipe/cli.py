@@ -31,6 +31,7 @@ from af3pipe.pipelines.job import (
     split_beam_flags,
 )
 from af3pipe.schemas import Rejected
+from af3pipe.transforms.verify import Verified
 
 EXIT_FAILED = 1
 EXIT_WRONG_JOB = 2
@@ -106,7 +107,8 @@ def _demo_inputs() -> Iterator[list[str]]:
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     epilog="Options that are not listed here go to Beam, for example `--runner FlinkRunner`. Exit codes: 0 done; "
-    "1 the run failed or its counts do not reconcile; 2 the job is wrong; 3 more dead letters than allowed.",
+    "1 the run failed, its counts do not reconcile or its replies do not verify; 2 the job is wrong; 3 more dead "
+    "letters than allowed.",
 )
 def run(
     inputs: Annotated[
@@ -201,6 +203,13 @@ def run(
     fail_on_dead_letters: Annotated[
         str | None, typer.Option(help="Fail when there are more than this: a count, or a share such as 5%.")
     ] = None,
+    verify_sample: Annotated[
+        int | None,
+        typer.Option(
+            help="Ask so many requests, drawn at random, again by plain generate, one at a time: in float32 the run "
+            "fails where a reply differs, else it is told how many agree."
+        ),
+    ] = None,
 ) -> None:
     """Ask a model about recordings and write the answers as Parquet.
 
@@ -236,6 +245,7 @@ def run(
         "decode_memory_mib": decode_memory_mib,
         "accelerator": accelerator,
         "fail_on_dead_letters": fail_on_dead_letters,
+        "verify_sample": verify_sample,
     }
     job, beam_flags = _checked(
         lambda: _job(inputs or [], {key: value for key, value in flags.items() if value is not None})
@@ -386,15 +396,32 @@ def _show_counts(job: JobConfig, report: batch.RunReport) -> None:
         f"Answers: {answers}",
         f"Dead letters: {reasons or 'none'}",
         f"Audio: {counts.audio_s:.1f} s in {report.wall_s:.1f} s, {speed:.1f} seconds of audio per second",
+        *([_verified(report.verified)] if report.verified else []),
         f"Written to {job.output}; the run's record is {storage.join(job.output, '_runs', report.run_id)}.json",
     ):
         _out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _verified(verified: Verified) -> str:
+    line = (
+        f"Verified {verified.requests} requests by plain generate: "
+        f"{verified.equal} of {verified.replies} replies equal"
+    )
+    if verified.equal < verified.replies and not verified.wrong:
+        share = verified.equal / verified.replies
+        line += f" ({share:.1%}; rounding in {', '.join(verified.dtypes)} makes some differ)"
+    if verified.not_asked:
+        missed, first = verified.sampled - verified.requests, verified.not_asked[0]
+        line += f"; {missed} could not be asked again, for example {first.uri}: {first.detail}"
+    return line
 
 
 def _exit(job: JobConfig, report: batch.RunReport) -> None:
     counts = report.counts
     if not counts.reconciled:
         _stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)
+    if report.verified and report.verified.problem:
+        _stop(f"the replies do not verify: {report.verified.problem}", EXIT_FAILED)
     dead_letters = sum(counts.dead_letters.values())
     if dead_letters > job.dead_letters_allowed(counts.found):
         _stop(

@@ -41,7 +41,7 @@ class EngineOptions(NamedTuple):
     dtype: str = "auto"
     device: str = "auto"
     slots: int | None = None
-    queue_audio_s: float = 1200.0
+    queue_audio_s: float = 2400.0
     attention: str = "sdpa"
     cuda_graphs: bool = True
     adapter: str | None = None

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from af3pipe import storage
 from af3pipe.schemas import ANSWER_SCHEMA, DEAD_LETTER_SCHEMA, RECORDING_SCHEMA
+from af3pipe.transforms.verify import Verified
 
 ANSWER_TABLES = ("captions", "transcripts", "answers")
 TABLE_SCHEMAS: dict[str, pa.Schema] = {
@@ -52,6 +53,25 @@ def found_uri(output: str, run_id: str) -> str:
 def write_found(found: int, output: str, run_id: str) -> None:
     """Called in the pipeline, so that the number does not come from metrics, which count retries twice."""
     storage.write_atomic(found_uri(output, run_id), json.dumps({"recordings_found": found}).encode())
+
+
+def verified_uri(output: str, run_id: str) -> str:
+    """Where the pipeline leaves what became of the sample that was asked again."""
+    return storage.join(output, "_runs", f"{run_id}.verified.json")
+
+
+def write_verified(verified: Verified, output: str, run_id: str) -> None:
+    """Called in the pipeline."""
+    storage.write_atomic(verified_uri(output, run_id), json.dumps(verified.to_dict(), ensure_ascii=False).encode())
+
+
+def read_verified(output: str, run_id: str) -> Verified:
+    """What `write_verified` wrote.
+
+    Raises:
+        Rejected: It cannot be read.
+    """
+    return Verified.from_dict(json.loads(storage.read_bytes(verified_uri(output, run_id))))
 
 
 def run_files(output: str, run_id: str) -> dict[str, list[str]]:

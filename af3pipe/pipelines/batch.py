@@ -25,8 +25,11 @@ from af3pipe.pipelines.accounting import (
     count_run,
     fill_empty_tables,
     found_uri,
+    read_verified,
     run_files,
+    verified_uri,
     write_found,
+    write_verified,
 )
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.schemas import DeadLetter, Reason, Recording, Stage
@@ -37,12 +40,15 @@ from af3pipe.transforms import (
     Outcome,
     ReadRecordings,
     ReconcileRecordings,
+    VerifyAnswers,
     WriteAnswers,
     WriteDeadLetters,
     WriteRecordings,
     metrics,
 )
+from af3pipe.transforms.ask import VerifiableOutcome
 from af3pipe.transforms.read import list_recordings
+from af3pipe.transforms.verify import Verified
 from af3pipe.transforms.write import new_run_id
 
 _log = logging.getLogger(__name__)
@@ -76,15 +82,16 @@ class Progress(NamedTuple):
 
 
 class RunReport(NamedTuple):
-    """What a run did."""
+    """What a run did; `verified` is None where nothing was to be verified."""
 
     run_id: str
     counts: RunCounts
     wall_s: float
     metrics: dict[str, int]
+    verified: Verified | None = None
 
 
-def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
+def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome | VerifiableOutcome:
     """Lays the job's graph. Needs neither torch nor the model's weights.
 
     Returns:
@@ -117,9 +124,12 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
         cuda_graphs=job.cuda_graphs,
         adapter=job.adapter,
         quantize=job.quantize,
+        verifiable=job.verify_sample > 0,
     )
     recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs, channel=job.channel, stream=job.stream)
-    answers: Outcome = recordings | "AnswerRecordings" >> AnswerRecordings(decode, ask, accelerator=job.accelerator)
+    answers: Outcome | VerifiableOutcome = recordings | "AnswerRecordings" >> AnswerRecordings(
+        decode, ask, accelerator=job.accelerator
+    )
     results = {
         "recordings": recordings.good,
         "answers": answers.good,
@@ -129,6 +139,10 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome:
     _ = answers.dead_letters | "WriteDeadLetters" >> WriteDeadLetters(job.output, run_id=run_id)
     _ = results | "WriteRecordings" >> WriteRecordings(job.output, run_id=run_id)
     _ = recordings | "CountFound" >> _CountFound(job.output, run_id)
+    if job.verify_sample:
+        verify = VerifyAnswers(decode, ask, sample=job.verify_sample, accelerator=job.accelerator)
+        verified = answers | "VerifyAnswers" >> verify
+        _ = verified | "WriteVerified" >> beam.Map(write_verified, output=job.output, run_id=run_id)
     return answers
 
 
@@ -253,7 +267,8 @@ def run(
     result = background.result()
     wall_s = time.monotonic() - started
     on_progress(_progress(metrics.tally() - before, wall_s))
-    report = RunReport(run_id, count_run(job.output, run_id), wall_s, _counters(result))
+    verified = read_verified(job.output, run_id) if job.verify_sample else None
+    report = RunReport(run_id, count_run(job.output, run_id), wall_s, _counters(result), verified)
     tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
     fill_empty_tables(job.output, sorted(tables), run_id)
     _write_record(job, checkpoint, options, report)
@@ -339,12 +354,15 @@ def _write_record(job: JobConfig, checkpoint: Checkpoint | None, options: Pipeli
         "audio_s": round(counts.audio_s, 3),
         "reconciled": counts.reconciled,
         "problems": list(counts.problems),
+        "verified": report.verified.to_dict() if report.verified else None,
         "counters": report.metrics,
         "files": run_files(job.output, report.run_id),
     }
     uri = storage.join(job.output, "_runs", f"{report.run_id}.json")
     storage.write_atomic(uri, json.dumps(record, indent=1, ensure_ascii=False).encode())
     storage.delete(found_uri(job.output, report.run_id))
+    if report.verified:
+        storage.delete(verified_uri(job.output, report.run_id))
 
 
 def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, str | None]:

@@ -178,6 +178,7 @@ class JobConfig(_Strict):
         stream: Index among the audio streams of a container; a manifest's own column goes before it.
         accelerator: Beam's accelerator hint for the workers that hold the model.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
+        verify_sample: How many requests, drawn at random, are asked again one at a time by plain `generate`.
         beam: Beam's pipeline options.
     """
 
@@ -204,13 +205,14 @@ class JobConfig(_Strict):
     channel: Annotated[str, BeforeValidator(channel_text)] = MIX
     stream: Annotated[int | None, BeforeValidator(stream_index)] = None
     slots: Annotated[int, Field(gt=0)] | None = None
-    queue_audio_s: Annotated[float, Field(gt=0)] = 1200.0
+    queue_audio_s: Annotated[float, Field(gt=0)] = EngineOptions._field_defaults["queue_audio_s"]
     decode_threads: Annotated[int, Field(gt=0)] | None = None
     decode_guard: bool = True
     decode_timeout_s: Annotated[float, Field(gt=0, le=MOST_TIMEOUT_S)] = DEFAULT_LIMITS.timeout_s
     decode_memory_mib: Annotated[int, Field(ge=LEAST_MEMORY_MIB, le=MOST_MEMORY_MIB)] = DEFAULT_LIMITS.memory_mib
     accelerator: str | None = None
     fail_on_dead_letters: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$")] | None = None
+    verify_sample: Annotated[int, Field(ge=0)] = 0
     beam: dict[str, Any] = {}
 
     @model_validator(mode="before")

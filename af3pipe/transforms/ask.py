@@ -3,13 +3,17 @@
 import hashlib
 import json
 import operator
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
+from apache_beam.coders import registry
 
 from af3pipe.models.engine import (
+    Engine,
     EngineFailed,
     EngineInfo,
     EngineOptions,
@@ -32,6 +36,7 @@ from af3pipe.schemas import (
     answer_key,
 )
 from af3pipe.transforms import metrics
+from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.decode import DecodeAudio
 from af3pipe.transforms.outcome import (
     DEAD_LETTERS,
@@ -44,7 +49,9 @@ from af3pipe.transforms.outcome import (
 )
 from af3pipe.transforms.overlap import OverlapDoFn
 
+_ASKED = "asked"
 _PARTS = "parts"
+_PENDING_PER_SLOT = 3  # one that the engine works on, two that it finds when that is done
 _ENGINE_COUNTERS = (
     "windows",
     "audio_tokens",
@@ -55,6 +62,39 @@ _ENGINE_COUNTERS = (
     "slot_steps",
     "slot_capacity",
 )
+
+
+class AskedRequest(NamedTuple):
+    """A request that was answered, without its audio: all it takes to ask it again.
+
+    Attributes:
+        checksum: Of the audio that was heard; see `audio_checksum`.
+        replies: One per task, in order.
+    """
+
+    recording: Recording
+    segment_index: int
+    checksum: int
+    replies: tuple[Reply, ...]
+
+
+registry.register_coder(AskedRequest, RowTupleCoder)
+
+
+class VerifiableOutcome(NamedTuple):
+    """An `Outcome` of answers, and the `AskedRequest`s that `VerifyAnswers` takes a sample of."""
+
+    good: Any
+    dead_letters: Any
+    asked: Any
+
+
+def audio_checksum(request: Request) -> int:
+    """CRC-32 over the samples of a request."""
+    checksum = 0
+    for audio in request.audios:
+        checksum = zlib.crc32(np.ascontiguousarray(audio).data, checksum)
+    return checksum
 
 
 def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) -> Answer:
@@ -141,28 +181,47 @@ def request_seed(segment: Segment) -> int:
 class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     """Emits `Answer`; pieces of answers to be stitched to the tag `parts`; `DeadLetter` to `dead_letters`.
 
+    When `verifiable`, emits an `AskedRequest` to the tag `asked` for each request that was answered.
+
     The engine is held once per process, whatever the number of instances, threads and bundles. What is pending is
     bounded by count and by seconds of audio: one runner gives a whole stage as one bundle.
     """
 
     def __init__(
-        self, options: EngineOptions, tasks: Sequence[Task], question_tokens: int = 256, question_think: bool = False
+        self,
+        options: EngineOptions,
+        tasks: Sequence[Task],
+        question_tokens: int = 256,
+        question_think: bool = False,
+        *,
+        verifiable: bool = False,
     ) -> None:
-        # Two batches: one that the engine works on, one that it finds when it is done.
-        super().__init__(2 * (options.slots or 16), 2 * options.queue_audio_s)
+        super().__init__(_PENDING_PER_SLOT, 2 * options.queue_audio_s)  # how many slots is known once it is open
         self._options = options
         self._asked = tuple(tasks)
         self._question_tokens = question_tokens
         self._question_think = question_think
+        self.verifiable = verifiable
 
     def setup(self) -> None:
         self._engine = acquire_engine(self._options)
         self._info = self._engine.info
+        self._max_pending = _PENDING_PER_SLOT * self._info.slots
         self._tasks = tuple(resolve(task, self._info.family) for task in self._asked)
 
     def teardown(self) -> None:
         super().teardown()
         release_engine(self._options)
+
+    @property
+    def engine(self) -> Engine:
+        """The process's, between setup and teardown."""
+        return self._engine
+
+    @property
+    def options(self) -> EngineOptions:
+        """What the engine is opened with."""
+        return self._options
 
     def weigh(self, segment: Segment) -> float:
         return segment.audio_s
@@ -176,8 +235,12 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         tasks = (*self._tasks, *(resolve(task, self._info.family) for task in own))
         return tuple({(task.name, task.question_id): task for task in reversed(tasks)}.values())[::-1]
 
+    def request_of(self, segment: Segment) -> Request:
+        """All that is asked of a segment, however often it is asked."""
+        return Request(segment.samples, self.tasks_of(segment.recording), request_seed(segment))
+
     def submit(self, segment: Segment) -> "Future[list[Reply]]":
-        return self._engine.submit(Request(segment.samples, self.tasks_of(segment.recording), request_seed(segment)))
+        return self._engine.submit(self.request_of(segment))
 
     def emit(self, segment: Segment, future: "Future[list[Reply]]") -> Iterator[Any]:
         metrics.count("segments_asked")
@@ -189,6 +252,9 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
                 metrics.count(f"dead_letters_{outcome.reason.value}")
                 yield beam.pvalue.TaggedOutput(DEAD_LETTERS, outcome)
                 continue
+            if isinstance(outcome, AskedRequest):
+                yield beam.pvalue.TaggedOutput(_ASKED, outcome)
+                continue
             metrics.count("answers")
             is_part = outcome.segments and not (segment.segment_index == 0 and segment.is_last)
             yield beam.pvalue.TaggedOutput(_PARTS, outcome) if is_part else outcome
@@ -196,7 +262,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
 
     def _answers(
         self, segment: Segment, tasks: tuple[Task, ...], future: "Future[list[Reply]]"
-    ) -> Iterator[Answer | DeadLetter]:
+    ) -> Iterator[Answer | DeadLetter | AskedRequest]:
         """One outcome per task; one dead letter for all of them where the request as a whole failed."""
 
         def lost(error: Exception) -> DeadLetter:
@@ -208,6 +274,9 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
                 continue
             if len(replies) != len(tasks):
                 raise EngineFailed(f"the engine gave {len(replies)} replies to {len(tasks)} tasks")
+            if self.verifiable:
+                checksum = audio_checksum(self.request_of(segment))
+                yield AskedRequest(segment.recording, segment.segment_index, checksum, tuple(replies))
             for task, reply in zip(tasks, replies, strict=True):
                 yield from self._answer(segment, task, reply)
 
@@ -276,6 +345,7 @@ class AskAudioFlamingo(beam.PTransform):
         cuda_graphs: Whether decoding steps are captured as CUDA graphs; without meaning on a CPU.
         adapter: Directory of a PEFT LoRA that is merged into the weights; the workers must have it.
         quantize: `none`, or `int8` or `fp8` for the language model's weights.
+        verifiable: Whether it gives a `VerifiableOutcome`, which `VerifyAnswers` takes.
 
     Raises:
         ValueError: No task, two of the same name and question, or a follow-up to what is not asked.
@@ -298,6 +368,7 @@ class AskAudioFlamingo(beam.PTransform):
         cuda_graphs: bool = True,
         adapter: str | None = None,
         quantize: str = "none",
+        verifiable: bool = False,
     ) -> None:
         super().__init__()
         check_tasks(tasks)
@@ -314,22 +385,28 @@ class AskAudioFlamingo(beam.PTransform):
             adapter=adapter,
             quantize=quantize,
         )
-        self._dofn = AskDoFn(options, tasks, question_tokens, question_think)
+        self.dofn = AskDoFn(options, tasks, question_tokens, question_think, verifiable=verifiable)
 
     def expand(self, inputs: Any) -> Any:
         segments, before = split_input(inputs)
-        asked = segments | "Ask" >> beam.ParDo(self._dofn).with_output_types(
-            Answer, **{DEAD_LETTERS: DeadLetter, _PARTS: Answer}
-        ).with_outputs(DEAD_LETTERS, _PARTS, main="whole")
+        tags: dict[str, Any] = {DEAD_LETTERS: DeadLetter, _PARTS: Answer}
+        if self.dofn.verifiable:
+            tags[_ASKED] = AskedRequest
+        asked = segments | "Ask" >> beam.ParDo(self.dofn).with_output_types(Answer, **tags).with_outputs(
+            *tags, main="whole"
+        )
         stitched = asked[_PARTS] | "Stitch" >> _Stitch()
         good = (asked.whole, stitched) | "AllAnswers" >> beam.Flatten()
-        return Outcome(good, join_dead_letters(asked[DEAD_LETTERS], before))
+        dead_letters = join_dead_letters(asked[DEAD_LETTERS], before)
+        if self.dofn.verifiable:
+            return VerifiableOutcome(good, dead_letters, asked[_ASKED])
+        return Outcome(good, dead_letters)
 
 
 class AnswerRecordings(beam.PTransform):
     """`DecodeAudio` and `AskAudioFlamingo` as one step, so that a runner keeps both on the same worker.
 
-    Takes `Recording`; gives an `Outcome` of `Answer`. PCM then never crosses a shuffle or the network.
+    Takes `Recording`; gives what `ask` gives. PCM then never crosses a shuffle or the network.
 
     Args:
         decode: How recordings are decoded.
@@ -347,5 +424,7 @@ class AnswerRecordings(beam.PTransform):
             self.with_resource_hints(accelerator=accelerator)
 
     def expand(self, inputs: Any) -> Any:
-        answers: Outcome = inputs | "DecodeAudio" >> self._decode | "AskAudioFlamingo" >> self._ask
+        answers: Outcome | VerifiableOutcome = (
+            inputs | "DecodeAudio" >> self._decode | "AskAudioFlamingo" >> self._ask
+        )
         return answers

@@ -146,8 +146,9 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
         if self._guard is not None:
             self._decoders.close()
 
-    def submit(self, recording: Recording) -> "Future[_Ahead]":
-        segments = open_segments(
+    def segments_of(self, recording: Recording) -> Iterator[Segment]:
+        """The recording's segments, decoded as they are taken; raises as `open_segments`."""
+        return open_segments(
             recording,
             limits=self._limits,
             over_length=self._over_length,
@@ -155,7 +156,9 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
             silent_below_dbfs=self._silent_below_dbfs,
             open_decoding=self._open_decoding,
         )
-        return self._pool.submit(_decode_ahead, segments)
+
+    def submit(self, recording: Recording) -> "Future[_Ahead]":
+        return self._pool.submit(_decode_ahead, self.segments_of(recording))
 
     def emit(self, recording: Recording, future: "Future[_Ahead]") -> Iterator[Any]:
         def segments() -> Iterator[Segment]:
@@ -243,7 +246,7 @@ class DecodeAudio(beam.PTransform):
             check_limits(guard)
         if not FLOOR_DBFS <= silent_below_dbfs < 0:
             raise ValueError(f"silent_below_dbfs is {silent_below_dbfs:g}; it must be from {FLOOR_DBFS:g} to below 0")
-        self._dofn = DecodeDoFn(
+        self.dofn = DecodeDoFn(
             model=model,
             revision=revision,
             over_length=over_length,
@@ -256,7 +259,7 @@ class DecodeAudio(beam.PTransform):
 
     def expand(self, inputs: Any) -> Any:
         recordings, before = split_input(inputs)
-        decoded = recordings | "Decode" >> beam.ParDo(self._dofn).with_output_types(
+        decoded = recordings | "Decode" >> beam.ParDo(self.dofn).with_output_types(
             Segment, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="segments")
         return Outcome(decoded.segments, join_dead_letters(decoded[DEAD_LETTERS], before))

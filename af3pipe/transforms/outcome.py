@@ -3,7 +3,7 @@
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import apache_beam as beam
@@ -53,7 +53,7 @@ def join_dead_letters(own: Any, before: tuple[Any, ...]) -> Any:
 
 def outcomes(
     items: Iterator[T], to_dead_letter: Callable[[Exception], DeadLetter], catch: type[Exception] = Exception
-) -> Iterator[T | DeadLetter]:
+) -> Generator[T | DeadLetter, None, None]:
     """The items; where producing one raises, a dead letter in its place, and the end.
 
     Args:
@@ -127,17 +127,18 @@ def to_dead_letter(
 
 def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task, ...]) -> str:
     """All that it takes to try again, readable without this package."""
-    found: dict[str, Any] = {"recording": _plain(recording)}
+    found: dict[str, Any] = {"recording": plain(recording)}
     if segment is not None:
         found["segment"] = {"index": segment.segment_index, "start_s": segment.start_s, "end_s": segment.end_s}
     if tasks:
-        found["tasks"] = [_plain(task) for task in tasks]
+        found["tasks"] = [plain(task) for task in tasks]
     return json.dumps(found, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A row as JSON takes it."""
     if hasattr(value, "_asdict"):
-        return {name: _plain(field) for name, field in value._asdict().items()}
+        return {name: plain(field) for name, field in value._asdict().items()}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

@@ -67,6 +67,7 @@ def test_a_limit_for_all_tasks():
         ({"ouput": "x"}, ["ouput is not a key of a job", "did you mean 'output'"]),
         ({"inputs": []}, ["inputs is []"]),
         ({"slots": 0}, ["slots is 0", "greater than 0"]),
+        ({"verify_sample": -1}, ["verify_sample is -1", "greater than or equal to 0"]),
         ({"tasks": ["captoin"]}, ["task 'captoin' is not known", "caption, transcript", "prompt"]),
         ({"tasks": [{"name": "caption", "promt": "x"}]}, ["tasks.0.promt", "did you mean 'prompt'"]),
         ({"tasks": ["caption", "caption"]}, ["task 'caption' is asked twice"]),

@@ -90,8 +90,13 @@ def test_decoding_and_asking_share_one_environment_with_the_accelerator():
     assert HINT not in found.components.environments[listing].resource_hints
 
 
-def test_segments_go_from_decoding_to_asking_and_nowhere_else():
-    leaves = {name: found for name, found in transforms(proto()).items() if not found.subtransforms}
+@pytest.mark.parametrize("verify_sample", [0, 5])
+def test_segments_go_from_decoding_to_asking_and_nowhere_else(verify_sample):
+    leaves = {
+        name: found
+        for name, found in transforms(proto(verify_sample=verify_sample)).items()
+        if not found.subtransforms
+    }
     decoded = set(leaves["AnswerRecordings/DecodeAudio/Decode/ParDo(DecodeDoFn)"].outputs.values())
     takers = {name: decoded & set(found.inputs.values()) for name, found in leaves.items()}
     letters = takers.pop("AnswerRecordings/DecodeAudio/AllDeadLetters")
@@ -99,6 +104,23 @@ def test_segments_go_from_decoding_to_asking_and_nowhere_else():
     assert {name: taken for name, taken in takers.items() if taken} == {
         "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)": {segments}
     }
+
+
+def test_verifying_adds_steps_only_where_it_is_asked_for():
+    plain, verifying = transforms(proto(verify_sample=0)), transforms(proto(verify_sample=5))
+    added = verifying.keys() - plain.keys()
+    assert {name.partition("/")[0] for name in added} == {"VerifyAnswers", "WriteVerified"}
+    assert plain.keys() < verifying.keys()
+    ask = "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)"
+    assert set(plain[ask].outputs) == {"None", "dead_letters", "parts"}
+    assert set(verifying[ask].outputs) == {"None", "dead_letters", "parts", "asked"}
+
+
+def test_verifying_asks_where_the_model_is():
+    named = transforms(proto(verify_sample=5, accelerator="type:nvidia-l4;count:1;install-nvidia-driver"))
+    places = {"AnswerRecordings/AskAudioFlamingo/Ask", "VerifyAnswers/AskAlone", "VerifyAnswers/Sample"}
+    assert len({named[name].environment_id for name in places}) == 1
+    assert named["WriteVerified"].environment_id != named["VerifyAnswers/AskAlone"].environment_id
 
 
 def test_the_sketch_of_the_readme_builds():
