@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -18,41 +19,56 @@ from af3pipe.models import (
     resolve,
     transcript,
 )
-from af3pipe.schemas import Reason, Rejected, Request, Stage, Task
+from af3pipe.models.encoder import AudioEncoder
+from af3pipe.models.slots import Slots
+from af3pipe.schemas import Decoding, Reason, Rejected, Request, Stage, Task
 from tests.models.conftest import clip, sounds
 
 CAPTION = resolve(caption(max_new_tokens=6), "AudioFlamingo3")
 LONG = resolve(caption(max_new_tokens=2000), "AudioFlamingo3")
 
 
-def poison(engine, is_poisoned, error):
-    """Makes the model's own generate raise for every batch in which a row has a poisoned prompt length."""
-    generate = engine._model.generate
-    batches = []
+def poison_steps(monkeypatch, is_poisoned, error):
+    """Makes a step raise whenever one of its slots is at a poisoned position; all positions asked for are kept."""
+    step, asked = Slots.step, []
 
-    def generate_or_raise(**inputs):
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        batches.append(lengths)
-        if any(is_poisoned(length) for length in lengths):
+    def step_or_raise(slots, first, tokens, positions):
+        asked.append(positions.tolist())
+        if any(map(is_poisoned, asked[-1])):
             raise error()
-        return generate(**inputs)
+        return step(slots, first, tokens, positions)
 
-    engine._model.generate = generate_or_raise
-    return batches
+    monkeypatch.setattr(Slots, "step", step_or_raise)
+    return asked
 
 
-def test_one_poisoned_request_fails_alone(open_model, tiny_af3, af3_oracle):
+def out_of_memory():
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+
+def answers(engine, requests):
+    return [future.result(timeout=120) for future in [engine.submit(request) for request in requests]]
+
+
+def test_one_poisoned_request_fails_alone(open_model, tiny_af3, af3_oracle, monkeypatch):
     engine = open_model(tiny_af3)
     requests = [Request(sounds(0.5 + i / 4, seed=i), (CAPTION,)) for i in range(8)]
     expected = [af3_oracle.ask(request.samples, CAPTION) for request in requests]
-    poison(engine, lambda length: length == expected[5].prompt_tokens, lambda: ZeroDivisionError("poisoned"))
+    assert len({reply.prompt_tokens for reply in expected}) == 8
+    poison_steps(monkeypatch, lambda at: at == expected[5].prompt_tokens, lambda: ZeroDivisionError("poisoned"))
     futures = [engine.submit(request) for request in requests]
     for i, future in enumerate(futures):
-        if i == 5:
+        # Another one may be at that position later; then it fails there and nowhere else.
+        if (
+            expected[i].prompt_tokens
+            <= expected[5].prompt_tokens
+            < expected[i].prompt_tokens + expected[i].new_tokens - 1
+        ):
             with pytest.raises(ZeroDivisionError, match="poisoned"):
                 future.result(timeout=60)
         else:
             assert future.result(timeout=60) == [expected[i]]
+    assert i > 5
 
 
 def test_bad_requests_in_a_batch_fail_alone_for_their_own_reasons(open_model, tiny_af3, af3_oracle):
@@ -76,50 +92,92 @@ def test_bad_requests_in_a_batch_fail_alone_for_their_own_reasons(open_model, ti
         engine.submit(Request(sounds(1), (Task("caption"),))).result(timeout=60)
 
 
-def test_out_of_memory_splits_is_remembered_and_names_the_numbers(open_model, tiny_af3, af3_oracle):
-    engine = open_model(tiny_af3)
+@pytest.mark.parametrize("method", ["step", "prefill"])
+def test_out_of_memory_takes_less_remembers_it_and_names_the_numbers(
+    open_model, tiny_af3, af3_oracle, monkeypatch, method
+):
+    """Whatever is computed for more than two slots at once, or for more than 300 tokens, does not fit."""
+    original, sizes = getattr(Slots, method), []
+
+    def at_most_two(slots, *arguments):
+        pieces = arguments[0] if method == "prefill" else range(len(arguments[1]))
+        longest = max((p.start + len(p.embeds) for p in pieces), default=0) if method == "prefill" else 0
+        longest = longest or max(arguments[2])
+        sizes.append(len(pieces))
+        if len(pieces) > 2 or longest > 300:
+            raise out_of_memory()
+        return original(slots, *arguments)
+
+    monkeypatch.setattr(Slots, method, at_most_two)
+    engine = open_model(tiny_af3, slots=8)
     requests = [Request(sounds(1 + i / 10, seed=i), (CAPTION,)) for i in range(8)]
-    generate = engine._model.generate
-    sizes = []
-
-    def at_most_two_rows(**inputs):
-        sizes.append(len(inputs["attention_mask"]))
-        if sizes[-1] > 2 or inputs["attention_mask"].shape[1] > 300:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
-        return generate(**inputs)
-
-    engine._model.generate = at_most_two_rows
-    for _ in range(2):
-        futures = [engine.submit(request) for request in requests]
-        for request, future in zip(requests, futures, strict=True):
-            assert future.result(timeout=60) == [af3_oracle.ask(request.samples, CAPTION)]
-    assert sizes[0] == 8
-    assert max(sizes[-4:]) <= 2, "the second round must not try again what did not fit"
-    with pytest.raises(Rejected, match=r"\d{3,} prompt tokens .* do not fit cpu .* Tried to allocate") as caught:
+    expected = [[af3_oracle.ask(request.samples, CAPTION)] for request in requests]
+    assert answers(engine, requests) == expected
+    del sizes[:]
+    assert answers(engine, requests) == expected
+    assert max(sizes) <= 2, "the second round must not try again what did not fit"
+    with pytest.raises(Rejected, match=r"\d{3,} prompt tokens .* do not fit cpu.* Tried to allocate") as caught:
         engine.submit(Request(sounds(29), (CAPTION,))).result(timeout=60)
     assert (caught.value.stage, caught.value.reason) == (Stage.GENERATE, Reason.OUT_OF_MEMORY)
+    assert answers(engine, requests[:1]) == expected[:1]
 
 
-def test_encoder_out_of_memory_takes_fewer_windows(open_model, tiny_af3, af3_oracle):
+def test_slots_that_do_not_fit_are_fewer_and_those_of_other_lengths_make_room(
+    open_model, tiny_af3, af3_oracle, monkeypatch
+):
+    """A memory of 2,000 positions, in which short prompts hold 640 each and long ones 1,280."""
+    create, held = Slots.__init__, {}
+
+    def fits(slots, model, count, capacity, **options):
+        held.update({key: size for key, size in held.items() if key() is not None})
+        if sum(size for key, size in held.items() if key() is not None) + count * capacity > 2000:
+            raise out_of_memory()
+        create(slots, model, count, capacity, **options)
+        held[weakref.ref(slots)] = count * capacity
+
+    monkeypatch.setattr(Slots, "__init__", fits)
+    engine = open_model(tiny_af3, slots=8)
+    requests = [Request(sounds((1, 29)[i % 2], seed=i), (CAPTION,)) for i in range(8)]
+    expected = [[af3_oracle.ask(request.samples, CAPTION)] for request in requests]
+    assert answers(engine, requests) == expected
+    with pytest.raises(Rejected, match="a slot of 2560 positions do not fit cpu") as caught:
+        engine.submit(Request(sounds(59), (CAPTION,))).result(timeout=60)
+    assert caught.value.reason is Reason.OUT_OF_MEMORY
+    assert answers(engine, requests) == expected
+
+
+def test_encoder_out_of_memory_takes_fewer_windows(open_model, tiny_af3, af3_oracle, monkeypatch):
+    embed, sizes = AudioEncoder._embed, []
+
+    def at_most_two_windows(encoder, batch):
+        sizes.append(len(batch.windows))
+        if sizes[-1] > 2:
+            raise out_of_memory()
+        return embed(encoder, batch)
+
+    monkeypatch.setattr(AudioEncoder, "_embed", at_most_two_windows)
     engine = open_model(tiny_af3)
-    tower = engine._core.audio_tower.forward
-    sizes = []
-
-    def at_most_two_windows(features, **kwargs):
-        sizes.append(len(features))
-        if len(features) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return tower(features, **kwargs)
-
-    engine._core.audio_tower.forward = at_most_two_windows
-    request = Request(sounds(130), (CAPTION,))
+    engine._encoder.max_positions = 9000
+    request = Request(sounds(150), (CAPTION,))
     assert engine.submit(request).result(timeout=60) == [af3_oracle.ask(request.samples, CAPTION)]
-    assert sizes == [5, 4, 2, 2, 1]
+    assert sizes == [5, 2, 2, 1]
 
 
-def test_a_lost_device_fails_everything_and_the_engine(open_model, tiny_af3):
+@pytest.mark.gpu
+def test_a_real_out_of_memory_costs_nothing_but_time(open_model, tiny_af3):
+    """All memory but 300 MB is taken away, then many long recordings are asked about at once."""
+    engine = open_model(tiny_af3, slots=64)
+    requests = [Request(sounds(300, seed=i), (CAPTION,)) for i in range(8)]
+    expected = answers(engine, requests)
+    hog = torch.empty(torch.cuda.mem_get_info()[0] - (300 << 20), dtype=torch.uint8, device="cuda")
+    fresh = open_model(tiny_af3, slots=64)
+    assert answers(fresh, requests) == expected
+    del hog
+
+
+def test_a_lost_device_fails_everything_and_the_engine(open_model, tiny_af3, monkeypatch):
+    poison_steps(monkeypatch, lambda at: True, lambda: RuntimeError("CUDA error: an illegal memory access"))
     engine = open_model(tiny_af3)
-    poison(engine, lambda length: True, lambda: RuntimeError("CUDA error: an illegal memory access"))
     futures = [engine.submit(Request(sounds(1, seed=i), (CAPTION,))) for i in range(3)]
     for future in futures:
         with pytest.raises(EngineFailed, match=r"lost.*illegal memory access"):
@@ -130,7 +188,7 @@ def test_a_lost_device_fails_everything_and_the_engine(open_model, tiny_af3):
 
 def test_a_bug_in_the_loop_leaves_nobody_waiting(open_model, tiny_af3, monkeypatch):
     engine = open_model(tiny_af3)
-    monkeypatch.setattr(engine, "_batches", lambda rows: 1 / 0)
+    monkeypatch.setattr(engine, "_step", lambda pool: 1 / 0)
     with pytest.raises(EngineFailed, match="ZeroDivisionError"):
         engine.submit(Request(sounds(1), (CAPTION,))).result(timeout=60)
     with pytest.raises(EngineFailed, match="ZeroDivisionError"):
@@ -143,7 +201,7 @@ def test_close_answers_or_fails_everything_at_once(open_model, tiny_af3):
     deadline = time.monotonic() + 30
     while not futures[0].running() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.3)  # into the decoding of the first batch
+    time.sleep(0.3)  # into the decoding of the first ones
     began = time.monotonic()
     engine.close()
     assert time.monotonic() - began < 10, "close waited for 2000 tokens"
@@ -153,18 +211,22 @@ def test_close_answers_or_fails_everything_at_once(open_model, tiny_af3):
     engine.close()
 
 
-def test_a_cancelled_request_is_not_worked_on(open_model, tiny_af3):
-    engine = open_model(tiny_af3, slots=1)
-    begun, go_on = threading.Event(), threading.Event()
-    generate, lengths = engine._model.generate, []
+def hold_steps(monkeypatch):
+    """Steps wait for `go_on`; `begun` is set by the first."""
+    begun, go_on, step = threading.Event(), threading.Event(), Slots.step
 
-    def wait_and_generate(**inputs):
-        lengths.append(int(inputs["attention_mask"].sum()))
+    def wait_and_step(slots, *arguments):
         begun.set()
         assert go_on.wait(60)
-        return generate(**inputs)
+        return step(slots, *arguments)
 
-    engine._model.generate = wait_and_generate
+    monkeypatch.setattr(Slots, "step", wait_and_step)
+    return begun, go_on
+
+
+def test_a_cancelled_request_is_not_worked_on(open_model, tiny_af3, monkeypatch):
+    begun, go_on = hold_steps(monkeypatch)
+    engine = open_model(tiny_af3, slots=1)
     first = engine.submit(Request(sounds(1), (CAPTION,)))
     assert begun.wait(60)
     second = engine.submit(Request(sounds(5), (CAPTION,)))
@@ -172,13 +234,12 @@ def test_a_cancelled_request_is_not_worked_on(open_model, tiny_af3):
     go_on.set()
     first.result(timeout=60)
     engine.submit(Request(sounds(2), (CAPTION,))).result(timeout=60)
-    assert len(lengths) == 2
+    assert engine.take_stats().windows == 2
 
 
-def test_submit_blocks_while_two_batches_wait(open_model, tiny_af3):
+def test_submit_blocks_while_this_thread_has_enough_waiting(open_model, tiny_af3, monkeypatch):
+    begun, go_on = hold_steps(monkeypatch)
     engine = open_model(tiny_af3, slots=2)
-    go_on, generate = threading.Event(), engine._model.generate
-    engine._model.generate = lambda **inputs: go_on.wait(60) and generate(**inputs)
     futures = []
 
     def feed():
@@ -187,25 +248,71 @@ def test_submit_blocks_while_two_batches_wait(open_model, tiny_af3):
 
     feeder = threading.Thread(target=feed)
     feeder.start()
+    assert begun.wait(60)
     time.sleep(1)
-    assert len(futures) <= 2 + 4, "a batch at work, two that wait"
+    assert len(futures) == 2 + 4, "two in the slots, twice as many that wait"
+    other = engine.submit(Request(sounds(1), (CAPTION,)))  # another caller is not held up
     go_on.set()
     feeder.join(60)
-    assert len({future.result(timeout=60)[0] for future in futures}) == 1
+    assert len({future.result(timeout=60)[0] for future in [*futures, other]}) == 1
 
 
-def test_each_segment_is_encoded_once_and_work_is_told_once(open_model, tiny_af3):
+def test_a_free_slot_is_taken_at_once(open_model, tiny_af3):
+    """One long reply and many short ones: they share the steps of the long one."""
+    engine = open_model(tiny_af3, slots=2)
+    lengths = [60, *[6] * 10]
+    tasks = [CAPTION._replace(decoding=Decoding(max_new_tokens=n, min_new_tokens=n)) for n in lengths]
+    answers(engine, [Request(sounds(1), (task,)) for task in tasks])
+    stats = engine.take_stats()
+    assert stats.new_tokens == sum(lengths)
+    assert stats.steps == stats.slot_capacity / 2 <= 62
+
+
+def test_each_segment_is_encoded_once_and_its_prefix_prefilled_once(open_model, tiny_af3):
     engine = open_model(tiny_af3, slots=4)
     tasks = tuple(CAPTION._replace(prompt=f"Question {i}?") for i in range(5))
     replies = engine.submit(Request(sounds(65), tasks)).result(timeout=60)
     engine.submit(Request(sounds(1), tasks[:1])).result(timeout=60)
     stats = engine.take_stats()
-    assert (stats.requests, stats.windows, stats.slot_steps) == (2, 4, 6)
+    assert (stats.requests, stats.windows) == (2, 4)
     assert stats.audio_tokens == replies[0].audio_tokens + 25
     assert stats.prompt_tokens > 5 * replies[0].audio_tokens
-    assert stats.slot_capacity == 4 * stats.steps == 12
+    assert stats.reused_tokens > 4 * replies[0].audio_tokens
+    assert stats.slot_steps == stats.new_tokens - 6, "the first token of each comes with its prompt"
+    assert stats.slot_steps <= stats.slot_capacity
     assert min(stats.encode_s, stats.prefill_s, stats.decode_s) > 0
     assert engine.take_stats()._replace(idle_s=0) == type(stats)()
+
+
+def test_a_later_turn_finds_the_conversation_in_its_slot(open_model, demo_oracle):
+    """The demo model's replies are read back as the tokens they were given as, so all of them is reused."""
+    decoding = Decoding(max_new_tokens=20)
+    first = resolve(caption(), "AudioFlamingo3")._replace(decoding=decoding)
+    second = Task("answer", "What is the sound?", decoding=decoding, history=first.turns)
+    third = Task("answer", "Is there speech?", decoding=decoding, history=second.turns)
+    request = Request(clip("siren"), (first, second, third))
+    engine = open_model("demo", slots=2)
+    replies = engine.submit(request).result(timeout=60)
+    assert replies == list(demo_oracle.ask_all(request))
+    stats = engine.take_stats()
+    # Each turn begins with the whole prompt before it, and with the reply to that but for its end.
+    reused = sum(reply.prompt_tokens + reply.new_tokens - 1 for reply in replies[:2])
+    assert stats.reused_tokens == reused
+
+
+def test_text_without_audio_only_where_it_is_asked_for(open_model, tiny_af3):
+    engine = open_model(tiny_af3)
+    with pytest.raises(Rejected, match=r"task 'caption' has no audio; .* audios=\(\)") as caught:
+        engine.submit(Request((), (CAPTION,))).result(timeout=60)
+    assert caught.value.reason is Reason.TOO_SHORT
+    (reply,) = engine.submit(Request((), (CAPTION._replace(audios=()),))).result(timeout=60)
+    assert reply.audio_tokens == 0
+
+
+def test_a_constraint_that_cannot_be_used_ends_the_job(open_model, tiny_af3):
+    task = CAPTION._replace(decoding=Decoding(json_schema='{"type": "no such type"}'))
+    with pytest.raises(ModelError, match="json_schema .* cannot be used"):
+        open_model(tiny_af3).submit(Request(sounds(1), (task,))).result(timeout=60)
 
 
 def test_the_demo_engine_says_what_it_is(open_model):
