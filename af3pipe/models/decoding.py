@@ -172,7 +172,7 @@ class Chooser:
                 ids = _padded([choices[row]._seen for row in rows]).to(scores.device)
                 scores[rows] = _penalty(penalty)(ids, scores[rows])
         early = [row for row, choice in enumerate(choices) if len(choice.tokens) < choice.decoding.min_new_tokens]
-        if early:
+        if early and self._eos:
             scores[torch.tensor(early).unsqueeze(1), torch.tensor(self._eos)] = -torch.inf
         bound = [row for row, choice in enumerate(choices) if choice._matcher is not None]
         if bound:
