@@ -16,7 +16,7 @@ from af3pipe.schemas import Request
 from benchmarks import contenders
 from benchmarks.flops import Dims
 
-STEPS = 64
+STEPS = 128
 
 
 class Ceilings(NamedTuple):
@@ -69,16 +69,17 @@ class PythonShare(NamedTuple):
     step_ms: float
 
 
-def python_share(opened: Engine, requests: list[Request], repeat: int = 3) -> PythonShare:
-    """Python's share of decoding, of as many requests as there are slots.
+def python_share(opened: Engine, request: Request, repeat: int = 3) -> PythonShare:
+    """Python's share of decoding, with all slots taken by the same short request: there it weighs most.
 
-    The same requests are answered with 1 new token and with 65: what the second takes more is 64 decoding steps.
-    Their wall seconds, as the engine counts them (`decode_s`), come from runs that are not profiled, the median of
-    several. Another pair is profiled, on all threads: the time within operations, a nested one counted once. On CUDA
+    The requests are answered with 1 new token and with 129: what the second takes more is 128 decoding steps. Their
+    wall seconds, as the engine counts them (`decode_s`), come from runs that are not profiled, the median of several.
+    Another pair is profiled, on all threads: the time within operations, a nested one counted once. On CUDA
     operations only launch kernels, so there the kernels' own time is taken: the share is of the time that the device
     had nothing to do.
     """
-    few, many = (_with_tokens(requests, count) for count in (1, 1 + STEPS))
+    few, many = ([_with_tokens(request, count)] * opened.info.slots for count in (1, 1 + STEPS))
+    _stats(opened, many)  # warm
     walls_s, steps = [], 1
     for _ in range(repeat):
         more, less = _stats(opened, many), _stats(opened, few)
@@ -91,12 +92,9 @@ def python_share(opened: Engine, requests: list[Request], repeat: int = 3) -> Py
     return PythonShare(max(0.0, 1 - within_s / wall_s), 1 - within_s / profiled_s, 1000 * wall_s / steps)
 
 
-def _with_tokens(requests: list[Request], count: int) -> list[Request]:
+def _with_tokens(request: Request, count: int) -> Request:
     decoding = contenders.exactly(count)
-    return [
-        request._replace(tasks=tuple(task._replace(decoding=decoding) for task in request.tasks))
-        for request in requests
-    ]
+    return request._replace(tasks=tuple(task._replace(decoding=decoding) for task in request.tasks))
 
 
 def _stats(opened: Engine, requests: list[Request]) -> EngineStats:

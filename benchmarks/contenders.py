@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import (
     AudioFlamingo3Config,
     AudioFlamingo3EncoderConfig,
@@ -21,7 +22,6 @@ from transformers import (
 
 from af3pipe.models import EngineOptions, open_checkpoint, open_engine
 from af3pipe.models.engine import Engine
-from af3pipe.models.inputs import load_model
 from af3pipe.models.transformers_engine import TransformersEngine
 from af3pipe.schemas import Decoding, Request
 
@@ -100,9 +100,9 @@ def engine(opened: Engine, requests: Iterable[Request]) -> Tokens:
 def load(model: str, device: str, dtype: torch.dtype) -> Loaded:
     """A checkpoint for the stock contenders."""
     checkpoint = open_checkpoint(model)
-    return Loaded(
-        load_model(checkpoint, torch.device(device), dtype), AutoProcessor.from_pretrained(checkpoint.source)
-    )
+    model_class = getattr(transformers, f"{checkpoint.family}ForConditionalGeneration")
+    loaded = model_class.from_pretrained(checkpoint.source, dtype=dtype).to(device).eval()
+    return Loaded(loaded, AutoProcessor.from_pretrained(checkpoint.source))
 
 
 def open_ours(options: EngineOptions, loaded: Loaded | None = None) -> Engine:
