@@ -5,6 +5,7 @@ but what the card shows, told only to be greedy and how many tokens to give. `en
 contract. Requests here have one task each.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,13 +107,16 @@ def load(model: str, device: str, dtype: torch.dtype) -> Loaded:
 
 
 def open_ours(options: EngineOptions, loaded: Loaded | None = None) -> Engine:
-    """The engine, opened as a user opens it; or around a model that is loaded already, for one too large for two.
+    """The engine, opened as a user opens it; or around a model that is loaded already.
 
-    With `loaded`, the checkpoint that `options` name tells only the limits of its audio and a name.
+    With `loaded`, the checkpoint that `options` name tells only the limits of its audio and a name. The engine gets
+    modules of its own over the same weights: it sets its own attention in them, which stock code must not meet.
     """
     if loaded is None:
         return open_engine(options)
-    return TransformersEngine(options, loaded=tuple(loaded))
+    weights = [*loaded.model.parameters(), *loaded.model.buffers()]
+    modules = copy.deepcopy(loaded.model, {id(tensor): tensor for tensor in weights})
+    return TransformersEngine(options, loaded=(modules, loaded.processor))
 
 
 def released_shape() -> AudioFlamingo3Config:
