@@ -108,6 +108,8 @@ class JobConfig(_Strict):
         inputs: Files, folders, globs or manifests, on any fsspec URL.
         output: Folder for the Parquet tables.
         model: Hub id, local directory, or `demo`.
+        device: `auto` claims a GPU that no other process has (a run in one process: all such), or is the CPU. `all`
+            starts an engine process for each GPU, `cuda:0,cuda:1` for those named; else as torch names it.
         tasks: What is asked of every recording.
         questions: Asked beside the tasks.
         over_length: What becomes of recordings longer than the model takes.

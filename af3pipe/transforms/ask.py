@@ -124,7 +124,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     """
 
     def __init__(self, options: EngineOptions, tasks: Sequence[Task], question_tokens: int = 256) -> None:
-        # Two batches: one that the engine works on, one that it finds when it is done.
+        # Two batches: one that the engine works on, one that it finds when it is done. More where it has more slots.
         super().__init__(2 * (options.slots or 16), 2 * options.queue_audio_s)
         self._options = options
         self._asked = tuple(tasks)
@@ -133,6 +133,9 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     def setup(self) -> None:
         self._engine = acquire_engine(self._options)
         self._info = self._engine.info
+        engines = len(self._info.device.split(","))
+        self._max_pending = max(2 * self._info.slots, 2 * (self._options.slots or 16))
+        self._max_weight = 2 * engines * self._options.queue_audio_s
         self._tasks = tuple(resolve(task, self._info.family) for task in self._asked)
 
     def teardown(self) -> None:
@@ -239,7 +242,8 @@ class AskAudioFlamingo(beam.PTransform):
         revision: Branch, tag or commit of the model on the hub.
         engine: What turns requests into replies: `transformers`.
         dtype: `auto` is bfloat16 on CUDA and float32 on CPU.
-        device: `auto` is CUDA where there is one.
+        device: As torch names it. `auto` claims a GPU that no other process has, and is the CPU where there is none;
+            `all` claims every such GPU, and starts an engine process for each. `cuda:0,cuda:1` names them instead.
         slots: Most prompts decoded together; None for what the device is good for.
         queue_audio_s: Most seconds of audio that wait for the engine.
         question_tokens: Longest reply to a recording's own questions.
