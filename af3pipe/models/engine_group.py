@@ -263,8 +263,8 @@ class _Member:
             self.send(pickle.dumps((self._options, _log_levels())))
             while True:
                 self._receive(take)
-        except EOFError:
-            pass
+        except (EOFError, ConnectionError):
+            pass  # it has ended, or this side hung up
         except Exception as error:  # noqa: BLE001  (whatever it is, nobody may be left waiting)
             how = f"cannot be used any more ({type(error).__name__}: {error})"
         finally:

@@ -1,4 +1,4 @@
-"""Device names, and GPUs claimed between real processes. The claims need no GPU: ids and a folder are all they know."""
+"""Device names, and GPUs claimed between real processes; a claim needs no GPU, only its id."""
 
 import fcntl
 import os
@@ -83,10 +83,11 @@ def test_processes_that_race_get_gpus_of_their_own_and_a_third_waits_for_one_to_
     first, second = start(), start()
     gpus, _ = claimed_by(first, second)
     assert sorted(gpus) == ["gpu-a", "gpu-b"]
-    with pytest.raises(ModelError, match=r"all 2 GPUs .* claimed by other processes .* one worker process per GPU") as e:
+    said = r"all 2 GPUs .* claimed by other processes .* one worker process per GPU"
+    with pytest.raises(ModelError, match=said) as caught:
         claim(["gpu-a", "gpu-b"], tmp_path, wait_s=0.3)
-    assert str(first.pid) in str(e.value)
-    assert str(second.pid) in str(e.value)
+    assert str(first.pid) in str(caught.value)
+    assert str(second.pid) in str(caught.value)
     threading.Timer(0.5, second.kill).start()  # SIGKILL: it can give back nothing itself
     (got,) = claim(["gpu-a", "gpu-b"], tmp_path, wait_s=30)
     assert got.gpu == gpus[1]
