@@ -163,7 +163,7 @@ def run(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for every task.")] = None,
     engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, all, or cuda:0,cuda:1.")] = None,
     slots: Annotated[int | None, typer.Option(help="Most prompts decoded together.")] = None,
     queue_audio_s: Annotated[float | None, typer.Option(help="Most seconds of audio that wait.")] = None,
     decode_threads: Annotated[int | None, typer.Option(help="Recordings decoded at once.")] = None,
