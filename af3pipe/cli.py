@@ -175,7 +175,7 @@ def run(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for every task.")] = None,
     engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, all, or cuda:0,cuda:1.")] = None,
     attention: Annotated[
         str | None, typer.Option(help="Of the audio encoder: sdpa, eager, flash_attention_2.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from af3pipe.schemas import Reply, Request
 
 ENGINES = {"transformers": "af3pipe.models.transformers_engine:TransformersEngine"}
+_GROUP = "af3pipe.models.engine_group:open_group"
 
 
 class ModelError(Exception):
@@ -26,7 +27,8 @@ class EngineOptions(NamedTuple):
         engine: A name from `ENGINES`.
         revision: Branch, tag or commit on the hub; None for the default branch.
         dtype: `auto` (bfloat16 on CUDA, float32 on CPU), or `float32`, `bfloat16`, `float16`.
-        device: `auto` (CUDA when there is one), or as torch names it.
+        device: As torch names it; `auto` claims a GPU that no other process has, and is the CPU where there is none.
+            `all` claims every such GPU; for each, and for each of `cuda:0,cuda:1`, an engine process is started.
         slots: Most prompts (a request has one a task) decoded together; None for what the device is good for.
         queue_audio_s: Most seconds of audio that wait to be worked on.
         attention: The audio encoder's attention, by Hugging Face's name for it.
@@ -91,7 +93,7 @@ class EngineStats(NamedTuple):
 
 
 class Engine(Protocol):
-    """Turns requests into replies. One thread of its own; shared by all threads of the process."""
+    """Turns requests into replies, on threads or processes of its own; shared by all threads of the process."""
 
     @property
     def info(self) -> EngineInfo:
@@ -135,7 +137,8 @@ def open_engine(options: EngineOptions) -> Engine:
     """
     if options.engine not in ENGINES:
         raise ModelError(f"engine {options.engine!r} is not known; choose from {', '.join(sorted(ENGINES))}")
-    module, name = ENGINES[options.engine].split(":")
+    is_group = options.device == "all" or "," in options.device
+    module, name = (_GROUP if is_group else ENGINES[options.engine]).split(":")
     try:
         engine_class = getattr(importlib.import_module(module), name)
     except ImportError as error:
@@ -170,6 +173,9 @@ def acquire_engine(options: EngineOptions) -> Engine:
         shared = _shared.setdefault(options, _Shared())
     with shared.lock:
         if shared.engine is None or not shared.engine.is_open:
+            if shared.engine is not None:
+                shared.engine.close()  # so that its device is free for the new one
+                shared.engine = None
             shared.engine = open_engine(options)
         shared.users += 1
         return shared.engine

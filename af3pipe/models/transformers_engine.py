@@ -8,7 +8,6 @@ holds it already: that much is copied, and only the rest is computed.
 
 import contextlib
 import gc
-import os
 import threading
 import time
 import traceback
@@ -22,9 +21,10 @@ import numpy.typing as npt
 import torch
 
 from af3pipe.models.decoding import Choice, Chooser
+from af3pipe.models.devices import free_bytes, is_device_lost, is_out_of_memory, open_device
 from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.engine import EngineFailed, EngineInfo, EngineOptions, EngineStats, ModelError
-from af3pipe.models.family import model_revision, open_checkpoint
+from af3pipe.models.family import Checkpoint, model_revision, open_checkpoint
 from af3pipe.models.inputs import Inputs, Window, eos_token_ids
 from af3pipe.models.oracle import Oracle
 from af3pipe.models.scheduler import Job, JobQueue, capacity_class, isolate
@@ -35,8 +35,6 @@ from af3pipe.schemas import Reason, Rejected, Reply, Request, Stage, Task
 _SLOTS = {"cpu": 32, "cuda": 64}
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}  # in one call
 _REFILL_SHARE = 8  # slots are refilled an eighth at a time: encoding and prefilling one by one costs more
-_MEMORY_SHARE = 0.8  # of what is free on the device once the model is loaded, for slots; the rest for working
-_CPU_MEMORY_SHARE = 0.25  # of all there is
 _LEAST_PREFILL_TOKENS = 256
 
 
@@ -152,29 +150,14 @@ class TransformersEngine:
             ModelError: The checkpoint cannot be loaded here.
         """
         checkpoint = open_checkpoint(options.model, options.revision)
-        device = _device(options.device)
-        dtype = _dtype(options.dtype, device)
-        if loaded:
-            model, processor = loaded
-            self._inputs = Inputs(checkpoint, processor)
-        else:
-            self._inputs = Inputs.load(checkpoint)
-            model = load_model(
-                checkpoint,
-                device,
-                dtype,
-                attention=options.attention,
-                adapter=options.adapter,
-                quantize=options.quantize,
-            )
         self._options = options
-        self._device = device
-        self._oracle: Oracle | None = Oracle(checkpoint, model, self._inputs.processor)
-        self._encoder: AudioEncoder | None = AudioEncoder(model.model)
-        self._language: LanguageModel | None = LanguageModel(model)
-        self._chooser = Chooser(
-            self._inputs.processor.tokenizer, eos_token_ids(model.generation_config), self._language.vocabulary
-        )
+        self._claimed = open_device(options.device)
+        self._device = self._claimed.torch
+        try:
+            self._load(checkpoint, loaded)
+        except BaseException:
+            self._claimed.release()
+            raise
         self._info = EngineInfo(
             model_id=checkpoint.model_id,
             model_revision=model_revision(checkpoint, options.adapter, options.quantize),
@@ -182,20 +165,48 @@ class TransformersEngine:
             licence=checkpoint.licence,
             engine="transformers",
             dtype=str(self._language.dtype).removeprefix("torch."),
-            device=str(device),
-            slots=options.slots or _SLOTS.get(device.type, 64),
+            device=str(self._device),
+            slots=options.slots or _SLOTS.get(self._device.type, 64),
         )
         self._pools: dict[int, _Pool] = {}
         # What is remembered of running out of memory, for as long as this engine lives.
-        self._positions = _free_bytes(device) // self._language.position_bytes
+        self._positions = free_bytes(self._device) // self._language.position_bytes
         self._most_slots: dict[int, int] = {}
-        self._prefill_tokens = _PREFILL_TOKENS.get(device.type, 16384)
+        self._prefill_tokens = _PREFILL_TOKENS.get(self._device.type, 16384)
         self._queue = JobQueue(2 * self._info.slots, options.queue_audio_s)
         self._working: set[Job] = set()
         self._stats = EngineStats()
         self._stats_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="af3pipe-engine", daemon=True)
         self._thread.start()
+
+    def _load(self, checkpoint: Checkpoint, loaded: tuple[Any, Any] | None) -> None:
+        """The processor and the model, and what works with them."""
+        options = self._options
+        dtype = _dtype(options.dtype, self._device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            # float32 is for those who want what they would get on a CPU.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32 and dtype != torch.float32
+        if loaded:
+            model, processor = loaded
+            self._inputs = Inputs(checkpoint, processor)
+        else:
+            self._inputs = Inputs.load(checkpoint)
+            model = load_model(
+                checkpoint,
+                self._device,
+                dtype,
+                attention=options.attention,
+                adapter=options.adapter,
+                quantize=options.quantize,
+            )
+        self._oracle = Oracle(checkpoint, model, self._inputs.processor)
+        self._encoder = AudioEncoder(model.model)
+        self._language = LanguageModel(model)
+        self._chooser = Chooser(
+            self._inputs.processor.tokenizer, eos_token_ids(model.generation_config), self._language.vocabulary
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -266,6 +277,8 @@ class TransformersEngine:
     def _run(self) -> None:
         failure = EngineFailed("the engine's thread ended")
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # of this thread
             while True:
                 self._admit()
                 for pool in list(self._pools.values()):
@@ -283,7 +296,7 @@ class TransformersEngine:
             self._free()
 
     def _free(self) -> None:
-        self._oracle = self._encoder = self._language = None
+        del self._oracle, self._encoder, self._language, self._chooser
         self._working.clear()
         self._pools.clear()
         gc.collect()
@@ -291,6 +304,7 @@ class TransformersEngine:
             # After a lost device even this fails, and there is nothing left to free.
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
+        self._claimed.release()
 
     def _each_alone(
         self, items: Sequence[Any], work: Callable[[Sequence[Any]], None], job_of: Callable[[Any], Job]
@@ -302,7 +316,7 @@ class TransformersEngine:
         """Goes on, or ends the engine: closed, or its device is lost."""
         if isinstance(error, EngineFailed):
             raise error
-        if _is_device_lost(error):
+        if is_device_lost(error):
             raise EngineFailed(f"device {self._device} is lost: {_first_line(error)}") from error
         # The frames hold the batch's tensors; a future, or the next attempt, must not keep them alive.
         for each in (error, error.__cause__, error.__context__):
@@ -398,11 +412,10 @@ class TransformersEngine:
         count = min(wanted, self._fitting(pool))
         while count:
             try:
-                assert self._language is not None
                 pool.open(Slots(self._language, count, pool.capacity, graphs=self._options.cuda_graphs))
                 return True
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._after_failure(error)
                 if count == 1 and not self._open_pools():
@@ -445,8 +458,6 @@ class TransformersEngine:
 
     def _ask_alone(self, job: Job) -> None:
         """Answers a request with stock `generate`, task by task."""
-        assert self._oracle is not None
-        assert self._language is not None
         self._language.attention(self._language.stock_attention)
         try:
             for place, reply in enumerate(self._oracle.ask_all(job.request)):
@@ -473,9 +484,8 @@ class TransformersEngine:
                 features[job] = [window for windows in heard for window in windows]
 
         def encode(some: Sequence[Job]) -> None:
-            assert self._encoder is not None
             windows = [window for job in some for window in features[job]]
-            embedded = iter(self._encoder.encode(windows, self._queue.raise_if_closed, _is_out_of_memory))
+            embedded = iter(self._encoder.encode(windows, self._queue.raise_if_closed, is_out_of_memory))
             for job in some:
                 pieces = [next(embedded) for _ in features[job]]
                 audio[job] = torch.cat(pieces) if pieces else torch.empty(0)
@@ -521,7 +531,7 @@ class TransformersEngine:
                     scores.append(pool.slots.prefill(pieces)[ends])
                 self._choose(pool, [admission.row for admission in some], torch.cat(scores))
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._prefill_out_of_memory(pool, admissions, error)
 
@@ -563,7 +573,6 @@ class TransformersEngine:
 
     def _chunks(self, admissions: Sequence[_Admission]) -> Iterator[tuple[list[Piece], list[int]]]:
         """What is prefilled in one call each, and which of its pieces end a prompt; long prompts take several."""
-        assert self._language is not None
         pieces: list[Piece] = []
         ends: list[int] = []
         left = self._prefill_tokens
@@ -634,7 +643,7 @@ class TransformersEngine:
                 scores = pool.slots.step(first, tokens, positions)
                 self._choose(pool, rows, scores if count == len(rows) else scores[[row - first for row in rows]])
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._out_of_memory(pool, error)
 
@@ -685,46 +694,12 @@ def _itself(job: Job) -> Job:
     return job
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Memory that slots may take, once the model is loaded."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE)
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on every system
-        total = 8 << 30
-    return int(total * _CPU_MEMORY_SHARE)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r} is not known to torch; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {name!r} was asked for, but torch sees no CUDA device on this machine")
-    return device
-
-
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     known["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in known:
         raise ModelError(f"dtype {name!r} is not known; choose from {', '.join(sorted(known))}")
     return known[name]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch raises a plain RuntimeError; cuBLAS names its own failed allocation a CUDA error.
-    signs = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
-
-
-def _is_device_lost(error: Exception) -> bool:
-    """After such an error every further call on the device fails, too: this process cannot go on."""
-    accelerator_error = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
-    lost = isinstance(error, accelerator_error) or "CUDA error" in str(error)
-    return lost and not _is_out_of_memory(error)
 
 
 def _first_line(error: Exception) -> str:

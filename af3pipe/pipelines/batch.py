@@ -256,6 +256,8 @@ def run(
         pipeline = beam.Pipeline(options=options)
         # A branch may move while the run lasts: every worker takes the commit that was looked at here.
         pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
+        if job.device == "auto" and is_in_process(options):
+            pinned["device"] = "all"  # no other worker will come for the other GPUs of this machine
         build(pipeline, job.model_copy(update=pinned), run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error

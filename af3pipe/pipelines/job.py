@@ -159,6 +159,8 @@ class JobConfig(_Strict):
         output: Folder for the Parquet tables.
         model: Hub id, local directory, or `demo`. NVIDIA's released weights are for non-commercial use, and an
             adapter made from them inherits that.
+        device: `auto` claims a GPU that no other process has (a run in one process: all such), or is the CPU. `all`
+            starts an engine process for each GPU, `cuda:0,cuda:1` for those named; else as torch names it.
         attention: Of the audio encoder, by Hugging Face's name for it.
         cuda_graphs: Whether decoding steps are captured as CUDA graphs.
         adapter: Directory of a PEFT LoRA, on the workers: the `think` folder of the released checkpoint, for example.

@@ -207,6 +207,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         self._engine = acquire_engine(self._options)
         self._info = self._engine.info
         self._max_pending = _PENDING_PER_SLOT * self._info.slots
+        self._max_weight = 2 * len(self._info.device.split(",")) * self._options.queue_audio_s
         self._tasks = tuple(resolve(task, self._info.family) for task in self._asked)
 
     def teardown(self) -> None:
@@ -336,7 +337,8 @@ class AskAudioFlamingo(beam.PTransform):
         revision: Branch, tag or commit of the model on the hub.
         engine: What turns requests into replies: `transformers`.
         dtype: `auto` is bfloat16 on CUDA and float32 on CPU.
-        device: `auto` is CUDA where there is one.
+        device: As torch names it. `auto` claims a GPU that no other process has, and is the CPU where there is none;
+            `all` claims every such GPU, and starts an engine process for each. `cuda:0,cuda:1` names them instead.
         slots: Most prompts decoded together; None for what the device is good for.
         queue_audio_s: Most seconds of audio that wait for the engine.
         question_tokens: Longest reply to a recording's own questions.
