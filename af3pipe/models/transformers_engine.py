@@ -404,13 +404,13 @@ class TransformersEngine:
         """
         if pool.slots is not None:
             return True
-        wanted = self._most_slots.get(pool.capacity, self._info.slots)
-        if self._fitting(pool) < wanted:
-            for other in self._pools.values():
-                if other.slots is not None and other.is_idle:
-                    other.close()
-        count = min(wanted, self._fitting(pool))
-        while count:
+        while True:
+            wanted = self._most_slots.get(pool.capacity, self._info.slots)
+            if self._fitting(pool) < wanted:
+                self._close_idle()
+            count = min(wanted, self._fitting(pool))
+            if not count:
+                return False
             try:
                 pool.open(Slots(self._language, count, pool.capacity, graphs=self._options.cuda_graphs))
                 return True
@@ -418,11 +418,18 @@ class TransformersEngine:
                 if not is_out_of_memory(error):
                     raise
                 self._after_failure(error)
-                if count == 1 and not self._open_pools():
+                self._most_slots[pool.capacity] = max(1, count // 2)
+                if count == 1 and not self._close_idle():
+                    if self._open_pools():
+                        return False
                     raise self._does_not_fit(pool.capacity, error) from error
-                count //= 2
-                self._most_slots[pool.capacity] = max(1, count)
-        return False
+
+    def _close_idle(self) -> bool:
+        """Gives back slots that nobody is in; whether there were any."""
+        idle = [pool for pool in self._open_pools() if pool.is_idle]
+        for pool in idle:
+            pool.close()
+        return bool(idle)
 
     def _open_pools(self) -> list[_Pool]:
         return [pool for pool in self._pools.values() if pool.slots is not None]
@@ -529,14 +536,13 @@ class TransformersEngine:
             try:
                 for pieces, ends in self._chunks(some):
                     scores.append(pool.slots.prefill(pieces)[ends])
-                self._choose(pool, [admission.row for admission in some], torch.cat(scores))
+                self._choose(pool, [admission.row for admission in some], torch.cat(scores), "prefill_s", began)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 self._prefill_out_of_memory(pool, admissions, error)
 
         self._each_alone(admissions, work, lambda admission: admission.prompt.job)
-        self._count(prefill_s=time.perf_counter() - began)
 
     def _admissions(self, pool: _Pool) -> list[_Admission]:
         """Waiting prompts and the slots they are given: those that hold most of them already.
@@ -641,27 +647,31 @@ class TransformersEngine:
                 positions[row - first] = len(prompt.tokens) + len(prompt.choice.tokens) - 1
             try:
                 scores = pool.slots.step(first, tokens, positions)
-                self._choose(pool, rows, scores if count == len(rows) else scores[[row - first for row in rows]])
+                scores = scores if count == len(rows) else scores[[row - first for row in rows]]
+                self._choose(pool, rows, scores, "decode_s", began)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 self._out_of_memory(pool, error)
 
         rows = [row for row, active in enumerate(pool.active) if active]
-        capacity = len(pool.rows)
+        self._count(steps=1, slot_steps=len(rows), slot_capacity=len(pool.rows))
         self._each_alone(rows, work, lambda row: self._job_in(pool, row))
-        self._count(steps=1, slot_steps=len(rows), slot_capacity=capacity, decode_s=time.perf_counter() - began)
 
     def _job_in(self, pool: _Pool, row: int) -> Job:
         prompt = pool.rows[row]
         assert prompt is not None
         return prompt.job
 
-    def _choose(self, pool: _Pool, rows: Sequence[int], scores: torch.Tensor) -> None:
-        """The next token of each of these slots; those whose reply has ended are freed."""
+    def _choose(self, pool: _Pool, rows: Sequence[int], scores: torch.Tensor, work: str, began: float) -> None:
+        """The next token of each of these slots; those whose reply has ended are freed.
+
+        What the scores took is told before anybody has a reply, so that who has all of them has all the work, too.
+        """
         prompts = [pool.rows[row] for row in rows]
         choices = [prompt.choice for prompt in prompts if prompt is not None and prompt.choice is not None]
         self._chooser.next(scores, choices)
+        self._count(**{work: time.perf_counter() - began})
         for row, choice in zip(rows, choices, strict=True):
             if choice.finish_reason:
                 pool.active[row] = False

@@ -25,7 +25,7 @@ from af3pipe.schemas import Decoding, Reason, Rejected, Request, Stage, Task
 from tests.models.conftest import clip, sounds
 
 CAPTION = resolve(caption(max_new_tokens=6), "AudioFlamingo3")
-LONG = resolve(caption(max_new_tokens=2000), "AudioFlamingo3")
+LONG = CAPTION._replace(decoding=Decoding(max_new_tokens=2000, min_new_tokens=2000))
 
 
 def poison_steps(monkeypatch, is_poisoned, error):
@@ -311,7 +311,7 @@ def test_text_without_audio_only_where_it_is_asked_for(open_model, tiny_af3):
 
 def test_a_constraint_that_cannot_be_used_ends_the_job(open_model, tiny_af3):
     task = CAPTION._replace(decoding=Decoding(json_schema='{"type": "no such type"}'))
-    with pytest.raises(ModelError, match="json_schema .* cannot be used"):
+    with pytest.raises(ModelError, match=r"json_schema .* cannot be used"):
         open_model(tiny_af3).submit(Request(sounds(1), (task,))).result(timeout=60)
 
 
@@ -374,5 +374,5 @@ def test_broken_and_incomplete_weights(tiny_af3, tmp_path):
     with pytest.raises(ModelError, match=r"1 weights are missing from .*projector"):
         open_engine(EngineOptions(str(tmp_path)))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="its weights cannot be loaded from"):
+    with pytest.raises(ModelError, match=r"its weights, .* cannot be loaded from"):
         open_engine(EngineOptions(str(tmp_path)))
