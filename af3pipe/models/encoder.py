@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.musicflamingo import modeling_musicflamingo
 
 from af3pipe.models.inputs import Window
@@ -90,7 +91,7 @@ class AudioEncoder:
         hidden = functional.gelu(tower.conv1(features.to(self._device, self._dtype)))
         hidden = functional.gelu(tower.conv2(hidden[..., : 2 * batch.positions])).transpose(1, 2)
         hidden = hidden + tower.embed_positions.weight[: batch.positions]
-        mask = self._mask(batch)
+        mask = self._mask(batch, hidden)
         for layer in tower.layers:
             hidden = layer(hidden, mask)
         hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
@@ -100,15 +101,14 @@ class AudioEncoder:
         # Copies: a view would keep the whole batch in memory for as long as one of its windows is needed.
         return [piece[: window.tokens].clone() for piece, window in zip(embedded, windows, strict=True)]
 
-    def _mask(self, batch: _Batch) -> torch.Tensor | None:
-        """Hides padding from attention; none where there is none."""
+    def _mask(self, batch: _Batch, hidden: torch.Tensor) -> Any:
+        """Hides padding, as the attention in use wants it; None where there is none."""
         lengths = [_positions(window.frames) for window in batch.windows]
         if min(lengths) == batch.positions:
             return None
         ends = torch.tensor(lengths, device=self._device)
-        padding = torch.arange(batch.positions, device=self._device) >= ends[:, None]
-        mask = torch.zeros(padding.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(padding, torch.finfo(self._dtype).min)[:, None, None]
+        audio = torch.arange(batch.positions, device=self._device) < ends[:, None]
+        return create_bidirectional_mask(config=self._tower.config, inputs_embeds=hidden, attention_mask=audio)
 
     def _with_times(self, hidden: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
         """Music Flamingo turns the embeddings by when they are heard in their recording.

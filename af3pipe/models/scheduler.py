@@ -35,7 +35,8 @@ class Job:
 
     Attributes:
         seconds: Of audio.
-        capacity: Length of the slots its prompts take; filled in by the engine.
+        audio_tokens: Of each of its audios; this and the next are filled in by the engine.
+        capacity: Length of the slots its prompts take.
         alone: Whether it is asked by stock `generate` and takes no slot.
         number: In the order of arrival.
         passed: How many that came later went before it.
@@ -45,6 +46,7 @@ class Job:
         self.request = request
         self.seconds = seconds
         self.alone = alone
+        self.audio_tokens: list[int] = []
         self.capacity = 0
         self.number = 0
         self.passed = 0

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 _log = logging.getLogger(__name__)
@@ -149,12 +150,14 @@ class Slots:
         ends = np.cumsum([len(piece.embeds) for piece in pieces])
         positions = torch.cat([torch.arange(piece.start, piece.start + len(piece.embeds)) for piece in pieces])
         embeds = torch.cat([piece.embeds for piece in pieces])
+        # Counted from the end, as the last token sees all there is; every kernel knows this mask.
+        masks = [causal_lower_right(len(piece.embeds), piece.start + len(piece.embeds)) for piece in pieces]
 
         def attend(
             layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
         ) -> torch.Tensor:
             output = torch.empty_like(query)
-            for piece, end in zip(pieces, ends, strict=True):
+            for piece, end, mask in zip(pieces, ends, masks, strict=True):
                 now = slice(end - len(piece.embeds), end)
                 stop = piece.start + len(piece.embeds)
                 keys, values = self._keys[layer, piece.row], self._values[layer, piece.row]
@@ -162,12 +165,10 @@ class Slots:
                 values[:, piece.start : stop] = value[0, :, now]
                 output[:, :, now] = functional.scaled_dot_product_attention(
                     query[:, :, now],
-                    keys[None, :, :stop],
-                    values[None, :, :stop],
-                    attn_mask=_after(piece.start, stop, query.device) if piece.start else None,
-                    is_causal=piece.start == 0,
+                    _for_heads(query, keys[None, :, :stop]),
+                    _for_heads(query, values[None, :, :stop]),
+                    attn_mask=mask,
                     scale=scaling,
-                    enable_gqa=query.shape[1] != key.shape[1],
                 )
             return output.transpose(1, 2)
 
@@ -269,6 +270,6 @@ class _Graphs:
         return plain
 
 
-def _after(start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """Which keys the tokens from `start` on may see, those before them included; True where they may."""
-    return torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)
+def _for_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Keys or values as often as query heads share them."""
+    return shared.repeat_interleave(query.shape[1] // shared.shape[1], dim=1)

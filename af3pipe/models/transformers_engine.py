@@ -11,129 +11,30 @@ import gc
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from af3pipe.models.decoding import Choice, Chooser
+from af3pipe.models.decoding import Chooser
 from af3pipe.models.devices import free_bytes, is_device_lost, is_out_of_memory, open_device
 from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.engine import EngineFailed, EngineInfo, EngineOptions, EngineStats, ModelError
 from af3pipe.models.family import Checkpoint, model_revision, open_checkpoint
 from af3pipe.models.inputs import Inputs, Window, eos_token_ids
 from af3pipe.models.oracle import Oracle
+from af3pipe.models.pools import Admission, Pool, Pools, Prompt
 from af3pipe.models.scheduler import Job, JobQueue, capacity_class, isolate
-from af3pipe.models.slots import ATTENTION, LanguageModel, Piece, Slots
+from af3pipe.models.slots import ATTENTION, LanguageModel, Piece
 from af3pipe.models.weights import load_model
-from af3pipe.schemas import Reason, Rejected, Reply, Request, Stage, Task
+from af3pipe.schemas import Reason, Rejected, Reply, Request, Stage
 
 _SLOTS = {"cpu": 32, "cuda": 64}
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}  # in one call
 _REFILL_SHARE = 8  # slots are refilled an eighth at a time: encoding and prefilling one by one costs more
 _LEAST_PREFILL_TOKENS = 256
-
-
-class _Prompt:
-    """One task of a request while it is decoded, or waits for a slot.
-
-    Attributes:
-        job: The request.
-        place: Of the task in it.
-        tokens: The prompt, as `Inputs.prompt` gives it.
-        audio: Embeddings that its negative tokens stand for, shape (audio tokens, hidden size).
-        choice: The reply so far.
-    """
-
-    def __init__(self, job: Job, place: int, tokens: npt.NDArray[np.int64], audio: torch.Tensor) -> None:
-        self.job = job
-        self.place = place
-        self.tokens = tokens
-        self.audio = audio
-        self.choice: Choice | None = None
-
-    @property
-    def task(self) -> Task:
-        return self.job.request.tasks[self.place]
-
-    @property
-    def held(self) -> npt.NDArray[np.int64]:
-        """What its slot holds: the prompt, and the reply but for its last token, which comes with the next step."""
-        chosen = self.choice.tokens[:-1] if self.choice else []
-        return np.concatenate([self.tokens, np.asarray(chosen, dtype=np.int64)])
-
-    def shared_with(self, other: "_Prompt") -> int:
-        """How many of its first tokens are in the other's slot; at least one is left, to have scores from."""
-        if other.job is not self.job or other.choice is None:
-            return 0
-        held = other.held[: len(self.tokens) - 1]
-        differ = np.flatnonzero(held != self.tokens[: len(held)])
-        return int(differ[0]) if len(differ) else len(held)
-
-
-class _Pool:
-    """Slots of one length: who is in them, and who waits for them.
-
-    Attributes:
-        slots: None while there is no memory for them.
-        rows: By slot, the prompt that is or was last in it.
-        active: Whether that one is still decoded.
-        waiting: Prompts whose audio is encoded.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.slots: Slots | None = None
-        self.rows: list[_Prompt | None] = []
-        self.active: list[bool] = []
-        self.waiting: deque[_Prompt] = deque()
-
-    def open(self, slots: Slots) -> None:
-        """Takes slots, all of them free."""
-        self.slots = slots
-        self.rows = [None] * slots.count
-        self.active = [False] * slots.count
-
-    def close(self) -> None:
-        """Gives the memory back; who was in a slot waits for another, from the beginning."""
-        ended = [prompt for prompt, active in zip(self.rows, self.active, strict=True) if prompt and active]
-        for prompt in ended:
-            prompt.choice = None
-        self.waiting.extendleft(reversed(ended))
-        self.slots, self.rows, self.active = None, [], []
-
-    @property
-    def free(self) -> int:
-        """Slots that nobody is in or waits for."""
-        return len(self.rows) - sum(self.active) - len(self.waiting)
-
-    @property
-    def is_idle(self) -> bool:
-        return not any(self.active) and not self.waiting
-
-    def compact(self) -> None:
-        """Moves prompts into free slots before them: a step costs what its last slot makes it cost."""
-        while any(self.active[sum(self.active) :]):
-            last = max(row for row, active in enumerate(self.active) if active)
-            hole = self.active.index(False)
-            prompt = self.rows[last]
-            assert prompt is not None
-            assert self.slots is not None
-            self.slots.copy(last, hole, len(prompt.held))
-            self.rows[hole], self.active[hole] = prompt, True
-            self.rows[last], self.active[last] = None, False
-
-
-class _Admission(NamedTuple):
-    """A prompt and the slot it is given, of which the first `start` positions are right already."""
-
-    prompt: _Prompt
-    row: int
-    start: int
 
 
 class TransformersEngine:
@@ -168,10 +69,14 @@ class TransformersEngine:
             device=str(self._device),
             slots=options.slots or _SLOTS.get(self._device.type, 64),
         )
-        self._pools: dict[int, _Pool] = {}
-        # What is remembered of running out of memory, for as long as this engine lives.
-        self._positions = free_bytes(self._device) // self._language.position_bytes
-        self._most_slots: dict[int, int] = {}
+        self._pools = Pools(
+            self._language,
+            slots=self._info.slots,
+            free_bytes=free_bytes(self._device),
+            graphs=options.cuda_graphs,
+            after_failure=self._after_failure,
+        )
+        # Halved when it does not fit, and remembered for as long as this engine lives.
         self._prefill_tokens = _PREFILL_TOKENS.get(self._device.type, 16384)
         self._queue = JobQueue(2 * self._info.slots, options.queue_audio_s)
         self._working: set[Job] = set()
@@ -252,17 +157,17 @@ class TransformersEngine:
 
     def _longest(self, job: Job) -> int:
         """Checks a request; the most positions that one of its prompts may take, its reply included."""
-        tasks, audios = job.request.tasks, job.request.audios
-        for audio in audios:
+        tasks = job.request.tasks
+        for audio in job.request.audios:
             self._inputs.check(audio)
-        audio_tokens = [self._inputs.checkpoint.audio_tokens(len(audio)) for audio in audios]
+        job.audio_tokens = [self._inputs.checkpoint.audio_tokens(len(audio)) for audio in job.request.audios]
         positions = 1
         for place, task in enumerate(tasks):
             if task.prompt is None:
                 raise ValueError(f"task {task.name!r} has no prompt; resolve() it before submitting")
             job.history(place)  # raises where a turn before it is missing
             empty = [""] * len(task.history)
-            prompt = self._inputs.prompt(task.turns, empty, audio_tokens)
+            prompt = self._inputs.prompt(task.turns, empty, job.audio_tokens)
             if not (prompt < 0).any() and task.turns[0].audios != ():
                 detail = f"task {task.name!r} has no audio; where that is meant, say so with audios=()"
                 raise Rejected(Stage.WINDOW, Reason.TOO_SHORT, detail)
@@ -281,7 +186,7 @@ class TransformersEngine:
                 torch.cuda.set_device(self._device)  # of this thread
             while True:
                 self._admit()
-                for pool in list(self._pools.values()):
+                for pool in self._pools:
                     self._queue.raise_if_closed()
                     self._step(pool)
         except EngineFailed as error:
@@ -296,9 +201,8 @@ class TransformersEngine:
             self._free()
 
     def _free(self) -> None:
-        del self._oracle, self._encoder, self._language, self._chooser
+        del self._oracle, self._encoder, self._language, self._chooser, self._pools
         self._working.clear()
-        self._pools.clear()
         gc.collect()
         if self._device.type == "cuda":
             # After a lost device even this fails, and there is nothing left to free.
@@ -331,11 +235,8 @@ class TransformersEngine:
     def _let_go(self, job: Job) -> None:
         """Forgets a request that is done: its other prompts, and what its slots hold."""
         self._working.discard(job)
-        for pool in self._pools.values():
-            pool.waiting = deque(prompt for prompt in pool.waiting if prompt.job is not job)
-            for row, prompt in enumerate(pool.rows):
-                if prompt is not None and prompt.job is job:
-                    pool.rows[row], pool.active[row] = None, False
+        for pool in self._pools:
+            pool.forget(job)
 
     # -- requests to slots ---------------------------------------------------------------------------------------
 
@@ -347,15 +248,15 @@ class TransformersEngine:
                 if job.alone:
                     self._each_alone([job], lambda one: self._ask_alone(one[0]), _itself)
             self._encode([job for job in jobs if not job.alone and not job.done])
-            for pool in self._pools.values():
+            for pool in self._pools:
                 self._fill(pool)
             if not jobs:
                 return
 
-    def _fill(self, pool: _Pool) -> None:
+    def _fill(self, pool: Pool) -> None:
         """Gives free slots to those who wait for them."""
         try:
-            while pool.waiting and self._has_slots(pool) and not all(pool.active):
+            while pool.waiting and self._pools.has_slots(pool) and not all(pool.active):
                 self._prefill(pool)
         except Rejected as error:
             for prompt in list(pool.waiting):
@@ -372,11 +273,11 @@ class TransformersEngine:
             if job.alone:
                 return True
             # Who has been encoded, and lost its slot or never had one, goes first.
-            if any(pool.waiting and pool.slots is None for pool in self._pools.values()):
+            if any(pool.waiting and pool.slots is None for pool in self._pools):
                 return False
-            pool = self._pools.setdefault(job.capacity, _Pool(job.capacity))
+            pool = self._pools[job.capacity]
             try:
-                if not self._has_slots(pool):
+                if not self._pools.has_slots(pool):
                     return False
             except Rejected as error:
                 refused[job] = error
@@ -395,73 +296,6 @@ class TransformersEngine:
             elif not job.alone:
                 prompts[job.capacity] = prompts.get(job.capacity, 0) + len(job.request.tasks)
         return jobs
-
-    def _has_slots(self, pool: _Pool) -> bool:
-        """Whether a pool has slots, opened now if need be; not while others have all the memory.
-
-        Raises:
-            Rejected: Not even one fits into memory, though nothing else is there.
-        """
-        if pool.slots is not None:
-            return True
-        while True:
-            wanted = self._most_slots.get(pool.capacity, self._info.slots)
-            if self._fitting(pool) < wanted:
-                self._close_idle()
-            count = min(wanted, self._fitting(pool))
-            if not count:
-                return False
-            try:
-                pool.open(Slots(self._language, count, pool.capacity, graphs=self._options.cuda_graphs))
-                return True
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._after_failure(error)
-                self._most_slots[pool.capacity] = max(1, count // 2)
-                if count == 1 and not self._close_idle():
-                    if self._open_pools():
-                        return False
-                    raise self._does_not_fit(pool.capacity, error) from error
-
-    def _close_idle(self) -> bool:
-        """Gives back slots that nobody is in; whether there were any."""
-        idle = [pool for pool in self._open_pools() if pool.is_idle]
-        for pool in idle:
-            pool.close()
-        return bool(idle)
-
-    def _open_pools(self) -> list[_Pool]:
-        return [pool for pool in self._pools.values() if pool.slots is not None]
-
-    def _fitting(self, pool: _Pool) -> int:
-        """Slots that a pool may have: half of what memory is left, so that other lengths find some; one at least."""
-        others = self._open_pools()
-        left = self._positions - sum(len(other.rows) * other.capacity for other in others)
-        return max(1, left // 2 // pool.capacity) if left >= pool.capacity or not others else 0
-
-    def _out_of_memory(self, pool: _Pool, error: Exception) -> None:
-        """Takes less memory from now on; prompts begin again. One that is alone and does not fit has failed."""
-        alone = [prompt for prompt in pool.rows if prompt is not None]
-        others = [other for other in self._open_pools() if other is not pool]
-        self._most_slots[pool.capacity] = max(1, len(pool.rows) // 2)
-        if len(pool.rows) == 1 and not others:
-            for prompt in alone:
-                self._fail(prompt.job, self._does_not_fit(pool.capacity, error, prompt))
-        if len(pool.rows) == 1 and others:
-            self._positions //= 2
-            for other in others:
-                other.close()
-        pool.close()
-        self._after_failure(error)
-
-    def _does_not_fit(self, capacity: int, error: Exception, prompt: _Prompt | None = None) -> Rejected:
-        asked = f"a slot of {capacity} positions"
-        if prompt is not None:
-            new = prompt.task.decoding.max_new_tokens
-            asked = f"{len(prompt.tokens)} prompt tokens and up to {new} new ones ({asked})"
-        detail = f"{asked} do not fit {self._device}, beside the model in {self._info.dtype}: {_first_line(error)}"
-        return Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, detail)
 
     def _ask_alone(self, job: Job) -> None:
         """Answers a request with stock `generate`, task by task."""
@@ -496,6 +330,7 @@ class TransformersEngine:
             for job in some:
                 pieces = [next(embedded) for _ in features[job]]
                 audio[job] = torch.cat(pieces) if pieces else torch.empty(0)
+                job.request = job.request._replace(samples=())  # heard; no need to keep it until the last reply
             self._count(windows=len(windows), audio_tokens=sum(window.tokens for window in windows))
 
         self._each_alone(jobs, extract, _itself)
@@ -506,16 +341,15 @@ class TransformersEngine:
 
     def _begin(self, job: Job, audio: torch.Tensor) -> None:
         """Makes the prompts of those of a request's tasks that can be asked now."""
-        tokens = [self._inputs.checkpoint.audio_tokens(len(samples)) for samples in job.request.audios]
         turn_of = self._pools[job.capacity].waiting
         prompts = []
         for place in job.begin_ready():
             said = [self._inputs.said(reply) for reply in job.history(place) or ()]
             task = job.request.tasks[place]
-            prompt = self._inputs.prompt(task.turns, said, tokens)
+            prompt = self._inputs.prompt(task.turns, said, job.audio_tokens)
             if len(prompt) + task.decoding.max_new_tokens >= job.capacity:
                 raise ValueError(f"the conversation before {task.prompt!r} grew to {len(prompt)} tokens")
-            prompts.append(_Prompt(job, place, prompt, audio))
+            prompts.append(Prompt(job, place, prompt, audio))
         if any(prompt.task.history for prompt in prompts):
             turn_of.extendleft(reversed(prompts))  # before the slot that holds the conversation is given away
         else:
@@ -523,12 +357,12 @@ class TransformersEngine:
 
     # -- prompts to first tokens ---------------------------------------------------------------------------------
 
-    def _prefill(self, pool: _Pool) -> None:
+    def _prefill(self, pool: Pool) -> None:
         """Gives waiting prompts free slots and chooses their first tokens."""
         began = time.perf_counter()
-        admissions = self._admissions(pool)
+        admissions = pool.admit(self._prefill_tokens)
 
-        def work(some: Sequence[_Admission]) -> None:
+        def work(some: Sequence[Admission]) -> None:
             some = [each for each in some if each.row < len(pool.rows) and pool.rows[each.row] is each.prompt]
             if pool.slots is None or not some:
                 return
@@ -544,40 +378,7 @@ class TransformersEngine:
 
         self._each_alone(admissions, work, lambda admission: admission.prompt.job)
 
-    def _admissions(self, pool: _Pool) -> list[_Admission]:
-        """Waiting prompts and the slots they are given: those that hold most of them already.
-
-        A prompt whose audio is just being prefilled for another task waits for that.
-        """
-        assert pool.slots is not None
-        admissions: list[_Admission] = []
-        later: list[_Prompt] = []
-        tokens = 0
-        while pool.waiting and not all(pool.active):
-            prompt = pool.waiting.popleft()
-            shared = [prompt.shared_with(held) if held else 0 for held in pool.rows]
-            start = max(shared)
-            if not start and any(other.prompt.job is prompt.job for other in admissions):
-                later.append(prompt)
-                continue
-            tokens += len(prompt.tokens) - start
-            if admissions and tokens > self._prefill_tokens:
-                later.append(prompt)
-                break
-            row = source = shared.index(start)
-            if not start or pool.active[source]:
-                wanted = {other.job for other in (*later, *pool.waiting)}
-                free = [row for row, active in enumerate(pool.active) if not active]
-                # Not one that holds what somebody waits to share, where there is another.
-                row = min(free, key=lambda each: (held := pool.rows[each]) is not None and held.job in wanted)
-                if start:
-                    pool.slots.copy(source, row, start)
-            pool.rows[row], pool.active[row] = prompt, True
-            admissions.append(_Admission(prompt, row, start))
-        pool.waiting.extendleft(reversed(later))
-        return admissions
-
-    def _chunks(self, admissions: Sequence[_Admission]) -> Iterator[tuple[list[Piece], list[int]]]:
+    def _chunks(self, admissions: Sequence[Admission]) -> Iterator[tuple[list[Piece], list[int]]]:
         """What is prefilled in one call each, and which of its pieces end a prompt; long prompts take several."""
         pieces: list[Piece] = []
         ends: list[int] = []
@@ -608,22 +409,23 @@ class TransformersEngine:
         if pieces:
             yield pieces, ends
 
-    def _prefill_out_of_memory(self, pool: _Pool, admissions: Sequence[_Admission], error: Exception) -> None:
+    def _prefill_out_of_memory(self, pool: Pool, admissions: Sequence[Admission], error: Exception) -> None:
         """Prefills less at once from now on; where that is little already, slots must go."""
         if self._prefill_tokens <= _LEAST_PREFILL_TOKENS:
             self._out_of_memory(pool, error)
             return
         self._prefill_tokens //= 2
-        for prompt, row, _ in admissions:
-            if pool.active[row] and pool.rows[row] is prompt:
-                prompt.choice = None
-                pool.rows[row], pool.active[row] = None, False
-                pool.waiting.appendleft(prompt)
+        pool.take_back(admissions)
         self._after_failure(error)
+
+    def _out_of_memory(self, pool: Pool, error: Exception) -> None:
+        failed = self._pools.shrink(pool, error)
+        if failed:
+            self._fail(failed[0].job, failed[1])
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _step(self, pool: _Pool) -> None:
+    def _step(self, pool: Pool) -> None:
         """One more token for everybody in a slot."""
         if pool.slots is None or not any(pool.active):
             return
@@ -658,12 +460,12 @@ class TransformersEngine:
         self._count(steps=1, slot_steps=len(rows), slot_capacity=len(pool.rows))
         self._each_alone(rows, work, lambda row: self._job_in(pool, row))
 
-    def _job_in(self, pool: _Pool, row: int) -> Job:
+    def _job_in(self, pool: Pool, row: int) -> Job:
         prompt = pool.rows[row]
         assert prompt is not None
         return prompt.job
 
-    def _choose(self, pool: _Pool, rows: Sequence[int], scores: torch.Tensor, work: str, began: float) -> None:
+    def _choose(self, pool: Pool, rows: Sequence[int], scores: torch.Tensor, work: str, began: float) -> None:
         """The next token of each of these slots; those whose reply has ended are freed.
 
         What the scores took is told before anybody has a reply, so that who has all of them has all the work, too.
@@ -677,7 +479,7 @@ class TransformersEngine:
                 pool.active[row] = False
                 self._each_alone([row], lambda one: self._finish(pool, one[0]), lambda row: self._job_in(pool, row))
 
-    def _finish(self, pool: _Pool, row: int) -> None:
+    def _finish(self, pool: Pool, row: int) -> None:
         """Files a reply; what was waiting for it comes next, in the same slot."""
         prompt = pool.rows[row]
         if prompt is None:
