@@ -1,7 +1,7 @@
 """An engine that takes a fixed time a window, as a GPU would, and leaves the CPU to those who feed it.
 
 For measuring what feeds the engine; importable, so that a worker finds it by the name it is registered under. Its
-queue is the real one: a batch that waits to be filled counts as idle here, too.
+queue is the real one.
 """
 
 import threading
@@ -24,8 +24,9 @@ class ConstantEngine:
     """Answers in batches, after `window_s` a window; keeps the books of `EngineStats`."""
 
     def __init__(self, options: EngineOptions) -> None:
-        self.info = EngineInfo("constant", "1", "AudioFlamingo3", "none", "constant", "none", "none")
-        self._queue = JobQueue(options.slots or 16, options.queue_audio_s)
+        self._slots = options.slots or 16
+        self.info = EngineInfo("constant", "1", "AudioFlamingo3", "none", "constant", "none", "none", self._slots)
+        self._queue = JobQueue(2 * self._slots, options.queue_audio_s)
         self._stats = EngineStats()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -34,6 +35,9 @@ class ConstantEngine:
     @property
     def is_open(self) -> bool:
         return self._queue.is_open
+
+    def ask_alone(self, request: Request) -> "Future[list[Reply]]":
+        return self.submit(request)
 
     def submit(self, request: Request) -> "Future[list[Reply]]":
         job = Job(request, len(request.samples) / SAMPLE_RATE)
@@ -52,10 +56,12 @@ class ConstantEngine:
     def _run(self) -> None:
         while True:
             try:
-                jobs = self._queue.take()
+                jobs = [self._queue.take(_any, wait=True)]
+                while len(jobs) < self._slots and jobs[-1]:
+                    jobs.append(self._queue.take(_any, wait=False))
             except EngineFailed:
                 return
-            self._answer(jobs)
+            self._answer([job for job in jobs if job])
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         windows = sum(-(-len(job.request.samples) // WINDOW_SAMPLES) for job in jobs)
@@ -70,8 +76,12 @@ class ConstantEngine:
                 decode_s=told.decode_s + window_s * windows,
             )
         for job in jobs:
-            for task in range(job.rows):
+            for task in range(len(job.request.tasks)):
                 job.reply(task, Reply("text", (1,), "stop", 1, 2))
+
+
+def _any(job: Job) -> bool:
+    return True
 
 
 def register() -> str:

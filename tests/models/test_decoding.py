@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from af3pipe.models import ModelError, caption, resolve
 from af3pipe.models.decoding import Chooser, _draw, cut_at_stop
 from af3pipe.models.inputs import Inputs, eos_token_ids, generation_config
-from af3pipe.schemas import Decoding
+from af3pipe.schemas import Decoding, Turn
 from tests.models.conftest import clip
 
 SCHEMA = json.dumps(
@@ -38,13 +38,14 @@ def chooser(oracle, vocab_size=None):
 
 def read(oracle, i):
     """A conversation of its own for every number; no audio, which is quick."""
-    ids = Inputs(oracle.checkpoint, oracle.processor).prompt_ids(f"Describe the {'loud ' * i}sound.", 20 + i)
-    return {"input_ids": ids.unsqueeze(0), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    inputs = Inputs(oracle.checkpoint, oracle.processor)
+    ids = inputs.ids(inputs.prompt((Turn(f"Describe the {'loud ' * i}sound."),), [], [20 + i]))
+    return {"input_ids": torch.from_numpy(ids)[None], "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
 def hear(oracle, name):
     """A clip of the demo's, which it describes."""
-    return oracle.inputs(clip(name), resolve(caption(), "AudioFlamingo3").prompt)
+    return oracle.inputs([clip(name)], resolve(caption(), "AudioFlamingo3").turns)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from af3pipe.models.family import adapter_revision
 from af3pipe.models.inputs import Inputs
 from af3pipe.models.oracle import Oracle
 from af3pipe.models.weights import load_model
+from af3pipe.schemas import Turn
 from tests.models.conftest import clip, sounds
 
 CLIPS = ("beeps_three_low", "command_open_door", "digits_seven_three_one")
@@ -74,7 +75,9 @@ def as_released(weights):
 
 
 def logits(model, path):
-    inputs = Oracle(None, model, Inputs.load(open_checkpoint(str(path))).processor).inputs(sounds(2.0), "What is it?")
+    inputs = Oracle(None, model, Inputs.load(open_checkpoint(str(path))).processor).inputs(
+        [sounds(2.0)], (Turn("What is it?"),)
+    )
     with torch.inference_mode():
         return model(**inputs).logits
 
