@@ -107,7 +107,7 @@ class Request(NamedTuple):
         samples: float32 mono PCM at the model's sampling rate, shape (n,); a tuple of them for a conversation
             about several, empty for one about none.
         tasks: At least one; every prompt filled in.
-        seed: Added to a sampling task's own, so that not every recording gets the same draws.
+        seed: Joined with a sampling task's own, so that not every recording gets the same draws.
     """
 
     samples: npt.NDArray[np.float32] | tuple[npt.NDArray[np.float32], ...]
