@@ -63,7 +63,8 @@ def load_model(
         )
         model = model.to(device).eval()
     except Exception as error:
-        raise load_error(checkpoint, f"its weights, with attention {attention!r},", error) from error
+        part = "its weights" if attention == "sdpa" else f"its weights, with attention {attention!r},"
+        raise load_error(checkpoint, part, error) from error
     # transformers fills in missing weights at random and only warns.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(

@@ -215,20 +215,20 @@ def test_a_model_that_cannot_be_loaded_ends_the_job_and_is_no_dead_letter(tmp_pa
 
 
 def test_a_request_that_breaks_the_model_costs_no_other(tmp_path, monkeypatch):
-    from af3pipe.models.transformers_engine import TransformersEngine
+    from af3pipe.models.encoder import AudioEncoder
 
     wanted = job(tmp_path)
     for name in ("b", "poisoned", "c"):
         seconds = 3 if name == "poisoned" else 1
         (tmp_path / "in" / f"{name}.wav").write_bytes(make.wav(make.sound(seconds, RATE), RATE))
-    embed = TransformersEngine._embed_windows
+    encode = AudioEncoder.encode
 
-    def breaks(self, features, mask, places):
-        if (mask.sum(-1) == 300).any():  # 3 s of mel frames: the poisoned one, whatever it is batched with
+    def breaks(self, windows, *arguments):
+        if any(window.frames == 300 for window in windows):  # 3 s: the poisoned one, whatever is encoded with it
             raise ValueError("these frames are poison")
-        return embed(self, features, mask, places)
+        return encode(self, windows, *arguments)
 
-    monkeypatch.setattr(TransformersEngine, "_embed_windows", breaks)
+    monkeypatch.setattr(AudioEncoder, "encode", breaks)
     report = batch.run(wanted)
     assert report.counts.states == {"ok": 3, "dead_letter": 1}
     (letter,) = rows(tmp_path / "out", "dead_letters")

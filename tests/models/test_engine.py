@@ -373,5 +373,5 @@ def test_broken_and_incomplete_weights(tiny_af3, tmp_path):
     with pytest.raises(ModelError, match=r"1 weights are missing from .*projector"):
         open_engine(EngineOptions(str(tmp_path)))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=r"its weights, .* cannot be loaded from"):
+    with pytest.raises(ModelError, match="its weights cannot be loaded from"):
         open_engine(EngineOptions(str(tmp_path)))
