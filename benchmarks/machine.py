@@ -1,10 +1,11 @@
 """What a figure was measured on, in one line; and what a process and its children have used."""
 
+import contextlib
 import os
 import platform
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -12,7 +13,10 @@ def describe() -> str:
     cpu = next(
         (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
-    found = {name: version(name) for name in ("apache-beam", "torch", "transformers")}
+    found = {}
+    for name in ("apache-beam", "torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):  # not all benchmarks need all of them
+            found[name] = version(name)
     return f"{os.cpu_count()} cores ({cpu}), Python {platform.python_version()}, " + ", ".join(
         f"{name} {number}" for name, number in found.items()
     )

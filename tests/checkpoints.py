@@ -26,11 +26,11 @@ from af3pipe.models.family import open_checkpoint
 WIDTH = 128
 
 
-def tiny_audio_flamingo(path: Path, seed: int = 0) -> Path:
-    """Saves a random AudioFlamingo3 of 2 + 2 layers, and its processor."""
+def tiny_audio_flamingo(path: Path, seed: int = 0, **text: int) -> Path:
+    """Saves a random AudioFlamingo3 of 2 + 2 layers, and its processor; `text` is for its language model's config."""
     demo = _demo_processor()
     processor = AudioFlamingo3Processor(demo.feature_extractor, demo.tokenizer, chat_template=demo.chat_template)
-    return _save(path, AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, processor, seed)
+    return _save(path, AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, processor, seed, text)
 
 
 def tiny_music_flamingo(path: Path, seed: int = 0, max_audio_len: int = 1200) -> Path:
@@ -46,6 +46,7 @@ def tiny_music_flamingo(path: Path, seed: int = 0, max_audio_len: int = 1200) ->
         MusicFlamingoForConditionalGeneration,
         processor,
         seed,
+        {},
         audio_bos_token_id=ids("<|sound_bos|>"),
         audio_eos_token_id=ids("<|sound_eos|>"),
     )
@@ -55,7 +56,15 @@ def _demo_processor() -> Any:
     return AutoProcessor.from_pretrained(open_checkpoint("demo").source)
 
 
-def _save(path: Path, config_class: Any, model_class: Any, processor: Any, seed: int, **special_tokens: int) -> Path:
+def _save(
+    path: Path,
+    config_class: Any,
+    model_class: Any,
+    processor: Any,
+    seed: int,
+    text: dict[str, int],
+    **special_tokens: int,
+) -> Path:
     tokenizer = processor.tokenizer
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     config = config_class(
@@ -63,16 +72,19 @@ def _save(path: Path, config_class: Any, model_class: Any, processor: Any, seed:
             hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=2 * WIDTH
         ),
         text_config=Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32768,
-            eos_token_id=end,
-            bos_token_id=pad,
-            pad_token_id=pad,
+            **{
+                "vocab_size": len(tokenizer),
+                "hidden_size": WIDTH,
+                "intermediate_size": 2 * WIDTH,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 32768,
+                "eos_token_id": end,
+                "bos_token_id": pad,
+                "pad_token_id": pad,
+                **text,
+            }
         ),
         audio_token_id=tokenizer.convert_tokens_to_ids("<sound>"),
         **special_tokens,

@@ -173,7 +173,7 @@ def open_device(name: str) -> Device:
     """
     if name != "auto":
         return Device(_named(name))
-    return (_claimed(most=1) or [Device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))])[0]
+    return (_claimed(most=1) or [Device(_named("cuda" if torch.cuda.is_available() else "cpu"))])[0]
 
 
 def open_devices(name: str) -> list[Device]:
@@ -233,6 +233,8 @@ def _named(name: str) -> torch.device:
             raise ModelError(f"device {name!r} was asked for, but torch sees no CUDA device on this machine")
         if device.index is not None and device.index >= count:
             raise ModelError(f"device {name!r} was asked for, but torch sees only cuda:0 to cuda:{count - 1} here")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())  # torch takes none without a number for a thread
     return device
 
 
@@ -249,8 +251,9 @@ def free_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether less at once may work where this was raised."""
-    # On the CPU torch raises a plain RuntimeError; cuBLAS names its own failed allocation a CUDA error.
-    signs = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    # On the CPU torch raises a plain RuntimeError. What CUDA's libraries allocate themselves fails as a CUDA error,
+    # and so do kernels and graphs that are loaded late.
+    signs = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
 
 

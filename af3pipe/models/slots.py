@@ -9,7 +9,9 @@ given another cache, through the library's registry of attention functions:
   the longest, the rest is masked.
 """
 
+import functools
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +21,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
+
+from af3pipe.models.devices import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +141,7 @@ class Slots:
         self._tokens = torch.zeros(count, dtype=torch.long, device=model.device)
         self._positions = torch.zeros(count, dtype=torch.long, device=model.device)
         self._rounding = _LENGTH_ROUNDING.get(model.device.type, 256)
-        self._graphs = _Graphs(self) if graphs and model.device.type == "cuda" else None
+        self._graphs = _Graphs(model, count) if graphs and model.device.type == "cuda" else None
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first positions of a slot to another."""
@@ -189,7 +193,10 @@ class Slots:
         self._positions[first : first + count] = torch.from_numpy(positions).to(self._tokens.device)
         length = min(self.capacity, -(-(int(positions.max()) + 1) // self._rounding) * self._rounding)
         if self._graphs and first == 0:
-            return self._graphs.step(count, length)
+            # Slots beyond those asked for take part; they write to the position that no prompt uses.
+            rounded = min(self.count, 1 << (count - 1).bit_length())
+            self._positions[count:rounded] = self.capacity - 1
+            return self._graphs.step(self, rounded, length)[:count]
         return self._forward(first, count, length)
 
     def _forward(self, first: int, count: int, length: int) -> torch.Tensor:
@@ -227,47 +234,59 @@ class _Graphs:
 
     _broken = False  # for the process: what fails once on this machine fails again
 
-    def __init__(self, slots: Slots) -> None:
-        self._slots = slots
+    def __init__(self, model: LanguageModel, count: int) -> None:
         self._captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._logits = torch.empty(
-            slots.count, slots._model.vocabulary, dtype=torch.float32, device=slots._model.device
-        )
+        self._logits = torch.empty(count, model.vocabulary, dtype=torch.float32, device=model.device)
         self._pool: Any = None
 
-    def step(self, count: int, length: int) -> torch.Tensor:
-        rounded = min(self._slots.count, 1 << (count - 1).bit_length())
-        if rounded > count:
-            # Slots beyond those asked for take part; they write to the position that no prompt uses.
-            self._slots._positions[count:rounded] = self._slots.capacity - 1
+    # The slots are passed each time: kept here, they would live in a circle, and their memory until it is collected.
+    def step(self, slots: Slots, count: int, length: int) -> torch.Tensor:
+        """The scores of the first slots; valid until the next step."""
         if _Graphs._broken:
-            return self._slots._forward(0, count, length)
-        if (rounded, length) not in self._captured:
-            return self._capture(rounded, length)[:count]
-        self._captured[rounded, length].replay()
+            return slots._forward(0, count, length)
+        if (count, length) not in self._captured:
+            return self._capture(slots, count, length)
+        self._captured[count, length].replay()
         return self._logits[:count]
 
-    def _capture(self, count: int, length: int) -> torch.Tensor:
+    def _capture(self, slots: Slots, count: int, length: int) -> torch.Tensor:
         """The plain step's scores, and its graph for the next time."""
-        plain = self._slots._forward(0, count, length)  # also what capturing needs: everything is initialised
+        plain = slots._forward(0, count, length)  # also what capturing needs: everything is initialised
+        captured = self._logits[:count]
+        graph = torch.cuda.CUDAGraph()
         try:
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._logits[:count] = self._slots._forward(0, count, length)
+            # Other threads may go on using the device; torch allows but one capture in a process.
+            with (
+                _capturing,
+                torch.cuda.graph(
+                    graph, self._pool, _capture_stream(captured.device), capture_error_mode="thread_local"
+                ),
+            ):
+                captured.copy_(slots._forward(0, count, length))
             graph.replay()
             self._pool = graph.pool()
-            difference = (self._logits[:count] - plain).abs().max() / plain.abs().max()
-            if not difference < _GRAPH_TOLERANCE:
+            # What is no number is one prompt's trouble, and the same in both.
+            known = plain.isfinite()
+            difference = torch.where(known, captured - plain, 0).abs().max()
+            if not difference <= _GRAPH_TOLERANCE * torch.where(known, plain, 0).abs().max():
                 raise RuntimeError(f"a captured step differs from the plain one by {float(difference):.3g}")
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             _Graphs._broken = True
             _log.warning("CUDA graphs are not used, decoding steps are slower: %s", error)
         else:
             self._captured[count, length] = graph
         return plain
+
+
+_capturing = threading.Lock()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device; torch's own default is one for all. Graphs that share memory must share it, too."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _for_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from af3pipe.models import ModelError
-from af3pipe.models.devices import claim, open_device, open_devices
+from af3pipe.models.devices import claim, is_device_lost, is_out_of_memory, open_device, open_devices
 
 CLAIM = """
 import os, subprocess, sys, time
@@ -164,6 +164,26 @@ def test_a_folder_of_somebody_else_is_not_trusted(tmp_path, monkeypatch):
         claims_folder()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),  # cudaErrorMemoryAllocation: the device is well
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    ],
+)
+def test_too_little_memory_is_no_lost_device(error):
+    assert is_out_of_memory(error)
+    assert not is_device_lost(error)
+
+
+def test_a_lost_device_is_not_too_little_memory():
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    assert is_device_lost(error)
+    assert not is_out_of_memory(error)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_auto_claims_a_gpu_by_its_uuid(tmp_path, monkeypatch):
@@ -174,6 +194,7 @@ def test_auto_claims_a_gpu_by_its_uuid(tmp_path, monkeypatch):
     assert is_claimed(lock)
     device.release()
     assert not is_claimed(lock)
+    assert open_device("cuda").torch == torch.device("cuda", torch.cuda.current_device())
     with pytest.raises(ModelError, match="torch sees only cuda:0 to cuda:"):
         open_device("cuda:99")
 

@@ -1,5 +1,6 @@
 """What the engine promises beside the right answers: nobody waits for ever, and each request fails alone."""
 
+import gc
 import threading
 import time
 import weakref
@@ -165,13 +166,43 @@ def test_encoder_out_of_memory_takes_fewer_windows(open_model, tiny_af3, af3_ora
 @pytest.mark.gpu
 def test_a_real_out_of_memory_costs_nothing_but_time(open_model, tiny_af3):
     """All memory but 300 MB is taken away, then many long recordings are asked about at once."""
-    engine = open_model(tiny_af3, slots=64)
+    engine = open_model(tiny_af3, slots=64, dtype="float32")
     requests = [Request(sounds(300, seed=i), (CAPTION,)) for i in range(8)]
     expected = answers(engine, requests)
     hog = torch.empty(torch.cuda.mem_get_info()[0] - (300 << 20), dtype=torch.uint8, device="cuda")
-    fresh = open_model(tiny_af3, slots=64)
+    fresh = open_model(tiny_af3, slots=64, dtype="float32")
     assert answers(fresh, requests) == expected
     del hog
+
+
+@pytest.mark.gpu
+def test_steps_are_captured_and_answer_the_same(open_model, tiny_af3, monkeypatch, caplog):
+    """In float32; and the memory of slots that nobody needs any more is free at once, without a collection."""
+    some = CAPTION._replace(decoding=Decoding(max_new_tokens=40))
+    requests = [Request(sounds(1 + 2 * i, seed=i), (some if i % 3 else CAPTION,)) for i in range(24)]
+    plain = open_model(tiny_af3, dtype="float32", device="cuda", cuda_graphs=False, slots=16)
+    expected = answers(plain, requests)
+    kept, replays = [], []
+    init, replay = Slots.__init__, torch.cuda.CUDAGraph.replay
+
+    def init_and_tell(slots, *args, **options):
+        kept.append(weakref.ref(slots))
+        init(slots, *args, **options)
+
+    monkeypatch.setattr(Slots, "__init__", init_and_tell)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
+    engine = open_model(tiny_af3, dtype="float32", device="cuda", slots=16)
+    assert answers(engine, requests) == expected
+    assert "CUDA graphs are not used" not in caplog.text
+    assert len(replays) > 20
+    gc.disable()
+    try:
+        for pool in engine._pools:
+            pool.close()
+        assert kept
+        assert not any(slots() for slots in kept)
+    finally:
+        gc.enable()
 
 
 def test_a_lost_device_fails_everything_and_the_engine(open_model, tiny_af3, monkeypatch):

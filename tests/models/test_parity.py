@@ -11,8 +11,9 @@ from transformers import GenerationConfig
 from af3pipe.models import answer, caption, parse, prompt, resolve, transcript
 from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.inputs import Inputs
-from af3pipe.models.oracle import ask_alone
+from af3pipe.models.oracle import Oracle, ask_alone
 from af3pipe.schemas import Decoding, Request, Task, Turn
+from tests.checkpoints import tiny_audio_flamingo
 from tests.models.conftest import RATE, clip, sounds
 
 # Around the window's edges, and a second window of 1, 2, 3 and 4 mel frames: 0, 0, 1 and 1 audio tokens.
@@ -104,6 +105,18 @@ def test_random_music_flamingo(mf_oracle, open_model, tiny_mf):
         empty_last = mf_oracle.checkpoint.window_tokens(n)[-1] == 0
         assert_equal(mf_oracle, request, replies, request.samples[: n // 480_000 * 480_000] if empty_last else None)
     assert len({reply.tokens for replies in answers for reply in replies}) > len(requests), "hears nothing"
+
+
+def test_the_released_heads(tmp_path, open_model):
+    """28 query heads over 4 key heads, of another size than the width's share."""
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128}
+    oracle = Oracle.load(str(tiny_audio_flamingo(tmp_path, **heads)))
+    engine = open_model(tmp_path, slots=3)
+    rng = random.Random(28)
+    requests = [random_request(rng, seed) for seed in range(12)]
+    for request, replies in zip(requests, ask_all(engine, requests), strict=True):
+        assert replies == list(oracle.ask_all(request))
+    assert engine.take_stats().reused_tokens > 0
 
 
 def test_stock_music_flamingo_fails_on_a_last_window_without_tokens(mf_oracle):
