@@ -138,8 +138,8 @@ class Slots:
         self._values = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self._rows = torch.arange(count, device=model.device)
         # What a step reads, in places that stay the same, as CUDA graphs need it.
-        self._tokens = torch.zeros(count, dtype=torch.long, device=model.device)
-        self._positions = torch.zeros(count, dtype=torch.long, device=model.device)
+        self._read = torch.zeros(2, count, dtype=torch.long, device=model.device)
+        self._tokens, self._positions = self._read
         self._rounding = _LENGTH_ROUNDING.get(model.device.type, 256)
         self._graphs = _Graphs(model, count) if graphs and model.device.type == "cuda" else None
 
@@ -186,12 +186,12 @@ class Slots:
         Args:
             first: The first of the slots.
             tokens: One for each slot.
-            positions: Where each token goes: how much the slot holds.
+            positions: Where each token goes: how much the slot holds; the last one of all for a slot that is free.
         """
         count = len(tokens)
-        self._tokens[first : first + count] = torch.from_numpy(tokens).to(self._tokens.device)
-        self._positions[first : first + count] = torch.from_numpy(positions).to(self._tokens.device)
-        length = min(self.capacity, -(-(int(positions.max()) + 1) // self._rounding) * self._rounding)
+        self._read[:, first : first + count] = torch.from_numpy(np.stack([tokens, positions]))
+        held = int(positions[positions < self.capacity - 1].max(initial=0))
+        length = min(self.capacity, -(-(held + 1) // self._rounding) * self._rounding)
         if self._graphs and first == 0:
             # Slots beyond those asked for take part; they write to the position that no prompt uses.
             rounded = min(self.count, 1 << (count - 1).bit_length())

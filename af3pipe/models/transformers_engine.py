@@ -94,7 +94,7 @@ class TransformersEngine:
             # float32 is for those who want what they would get on a CPU.
             torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32 and dtype != torch.float32
             # On Hopper and Blackwell torch prefers cuDNN's attention, which makes a plan for every new length: half a
-            # second each (pytorch/pytorch#155958). Prompts are of any length; the other kernels take all of them.
+            # second each (pytorch/pytorch#155958, modelscope/FunASR#3704). Prompts are of any length.
             torch.backends.cuda.enable_cudnn_sdp(False)
         if loaded:
             model, processor = loaded

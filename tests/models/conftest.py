@@ -60,12 +60,13 @@ def mf_oracle(tiny_mf):
 
 
 @pytest.fixture
-def open_model():
-    """Opens engines that are closed when the test ends."""
+def open_model(request):
+    """Opens engines that are closed when the test ends; on the CPU, where the oracle is, but for tests of a GPU."""
     engines = []
+    device = "cuda" if request.node.get_closest_marker("gpu") else "cpu"
 
     def open_(model, **options):
-        engines.append(open_engine(EngineOptions(str(model), **options)))
+        engines.append(open_engine(EngineOptions(str(model), **({"device": device} | options))))
         return engines[-1]
 
     yield open_
