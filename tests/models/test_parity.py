@@ -13,7 +13,7 @@ from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.inputs import Inputs
 from af3pipe.models.oracle import Oracle, ask_alone
 from af3pipe.schemas import Decoding, Request, Task, Turn
-from tests.checkpoints import tiny_audio_flamingo
+from tests.checkpoints import tiny_audio_flamingo, tiny_music_flamingo
 from tests.models.conftest import RATE, clip, sounds
 
 # Around the window's edges, and a second window of 1, 2, 3 and 4 mel frames: 0, 0, 1 and 1 audio tokens.
@@ -285,6 +285,18 @@ def test_a_repetition_penalty_sees_the_prompt_but_no_padding(af3_oracle, open_mo
     requests = [Request(sounds(s, seed=9), tasks) for s in (1.0, 20.0)]
     for request, replies in zip(requests, ask_all(open_model(tiny_af3), requests), strict=True):
         assert_equal(af3_oracle, request, replies)
+
+
+def test_more_than_twenty_minutes_as_audio_flamingo_next_takes(open_model, tmp_path):
+    """A Music Flamingo with a cap of 30 min: more windows than any other takes, a prompt prefilled in many pieces."""
+    path = tiny_music_flamingo(tmp_path / "next", max_audio_len=1800)
+    oracle = Oracle.load(str(path))
+    assert oracle.checkpoint.limits.max_s == 1800
+    (task,) = all_tasks("MusicFlamingo", 0)
+    request = Request(np.resize(sounds(95), round(1200.5 * RATE)), (task,))
+    (reply,) = open_model(path).submit(request).result(timeout=300)
+    assert reply.audio_tokens == 40 * 750 + 12
+    assert reply == oracle.ask(request.samples, task)
 
 
 @pytest.mark.parametrize("seconds", [599.9, 600.0])
