@@ -8,6 +8,7 @@ holds it already: that much is copied, and only the rest is computed.
 
 import contextlib
 import gc
+import sys
 import threading
 import time
 import traceback
@@ -349,8 +350,8 @@ class TransformersEngine:
         prompts = []
         for place in job.begin_ready():
             said = [self._inputs.said(reply) for reply in job.history(place) or ()]
-            prompt = self._inputs.prompt(job.request.tasks[place].turns, said, job.audio_tokens)
-            prompts.append(Prompt(job, place, prompt, audio))
+            tokens = self._inputs.prompt(job.request.tasks[place].turns, said, job.audio_tokens)
+            prompts.append(Prompt(job, place, tokens, audio))
         again = any(prompt.task.history for prompt in prompts)
         for prompt in reversed(prompts) if again else prompts:
             # Replies of odd bytes are much longer when they are read back as text: then it takes a longer slot.
@@ -516,7 +517,8 @@ def _let_frames_go(error: BaseException | None) -> None:
     """Keeps the text of a traceback in its place: whoever keeps the error would keep slots and audio with it."""
     while error is not None:
         if error.__traceback__ is not None:
-            error.add_note("in the engine:\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip())
+            if sys.version_info >= (3, 11):
+                error.add_note("in the engine:\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip())
             error.__traceback__ = None
         error = error.__cause__ or error.__context__
 

@@ -1,6 +1,7 @@
 """What the engine promises beside the right answers: nobody waits for ever, and each request fails alone."""
 
 import gc
+import sys
 import threading
 import time
 import traceback
@@ -124,7 +125,8 @@ def test_a_kept_error_keeps_no_memory(open_model, tiny_af3, monkeypatch):
     engine.close()
     gc.collect()
     assert kept[0]() is None
-    assert "in fail" in "".join(traceback.format_exception(error)), "but says where it comes from"
+    if sys.version_info >= (3, 11):
+        assert "in fail" in "".join(traceback.format_exception(error)), "but says where it comes from"
 
 
 def test_bad_requests_in_a_batch_fail_alone_for_their_own_reasons(open_model, tiny_af3, af3_oracle):
