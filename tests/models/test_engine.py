@@ -314,7 +314,9 @@ def test_submit_blocks_while_this_thread_has_enough_waiting(open_model, tiny_af3
     feeder.start()
     assert begun.wait(60)
     time.sleep(1)
-    assert len(futures) == 2 + 4, "two in the slots, twice as many that wait"
+    in_slots = len(engine._working)  # one, if the second came when the step had begun
+    assert in_slots in (1, 2)
+    assert len(futures) == in_slots + 4, "twice as many wait as there are slots"
     other = engine.submit(Request(sounds(1), (CAPTION,)))  # another caller is not held up
     go_on.set()
     feeder.join(60)
