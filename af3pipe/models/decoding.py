@@ -42,7 +42,18 @@ class Choice:
             what there is of it is worth nothing.
     """
 
-    __slots__ = ("_matcher", "_plain", "_seen", "_tail", "_uniforms", "decoding", "error", "finish_reason", "tokens")
+    __slots__ = (
+        "_drawn",
+        "_matcher",
+        "_plain",
+        "_seen",
+        "_tail",
+        "_uniforms",
+        "decoding",
+        "error",
+        "finish_reason",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -68,6 +79,20 @@ class Choice:
             or decoding.stop
             or matcher is not None
         )
+        self._drawn: tuple[int, float] = (-1, 0.0)
+
+    def _uniform(self) -> float:
+        """The number that the next token is drawn with; the same one until it is there."""
+        if self._drawn[0] != len(self.tokens):
+            self._drawn = (len(self.tokens), self._uniforms.random())
+        return self._drawn[1]
+
+    def _follow(self) -> None:
+        """Takes the last token into account: for the penalty and the constraint."""
+        if self.decoding.repetition_penalty != 1:
+            self._seen.append(self.tokens[-1])
+        if self._matcher is not None and self.finish_reason is None:
+            self._matcher.consume_token(self.tokens[-1])  # a failure shows in the next mask
 
 
 class Chooser:
@@ -104,6 +129,8 @@ class Chooser:
         Raises:
             ModelError: Parameters that Hugging Face refuses, or a constraint that cannot be followed.
         """
+        if decoding.max_new_tokens < 1:
+            raise ModelError(f"max_new_tokens is {decoding.max_new_tokens}; a reply has at least one token")
         try:
             _penalty(decoding.repetition_penalty)
             _warpers(_sampling(decoding))
@@ -136,6 +163,8 @@ class Chooser:
             index = torch.tensor(special, device=logits.device)
             picked[index] = self._pick(logits[index].float(), [choices[row] for row in special])
         tokens: list[int] = picked.tolist()
+        # Whatever may raise comes before the first change: who is not to blame is asked again, from where it was.
+        stopped = self._stopped(choices, tokens) if special else ()
         ends = self._ends
         for choice, token in zip(choices, tokens, strict=True):
             choice.tokens.append(token)
@@ -143,8 +172,10 @@ class Chooser:
                 choice.finish_reason = "stop"
             elif len(choice.tokens) >= choice.decoding.max_new_tokens:
                 choice.finish_reason = "length"
-        if special:
-            self._follow([choices[row] for row in special])
+        for row in stopped:
+            choices[row].finish_reason = "stop"
+        for row in special:
+            choices[row]._follow()
         return tokens
 
     def generate_arguments(self, decoding: Decoding, seed: int) -> dict[str, Any]:
@@ -183,26 +214,21 @@ class Chooser:
         picked = scores.argmax(-1)
         drawn = [row for row, choice in enumerate(choices) if choice.decoding.do_sample]
         if drawn:
-            picked[drawn] = _draw(scores[drawn], [choices[row]._uniforms.random() for row in drawn])
+            picked[drawn] = _draw(scores[drawn], [choices[row]._uniform() for row in drawn])
         return picked
 
-    def _follow(self, choices: Sequence[Choice]) -> None:
-        """Takes the last tokens into account: for penalties, constraints and stop strings."""
-        for choice in choices:
-            if choice.decoding.repetition_penalty != 1:
-                choice._seen.append(choice.tokens[-1])
-            if choice._matcher is not None and choice.finish_reason is None:
-                choice._matcher.consume_token(choice.tokens[-1])  # a failure shows in the next mask
+    def _stopped(self, choices: Sequence[Choice], tokens: Sequence[int]) -> list[int]:
+        """Rows whose reply ends in a stop string once their next token is added."""
+        stopped = []
         for stop, rows in _groups(choices, lambda choice: choice.decoding.stop).items():
             if stop:
                 criteria = self._stop_criteria(stop)
                 width = criteria.maximum_token_len
                 # As stock does: at the end of prompt and reply, whatever is short of it.
-                ends = [(choices[row]._tail + choices[row].tokens[-width:])[-width:] for row in rows]
+                ends = [(choices[row]._tail + choices[row].tokens[-width:] + [tokens[row]])[-width:] for row in rows]
                 ids = torch.tensor([[_NO_TOKEN] * (width - len(end)) + end for end in ends])
-                for row, stopped in zip(rows, criteria(ids, None).tolist(), strict=True):
-                    if stopped:
-                        choices[row].finish_reason = "stop"
+                stopped += [row for row, at_end in zip(rows, criteria(ids, None).tolist(), strict=True) if at_end]
+        return stopped
 
     def _allow(self, scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
         """Scores with everything at -inf that a constraint forbids next."""

@@ -75,7 +75,7 @@ class Job:
             ValueError: A turn before it is no task of this request.
         """
         tasks = self.request.tasks
-        replies = []
+        before = []
         for count in range(1, len(tasks[place].turns)):
             turns = tasks[place].turns[:count]
             asked = next((other for other in range(place) if tasks[other].turns == turns), None)
@@ -83,10 +83,10 @@ class Job:
                 raise ValueError(
                     f"task {tasks[place].name!r} follows the turn {turns[-1].prompt!r}, which no task before it asks"
                 )
-            if asked not in self._replies:
-                return None
-            replies.append(self._replies[asked])
-        return replies
+            before.append(asked)
+        if not all(asked in self._replies for asked in before):
+            return None
+        return [self._replies[asked] for asked in before]
 
     def reply(self, place: int, reply: Reply) -> None:
         """Files the reply to one of its tasks; the last one answers the request."""
@@ -165,7 +165,7 @@ class JobQueue:
                 self._remove(caller, job)
                 # Under the lock, so that close() finds each job either here or running.
                 if not job.future.set_running_or_notify_cancel():
-                    return self.take(fits, wait=False)
+                    continue  # cancelled
                 for _, other in order:
                     other.passed += other.number < job.number
                 return job

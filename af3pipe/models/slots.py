@@ -157,6 +157,11 @@ class Slots:
         # Counted from the end, as the last token sees all there is; every kernel knows this mask.
         masks = [causal_lower_right(len(piece.embeds), piece.start + len(piece.embeds)) for piece in pieces]
 
+        for piece in pieces:
+            # Whoever was here before may have left what is no number (1e30 in a damaged file): no mask hides that.
+            for cache in (self._keys, self._values):
+                cache[:, piece.row, :, piece.start + len(piece.embeds) :] = 0
+
         def attend(
             layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
         ) -> torch.Tensor:

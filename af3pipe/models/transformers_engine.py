@@ -8,6 +8,7 @@ holds it already: that much is copied, and only the rest is computed.
 
 import contextlib
 import gc
+import sys
 import threading
 import time
 import traceback
@@ -164,6 +165,8 @@ class TransformersEngine:
         for audio in job.request.audios:
             self._inputs.check(audio)
         job.audio_tokens = [self._inputs.checkpoint.audio_tokens(len(audio)) for audio in job.request.audios]
+        if not tasks:
+            raise ValueError("a request without tasks asks nothing; give it at least one")
         positions = 1
         for place, task in enumerate(tasks):
             if task.prompt is None:
@@ -198,6 +201,7 @@ class TransformersEngine:
             failure = EngineFailed(f"the engine's thread died: {type(error).__name__}: {error}")
             failure.__cause__ = error
         finally:
+            _let_frames_go(failure)
             self._queue.close(failure)
             for job in self._working:
                 job.fail(failure)
@@ -232,6 +236,7 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def _fail(self, job: Job, error: Exception) -> None:
+        _let_frames_go(error)
         job.fail(error)
         self._let_go(job)
 
@@ -244,17 +249,17 @@ class TransformersEngine:
     # -- requests to slots ---------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Fills free slots; waits for requests where there is nothing else to do."""
-        while True:
-            jobs = self._take()
-            for job in jobs:
-                if job.alone:
-                    self._each_alone([job], lambda one: self._ask_alone(one[0]), _itself)
-            self._encode([job for job in jobs if not job.alone and not job.done])
-            for pool in self._pools:
-                self._fill(pool)
-            if not jobs:
-                return
+        """Fills free slots; waits for requests where there is nothing else to do.
+
+        Once a round: requests that end with their first token would keep those in the slots from ever taking a step.
+        """
+        jobs = self._take()
+        for job in jobs:
+            if job.alone:
+                self._each_alone([job], lambda one: self._ask_alone(one[0]), _itself)
+        self._encode([job for job in jobs if not job.alone and not job.done])
+        for pool in self._pools:
+            self._fill(pool)
 
     def _fill(self, pool: Pool) -> None:
         """Gives free slots to those who wait for them."""
@@ -274,7 +279,7 @@ class TransformersEngine:
 
         def fits(job: Job) -> bool:
             if job.alone:
-                return True
+                return not any(other.alone for other in jobs)  # one a round
             # Who has been encoded, and lost its slot or never had one, goes first.
             if any(pool.waiting and pool.slots is None for pool in self._pools):
                 return False
@@ -337,26 +342,28 @@ class TransformersEngine:
             self._count(windows=len(windows), audio_tokens=sum(window.tokens for window in windows))
 
         self._each_alone(jobs, extract, _itself)
-        self._each_alone([job for job in jobs if job in features], encode, _itself)
-        for job in audio:
+        # One may have failed when it was tried again, alone.
+        self._each_alone([job for job in jobs if not job.done], encode, _itself)
+        for job in (job for job in jobs if not job.done):
             self._each_alone([job], lambda one: self._begin(one[0], audio[one[0]]), _itself)
         self._count(encode_s=time.perf_counter() - began)
 
     def _begin(self, job: Job, audio: torch.Tensor) -> None:
         """Makes the prompts of those of a request's tasks that can be asked now."""
-        turn_of = self._pools[job.capacity].waiting
         prompts = []
         for place in job.begin_ready():
             said = [self._inputs.said(reply) for reply in job.history(place) or ()]
-            task = job.request.tasks[place]
-            prompt = self._inputs.prompt(task.turns, said, job.audio_tokens)
-            if len(prompt) + task.decoding.max_new_tokens >= job.capacity:
-                raise ValueError(f"the conversation before {task.prompt!r} grew to {len(prompt)} tokens")
-            prompts.append(Prompt(job, place, prompt, audio))
-        if any(prompt.task.history for prompt in prompts):
-            turn_of.extendleft(reversed(prompts))  # before the slot that holds the conversation is given away
-        else:
-            turn_of.extend(prompts)
+            tokens = self._inputs.prompt(job.request.tasks[place].turns, said, job.audio_tokens)
+            prompts.append(Prompt(job, place, tokens, audio))
+        again = any(prompt.task.history for prompt in prompts)
+        for prompt in reversed(prompts) if again else prompts:
+            # Replies of odd bytes are much longer when they are read back as text: then it takes a longer slot.
+            positions = len(prompt.tokens) + prompt.task.decoding.max_new_tokens + 1
+            waiting = self._pools[max(job.capacity, capacity_class(positions))].waiting
+            if again:
+                waiting.appendleft(prompt)  # before the slot that holds the conversation is given away
+            else:
+                waiting.append(prompt)
 
     # -- prompts to first tokens ---------------------------------------------------------------------------------
 
@@ -507,6 +514,16 @@ class TransformersEngine:
 
 def _itself(job: Job) -> Job:
     return job
+
+
+def _let_frames_go(error: BaseException | None) -> None:
+    """Keeps the text of a traceback in its place: whoever keeps the error would keep slots and audio with it."""
+    while error is not None:
+        if error.__traceback__ is not None:
+            if sys.version_info >= (3, 11):
+                error.add_note("in the engine:\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip())
+            error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

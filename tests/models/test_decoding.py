@@ -290,6 +290,7 @@ def test_a_constraint_that_breaks_ends_one_reply_only(demo_oracle):
         ({"do_sample": True, "top_k": -1}, "top_k"),
         ({"do_sample": True, "top_p": -0.5}, "top_p"),
         ({"repetition_penalty": 0.0}, "penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_at_once(demo_oracle, asked, said):

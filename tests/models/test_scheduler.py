@@ -55,6 +55,18 @@ def test_a_caller_that_comes_later_does_not_wait_for_all_that_are_there():
     assert [take(queue), take(queue)] == [early[1], late]
 
 
+def test_many_cancelled_ones_are_passed_over():
+    queue = JobQueue(10_000, 10_000)
+    for _ in range(2000):
+        cancelled = job()
+        queue.put(cancelled, 1)
+        cancelled.future.cancel()
+    last = job()
+    queue.put(last, 1)
+    assert take(queue) is last
+    assert len(queue) == 0
+
+
 def test_who_fits_passes_who_does_not_but_not_for_ever():
     queue = JobQueue(1000, 1000)
     large = job(capacity=2)
