@@ -7,6 +7,7 @@ holds it already: that much is copied, and only the rest is computed.
 """
 
 import contextlib
+import copy
 import gc
 import sys
 import threading
@@ -110,7 +111,8 @@ class TransformersEngine:
                 adapter=options.adapter,
                 quantize=options.quantize,
             )
-        self._oracle = Oracle(checkpoint, model, self._inputs.processor)
+        self._model = model
+        self._oracle: Oracle | None = None
         self._encoder = AudioEncoder(model.model)
         self._language = LanguageModel(model)
         self._chooser = Chooser(
@@ -208,7 +210,7 @@ class TransformersEngine:
             self._free()
 
     def _free(self) -> None:
-        del self._oracle, self._encoder, self._language, self._chooser, self._pools
+        del self._model, self._oracle, self._encoder, self._language, self._chooser, self._pools
         self._working.clear()
         gc.collect()
         if self._device.type == "cuda":
@@ -236,6 +238,9 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def _fail(self, job: Job, error: Exception) -> None:
+        if is_out_of_memory(error):
+            detail = f"no room on {self._device} for what this request needs alone: {_first_line(error)}"
+            error = Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, detail)
         _let_frames_go(error)
         job.fail(error)
         self._let_go(job)
@@ -275,13 +280,14 @@ class TransformersEngine:
         jobs: list[Job] = []
         prompts: dict[int, int] = {}  # that they will have, by the length of their slots
         refused: dict[Job, Exception] = {}
+        full: set[int] = set()
         waiting = len(self._queue)
 
         def fits(job: Job) -> bool:
             if job.alone:
                 return not any(other.alone for other in jobs)  # one a round
             # Who has been encoded, and lost its slot or never had one, goes first.
-            if any(pool.waiting and pool.slots is None for pool in self._pools):
+            if job.capacity in full or any(pool.waiting and pool.slots is None for pool in self._pools):
                 return False
             pool = self._pools[job.capacity]
             try:
@@ -292,8 +298,10 @@ class TransformersEngine:
                 return True
             free = pool.free - prompts.get(job.capacity, 0)
             # A few at a time, unless these are all there are.
-            enough = min(waiting, max(1, len(pool.rows) // _REFILL_SHARE))
-            return free >= enough or (free >= 1 and job.capacity in prompts)
+            enough = 1 if job.capacity in prompts else min(waiting, max(1, len(pool.rows) // _REFILL_SHARE))
+            if free < enough:
+                full.add(job.capacity)
+            return free >= enough
 
         while job := self._queue.take(fits, wait=not self._working):
             self._working.add(job)
@@ -307,6 +315,10 @@ class TransformersEngine:
 
     def _ask_alone(self, job: Job) -> None:
         """Answers a request with stock `generate`, task by task."""
+        if self._oracle is None:
+            # A processor of its own: callers use the engine's meanwhile, and tokenizers bear one user at a time.
+            checkpoint, processor = self._inputs.checkpoint, copy.deepcopy(self._inputs.processor)
+            self._oracle = Oracle(checkpoint, self._model, processor)
         self._language.attention(self._language.stock_attention)
         try:
             for place, reply in enumerate(self._oracle.ask_all(job.request)):
@@ -380,13 +392,31 @@ class TransformersEngine:
             try:
                 for pieces, ends in self._chunks(some):
                     scores.append(pool.slots.prefill(pieces)[ends])
-                self._choose(pool, [admission.row for admission in some], torch.cat(scores), "prefill_s", began)
+                rows, known = self._without_overflow(some, torch.cat(scores))
+                if rows:
+                    self._choose(pool, rows, known, "prefill_s", began)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 self._prefill_out_of_memory(pool, admissions, error)
 
         self._each_alone(admissions, work, lambda admission: admission.prompt.job)
+
+    def _without_overflow(self, some: Sequence[Admission], scores: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """The slots, and their scores, of those prompts that the model has any for; the others fail.
+
+        Samples far beyond full scale, or weights that do not fit the dtype, end as what is no number: any token
+        chosen from that would look like a reply.
+        """
+        known: list[bool] = scores.amax(-1).isfinite().tolist()
+        if all(known):
+            return [admission.row for admission in some], scores
+        for admission, is_known in zip(some, known, strict=True):
+            if not is_known:
+                detail = "the model's scores are not finite: are samples far beyond full scale?"
+                self._fail(admission.prompt.job, Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail))
+        places = [place for place, each in enumerate(some) if known[place] and not each.prompt.job.done]
+        return [some[place].row for place in places], scores[places]
 
     def _chunks(self, admissions: Sequence[Admission]) -> Iterator[tuple[list[Piece], list[int]]]:
         """What is prefilled in one call each, and which of its pieces end a prompt; long prompts take several."""

@@ -79,7 +79,9 @@ def test_what_is_no_number_stays_with_its_request(open_model, tiny_af3, af3_orac
     task = CAPTION._replace(decoding=Decoding(max_new_tokens=20))
     good = Request(sounds(1), (task,))
     engine = open_model(tiny_af3, slots=1)
-    engine.submit(Request(sounds(5) * np.float32(1e30), (CAPTION,))).result(timeout=60)
+    with pytest.raises(Rejected, match="scores are not finite") as caught:
+        engine.submit(Request(sounds(5) * np.float32(1e30), (CAPTION,))).result(timeout=60)
+    assert caught.value.reason is Reason.ENGINE_ERROR
     assert engine.submit(good).result(timeout=60) == [af3_oracle.ask(good.samples, task)]
 
 
