@@ -6,9 +6,10 @@ contract. Requests here have one task each.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -28,6 +29,7 @@ from af3pipe.schemas import Decoding, Request
 
 BATCH_SIZE = 8
 Tokens = list[list[int]]
+T = TypeVar("T")
 
 
 class Loaded(NamedTuple):
@@ -45,6 +47,16 @@ def exactly(new_tokens: int) -> Decoding:
 def asked_tokens(request: Request) -> int:
     """How many new tokens a request of one task wants."""
     return request.tasks[0].decoding.max_new_tokens
+
+
+def apart(work: Callable[[], T]) -> T:
+    """Does work on a thread of its own, which then ends.
+
+    OpenMP keeps helpers for each thread that used torch, for as long as it lives; while there are more of them than
+    cores, all wait by sleeping, and small operations take up to twice as long. So each contender has them to itself.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 # -- the contenders -------------------------------------------------------------------------------------------------

@@ -12,18 +12,19 @@ engine: this package's, all requests submitted from one thread; its queue and th
 
 All are greedy and give exactly the tokens that were asked for, so that all do the same work; the replies of `batches`
 and `engine` are held against those of `alone`, token for token. In float32 one that differs makes this exit with 1.
-Audio is in memory, models are loaded and warm. `--alone N` asks `alone` only N of the requests, spread over the
-lengths of their replies, and scales its time to all.
+Audio is in memory, models are loaded and warm, and each contender has the cores to itself (`contenders.apart`).
+`--alone N` asks `alone` only N of the requests, spread over the lengths of their replies, and scales its time to all.
 
 floor: see benchmarks/flops.py and docs/benchmarks.md; python: see benchmarks/ceilings.py.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +33,10 @@ import numpy.typing as npt
 import torch
 
 from af3pipe.models import EngineOptions, answer, caption, resolve, transcript
-from af3pipe.models.engine import Engine, EngineStats
+from af3pipe.models.engine import Engine, EngineInfo, EngineStats
 from af3pipe.schemas import Request, Task
 from benchmarks import ceilings, contenders, flops, growth, machine
-from benchmarks.contenders import Loaded, Tokens
+from benchmarks.contenders import Loaded, Tokens, alone, apart, batches
 
 RATE = 16_000
 WORK = ("encode_s", "prefill_s", "decode_s")
@@ -59,9 +60,11 @@ USUAL = {"demo": ["short", "mixed", "long"], "af3-7b": ["3 s", "30 s"]}
 
 
 class Bench(NamedTuple):
-    """What is measured: an engine, the same model for the stock contenders, and how often."""
+    """What is measured: the engine's options, the same model for the stock contenders, and how often."""
 
-    engine: Engine
+    options: EngineOptions
+    shares_weights: bool
+    info: EngineInfo
     stock: Loaded
     dims: flops.Dims
     repeat: int
@@ -69,7 +72,16 @@ class Bench(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.engine.info.device)
+        return torch.device(self.info.device)
+
+    @contextlib.contextmanager
+    def engine(self) -> Iterator[Engine]:
+        """The engine, open and warm for as long as it is measured: an idle one would slow the others (`apart`)."""
+        opened = contenders.open_ours(self.options, self.stock if self.shares_weights else None)
+        try:
+            yield opened
+        finally:
+            opened.close()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,7 +90,7 @@ class Bench(NamedTuple):
 
     def task(self, task: Task, new_tokens: int) -> Task:
         """The task as this family asks it, with a reply of just this length."""
-        return resolve(task, self.engine.info.family)._replace(decoding=contenders.exactly(new_tokens))
+        return resolve(task, self.info.family)._replace(decoding=contenders.exactly(new_tokens))
 
 
 # -- requests -------------------------------------------------------------------------------------------------------
@@ -115,22 +127,32 @@ def measure_mix(bench: Bench, name: str, count: int, count_alone: int) -> dict[s
     requests = draw(bench, MIXES[name], count, bench.seed)
     chosen = spread(requests, count_alone)
     few = [requests[index] for index in chosen]
-    ways: dict[str, Callable[[], Tokens]] = {
-        "alone": lambda: contenders.alone(bench.stock, few),
-        "batches": lambda: contenders.batches(bench.stock, requests),
-        "engine": lambda: contenders.engine(bench.engine, requests),
-    }
-    warm_up(bench, MIXES[name])
-    walls: dict[str, list[float]] = {way: [] for way in ways}
+    # Other requests of the same kind: what is compiled, captured or allocated once is not what is measured.
+    others = draw(bench, MIXES[name], max(contenders.BATCH_SIZE, bench.info.slots), bench.seed + 1)
+    walls: dict[str, list[float]] = {way: [] for way in ("alone", "batches", "engine")}
     replies: dict[str, Tokens] = {}
     books: list[EngineStats] = []
+
+    def measure(way: str, warm_up: Callable[[], Any], run: Callable[[], Tokens]) -> None:
+        settle(bench)
+        warm_up()
+        began = time.perf_counter()
+        replies[way] = run()
+        walls[way].append(time.perf_counter() - began)
+
+    stock, size = bench.stock, contenders.BATCH_SIZE
     for _ in range(bench.repeat):
-        for way, run in ways.items():
-            settle(bench)
-            began = time.perf_counter()
-            replies[way] = run()
-            walls[way].append(time.perf_counter() - began)
-        books.append(bench.engine.take_stats())
+        apart(lambda: measure("alone", lambda: alone(stock, others[:2]), lambda: alone(stock, few)))
+        apart(lambda: measure("batches", lambda: batches(stock, others[:size]), lambda: batches(stock, requests)))
+        with bench.engine() as opened:
+
+            def warm_up() -> None:
+                contenders.engine(opened, others)
+                opened.take_stats()
+
+            measure("engine", warm_up, lambda: contenders.engine(opened, requests))
+            books.append(opened.take_stats())
+            read = opened.submit(requests[0]).result()[0].prompt_tokens
     scale = len(requests) / len(few)
     walls["alone"] = [wall * scale for wall in walls["alone"]]
     found = {
@@ -151,16 +173,7 @@ def measure_mix(bench: Bench, name: str, count: int, count_alone: int) -> dict[s
         ),
     }
     found["shares"] = shares(books, walls["engine"])
-    return {**found, "floor": floor(bench, requests, found["wall_s"]["engine"])}
-
-
-def warm_up(bench: Bench, mix: Mix) -> None:
-    """Other requests of the same kind: what is compiled, captured or allocated once is not what is measured."""
-    others = draw(bench, mix, max(contenders.BATCH_SIZE, bench.engine.info.slots), bench.seed + 1)
-    contenders.alone(bench.stock, others[:2])
-    contenders.batches(bench.stock, others[: contenders.BATCH_SIZE])
-    contenders.engine(bench.engine, others)
-    bench.engine.take_stats()
+    return {**found, "floor": floor(bench, requests, read, found["wall_s"]["engine"])}
 
 
 def settle(bench: Bench) -> None:
@@ -182,28 +195,27 @@ def shares(books: list[EngineStats], walls: list[float]) -> dict[str, float]:
     }
 
 
-def floor(bench: Bench, requests: Sequence[Request], wall_s: float) -> dict[str, float]:
+def floor(bench: Bench, requests: Sequence[Request], read: int, wall_s: float) -> dict[str, float]:
     """What hearing and reading takes at the rate of a matrix product; on a GPU with what decoding must read, too."""
-    prompts = prompt_tokens(bench, requests)
+    prompts = prompt_tokens(requests, read)
     work = flops.least_work([len(request.samples) for request in requests], prompts, bench.dims)
     settle(bench)
-    ceiling = ceilings.measure(bench.device, bench.dtype, bench.dims)
+    ceiling = apart(lambda: ceilings.measure(bench.device, bench.dtype, bench.dims))
     settle(bench)
     compute_s = work.total / ceiling.flops
-    slots, new_tokens = bench.engine.info.slots, list(map(contenders.asked_tokens, requests))
-    read = flops.decode_bytes(prompts, new_tokens, slots, bench.dims, bench.dtype.itemsize)
+    slots, new_tokens = bench.info.slots, list(map(contenders.asked_tokens, requests))
+    bytes_read = flops.decode_bytes(prompts, new_tokens, slots, bench.dims, bench.dtype.itemsize)
     # A small model's weights stay in a CPU's caches: there reading them is no floor.
-    read_s = read / ceiling.bandwidth if bench.device.type == "cuda" else 0.0
-    found = {**work._asdict(), "bytes": read, "flops_per_s": ceiling.flops, "bytes_per_s": ceiling.bandwidth}
+    read_s = bytes_read / ceiling.bandwidth if bench.device.type == "cuda" else 0.0
+    found = {**work._asdict(), "bytes": bytes_read, "flops_per_s": ceiling.flops, "bytes_per_s": ceiling.bandwidth}
     total_s = compute_s + read_s
     return {**found, "compute_s": compute_s, "read_s": read_s, "floor_s": total_s, "share": total_s / wall_s}
 
 
-def prompt_tokens(bench: Bench, requests: Sequence[Request]) -> list[int]:
-    """Length of every prompt: its text, which is the same for all, and its audio tokens."""
+def prompt_tokens(requests: Sequence[Request], first: int) -> list[int]:
+    """Length of every prompt, by that of the first: the text, which is the same for all, and its audio tokens."""
     heard = [sum(map(flops.audio_tokens, flops.window_frames(len(request.samples)))) for request in requests]
-    told = bench.engine.submit(requests[0]).result()[0].prompt_tokens
-    return [told - heard[0] + tokens for tokens in heard]
+    return [first - heard[0] + tokens for tokens in heard]
 
 
 # -- several tasks about one recording ------------------------------------------------------------------------------
@@ -216,12 +228,13 @@ def measure_tasks(bench: Bench, count: int, new_tokens: int, seconds: float = 60
     heard = [sound(seconds, rng) for _ in range(count)]
     walls: dict[int, list[float]] = {1: [], 3: []}
     replies: dict[int, Tokens] = {}
-    contenders.engine(bench.engine, [Request(sound(seconds, rng), tasks)])  # warm
-    for _ in range(bench.repeat):
-        for number, found in walls.items():
-            began = time.perf_counter()
-            replies[number] = contenders.engine(bench.engine, (Request(samples, tasks[:number]) for samples in heard))
-            found.append(time.perf_counter() - began)
+    with bench.engine() as opened:
+        contenders.engine(opened, [Request(sound(seconds, rng), tasks)])  # warm
+        for _ in range(bench.repeat):
+            for number, found in walls.items():
+                began = time.perf_counter()
+                replies[number] = contenders.engine(opened, (Request(samples, tasks[:number]) for samples in heard))
+                found.append(time.perf_counter() - began)
     one_s, three_s = (statistics.median(walls[number]) for number in (1, 3))
     return {
         "recordings": count,
@@ -309,7 +322,7 @@ def engine_row(mix: dict[str, Any]) -> list[str]:
 
 def about(bench: Bench, what: str) -> str:
     """What was measured, on what, how."""
-    info = bench.engine.info
+    info = bench.info
     on = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     how = f"{what}, {info.dtype}, {info.device} ({on}), {info.slots} slots, medians of {bench.repeat}"
     return f"{machine.describe()}; {how}"
@@ -332,13 +345,16 @@ def open_bench(asked: argparse.Namespace) -> Bench:
     """Loads what is asked for: a checkpoint twice, or random weights of the released shape once."""
     if asked.shape:
         stock = contenders.random_model(contenders.released_shape(), "cuda", torch.bfloat16)
-        opened = contenders.open_ours(EngineOptions("demo", device="cuda", slots=asked.slots), stock)
+        options = EngineOptions("demo", device="cuda", slots=asked.slots)
     else:
-        opened = contenders.open_ours(
-            EngineOptions(asked.model, dtype=asked.dtype, device=asked.device, slots=asked.slots)
-        )
-        stock = contenders.load(asked.model, opened.info.device, getattr(torch, opened.info.dtype))
-    return Bench(opened, stock, flops.Dims.of(stock.model.config), asked.repeat, asked.seed)
+        options = EngineOptions(asked.model, dtype=asked.dtype, device=asked.device, slots=asked.slots)
+    opened = contenders.open_ours(options, stock if asked.shape else None)
+    info = opened.info
+    opened.close()
+    if not asked.shape:
+        stock = apart(lambda: contenders.load(asked.model, info.device, getattr(torch, info.dtype)))
+    dims = flops.Dims.of(stock.model.config)
+    return Bench(options, bool(asked.shape), info, stock, dims, asked.repeat, asked.seed)
 
 
 def parse() -> argparse.Namespace:
@@ -377,22 +393,21 @@ def main() -> None:
             asked.out.write_text(markdown(results))
             asked.out.with_suffix(".json").write_text(json.dumps(results, indent=1))
 
-    try:
-        if asked.growth:
-            results["growth"] = growth.measure(bench.engine, asked.growth, asked.seed)._asdict()
-        else:
-            mixes = USUAL[asked.shape or "demo"] if asked.mixes is None else asked.mixes
-            for name in mixes:
-                results["mixes"].append(measure_mix(bench, name, asked.requests, asked.alone or asked.requests))
-                keep()
-                print(f"{name}: done", flush=True)
-            second = draw(bench, Mix((1, 1), (1, 1)), 1, bench.seed + 3)[0]
-            results["python"] = ceilings.python_share(bench.engine, second)._asdict()
-            for new_tokens in (8, 64) if asked.tasks else ():
-                results["tasks"].append(measure_tasks(bench, asked.tasks, new_tokens))
-        keep()
-    finally:
-        bench.engine.close()
+    if asked.growth:
+        with bench.engine() as opened:
+            results["growth"] = growth.measure(opened, asked.growth, asked.seed)._asdict()
+    else:
+        mixes = USUAL[asked.shape or "demo"] if asked.mixes is None else asked.mixes
+        for name in mixes:
+            results["mixes"].append(measure_mix(bench, name, asked.requests, asked.alone or asked.requests))
+            keep()
+            print(f"{name}: done", flush=True)
+        for new_tokens in (8, 64) if asked.tasks else ():
+            results["tasks"].append(measure_tasks(bench, asked.tasks, new_tokens))
+        second = draw(bench, Mix((1, 1), (1, 1)), 1, bench.seed + 3)[0]
+        with bench.engine() as opened:
+            results["python"] = ceilings.python_share(opened, second)._asdict()
+    keep()
     print(markdown(results))
     wrong = differences(results)
     print(*wrong, sep="\n")

@@ -75,7 +75,6 @@ class Choice:
         self._plain = not (
             decoding.do_sample
             or decoding.repetition_penalty != 1
-            or decoding.min_new_tokens
             or decoding.stop
             or matcher is not None
         )
@@ -157,12 +156,17 @@ class Chooser:
             The tokens, one a row.
         """
         # Ties go to the first of equals in every dtype, so this needs no float32.
-        picked = logits.argmax(-1)
-        special = [row for row, choice in enumerate(choices) if not choice._plain]
+        tokens: list[int] = logits.argmax(-1).tolist()
+        special = [
+            row
+            for row, (choice, token) in enumerate(zip(choices, tokens, strict=True))
+            if not choice._plain or (token in self._ends and len(choice.tokens) < choice.decoding.min_new_tokens)
+        ]
         if special:
             index = torch.tensor(special, device=logits.device)
-            picked[index] = self._pick(logits[index].float(), [choices[row] for row in special])
-        tokens: list[int] = picked.tolist()
+            picked = self._pick(logits[index].float(), [choices[row] for row in special]).tolist()
+            for row, token in zip(special, picked, strict=True):
+                tokens[row] = token
         # Whatever may raise comes before the first change: who is not to blame is asked again, from where it was.
         stopped = self._stopped(choices, tokens) if special else ()
         ends = self._ends

@@ -147,6 +147,7 @@ class Slots:
         """Copies the first positions of a slot to another."""
         for cache in (self._keys, self._values):
             cache[:, target, :, :length] = cache[:, source, :, :length]
+            cache[:, target, :, length:] = 0  # as in prefill: what is no number there would not stay hidden
 
     @torch.inference_mode()
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:

@@ -56,38 +56,25 @@ class TransformersEngine:
         self._options = options
         self._claimed = open_device(options.device)
         self._device = self._claimed.torch
-        try:
-            self._load(checkpoint, loaded)
-        except BaseException:
-            self._claimed.release()
-            raise
-        self._info = EngineInfo(
-            model_id=checkpoint.model_id,
-            model_revision=model_revision(checkpoint, options.adapter, options.quantize),
-            family=checkpoint.family,
-            licence=checkpoint.licence,
-            engine="transformers",
-            dtype=str(self._language.dtype).removeprefix("torch."),
-            device=str(self._device),
-            slots=options.slots or _SLOTS.get(self._device.type, 64),
-        )
-        self._pools = Pools(
-            self._language,
-            slots=self._info.slots,
-            free_bytes=free_bytes(self._device),
-            graphs=options.cuda_graphs,
-            after_failure=self._after_failure,
-        )
+        slots = options.slots or _SLOTS.get(self._device.type, 64)
+        self._queue = JobQueue(2 * slots, options.queue_audio_s)
+        self._working: set[Job] = set()
         # Halved when it does not fit, and remembered for as long as this engine lives.
         self._prefill_tokens = _PREFILL_TOKENS.get(self._device.type, 16384)
-        self._queue = JobQueue(2 * self._info.slots, options.queue_audio_s)
-        self._working: set[Job] = set()
         self._stats = EngineStats()
         self._stats_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="af3pipe-engine", daemon=True)
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(checkpoint, slots, loaded, opened), name="af3pipe-engine", daemon=True
+        )
         self._thread.start()
+        try:
+            opened.result()
+        except BaseException:
+            self._queue.close(EngineFailed("the engine was never open"))
+            raise
 
-    def _load(self, checkpoint: Checkpoint, loaded: tuple[Any, Any] | None) -> None:
+    def _load(self, checkpoint: Checkpoint, slots: int, loaded: tuple[Any, Any] | None) -> None:
         """The processor and the model, and what works with them."""
         options = self._options
         dtype = _dtype(options.dtype, self._device)
@@ -117,6 +104,23 @@ class TransformersEngine:
         self._language = LanguageModel(model)
         self._chooser = Chooser(
             self._inputs.processor.tokenizer, eos_token_ids(model.generation_config), self._language.vocabulary
+        )
+        self._pools = Pools(
+            self._language,
+            slots=slots,
+            free_bytes=free_bytes(self._device),
+            graphs=options.cuda_graphs,
+            after_failure=self._after_failure,
+        )
+        self._info = EngineInfo(
+            model_id=checkpoint.model_id,
+            model_revision=model_revision(checkpoint, options.adapter, options.quantize),
+            family=checkpoint.family,
+            licence=checkpoint.licence,
+            engine="transformers",
+            dtype=str(self._language.dtype).removeprefix("torch."),
+            device=str(self._device),
+            slots=slots,
         )
 
     @property
@@ -187,11 +191,26 @@ class TransformersEngine:
 
     # -- the thread --------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(
+        self, checkpoint: Checkpoint, slots: int, loaded: tuple[Any, Any] | None, opened: "Future[None]"
+    ) -> None:
+        """Loads the model, then works.
+
+        Loading is work for torch, too: OpenMP keeps helpers for each thread that had any, and once there are more of
+        them than cores, all wait by sleeping, and steps on a CPU take twice as long.
+        """
+        try:
+            self._load(checkpoint, slots, loaded)
+        except BaseException as error:  # noqa: BLE001 (raised again in the constructor)
+            self._claimed.release()
+            opened.set_exception(error)
+            return
+        opened.set_result(None)
+        self._work()
+
+    def _work(self) -> None:
         failure = EngineFailed("the engine's thread ended")
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # of this thread
             while True:
                 self._admit()
                 for pool in self._pools:
