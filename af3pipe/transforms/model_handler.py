@@ -13,6 +13,9 @@ from af3pipe.transforms.ask import check_tasks, iter_result, request_seed
 from af3pipe.transforms.outcome import outcomes, to_dead_letter
 
 
+_BATCH_SIZE = 64  # as many as an engine on a GPU has slots: RunInference waits for each batch to its end
+
+
 class _Held:
     """RunInference lets go of a model by forgetting it; the process's engine is given back then."""
 
@@ -36,7 +39,7 @@ class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, _Held]):
     """
 
     def __init__(self, options: EngineOptions, tasks: Sequence[Task]) -> None:
-        super().__init__(max_batch_size=options.slots or 16)
+        super().__init__(max_batch_size=options.slots or _BATCH_SIZE)
         check_tasks(tasks)
         self._options = options
         self._tasks = tuple(tasks)
