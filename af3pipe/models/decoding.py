@@ -73,10 +73,7 @@ class Choice:
         self._matcher = matcher
         self._uniforms = _uniforms(decoding.seed, seed)
         self._plain = not (
-            decoding.do_sample
-            or decoding.repetition_penalty != 1
-            or decoding.stop
-            or matcher is not None
+            decoding.do_sample or decoding.repetition_penalty != 1 or decoding.stop or matcher is not None
         )
         self._drawn: tuple[int, float] = (-1, 0.0)
 

@@ -12,7 +12,6 @@ from af3pipe.schemas import DeadLetter, Request, Segment, Stage, Task
 from af3pipe.transforms.ask import check_tasks, iter_result, request_seed
 from af3pipe.transforms.outcome import outcomes, to_dead_letter
 
-
 _BATCH_SIZE = 64  # as many as an engine on a GPU has slots: RunInference waits for each batch to its end
 
 
