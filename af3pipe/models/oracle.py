@@ -27,6 +27,7 @@ class Oracle:
         self.checkpoint = checkpoint
         self.model = model
         self.processor = processor
+        self._inputs = Inputs(checkpoint, processor)
         self._ends = eos_token_ids(model.generation_config)
         self._chooser = Chooser(processor.tokenizer, self._ends, model.config.get_text_config().vocab_size)
 
@@ -55,9 +56,8 @@ class Oracle:
             return self.processor.apply_chat_template(
                 [conversation(said, replies)], tokenize=True, add_generation_prompt=True, return_dict=True
             )
-        inputs = Inputs(self.checkpoint, self.processor)
         tokens = [self.checkpoint.audio_tokens(len(audio)) for audio in audios]
-        ids = torch.from_numpy(inputs.ids(inputs.prompt(turns, replies, tokens)))[None]
+        ids = torch.from_numpy(self._inputs.ids(self._inputs.prompt(turns, replies, tokens)))[None]
         size = self.checkpoint.limits.window_samples
         windows = [
             audio[start : start + size]
@@ -92,7 +92,6 @@ class Oracle:
             ModelError: Decoding parameters cannot be used.
         """
         replies: dict[tuple[Turn, ...], Reply] = {}
-        inputs = Inputs(self.checkpoint, self.processor)
         for task in request.tasks:
             if task.prompt is None:
                 raise ValueError(f"task {task.name!r} has no prompt; resolve() it first")
@@ -101,7 +100,7 @@ class Oracle:
                 raise ValueError(
                     f"task {task.name!r} follows {missing[0][-1].prompt!r}, which no task before it asks"
                 )
-            said = [inputs.said(replies[turns]) for turns in before]
+            said = [self._inputs.said(replies[turns]) for turns in before]
             reply = self._generate(self.inputs(request.audios, task.turns, said), task, request.seed)
             replies.setdefault(task.turns, reply)
             yield reply
@@ -119,7 +118,7 @@ class Oracle:
         text = self.processor.tokenizer.decode(tokens)
         ended = tokens[-1] in self._ends or any(stop in text for stop in task.decoding.stop)
         prompt = np.where(ids == self.processor.audio_token_id, -1, ids)
-        return Inputs(self.checkpoint, self.processor).reply(tokens, prompt, task, "stop" if ended else "length")
+        return self._inputs.reply(tokens, prompt, task, "stop" if ended else "length")
 
 
 def ask_alone(model: str, samples: npt.NDArray[np.float32], task: Task) -> Reply:
