@@ -174,14 +174,8 @@ def _quantize(model: Any, scheme: str, device: torch.device) -> None:
         raise ModelError(
             f"quantize is {scheme!r}, which needs torchao; it is not installed here: pip install 'af3pipe[quantize]'"
         ) from error
-    language_model = getattr(model, "model", model).language_model
     config = Int8WeightOnlyConfig() if scheme == "int8" else Float8WeightOnlyConfig()
-    quantize_(
-        language_model,
-        config,
-        # Older transformers keep the head inside the language model.
-        filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"),
-    )
+    quantize_(model.model.language_model, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear))
 
 
 def _some(names: Collection[str]) -> str:
