@@ -257,6 +257,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that torch adds to it."""
+    return str(error).strip().partition("\n")[0]
+
+
 def is_device_lost(error: Exception) -> bool:
     """After such an error every further call on the device fails, too: this process cannot go on."""
     accelerator_error = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later

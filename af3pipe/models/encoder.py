@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.musicflamingo import modeling_musicflamingo
 
+from af3pipe.models.devices import is_out_of_memory
 from af3pipe.models.inputs import Window
 
 _rotate: Any = modeling_musicflamingo.apply_rotary_time_emb  # not typed
@@ -46,15 +47,12 @@ class AudioEncoder:
         self.max_positions = _POSITIONS.get(self._device.type, 96_000)
 
     @torch.inference_mode()
-    def encode(
-        self, windows: Sequence[Window], between: Callable[[], None], is_out_of_memory: Callable[[Exception], bool]
-    ) -> list[torch.Tensor]:
+    def encode(self, windows: Sequence[Window], between: Callable[[], None]) -> list[torch.Tensor]:
         """Embeddings of each window, in order; shape (audio tokens, hidden size of the language model).
 
         Args:
             windows: Of any recordings, in any order.
             between: Called before each batch; what it raises ends the work.
-            is_out_of_memory: Tells such an error; then half as much is tried at once.
         """
         by_length = sorted(range(len(windows)), key=lambda index: windows[index].frames)
         encoded: dict[int, torch.Tensor] = {}

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from af3pipe.models.decoding import Choice
-from af3pipe.models.devices import is_out_of_memory
+from af3pipe.models.devices import first_line, is_out_of_memory
 from af3pipe.models.scheduler import Job
 from af3pipe.models.slots import LanguageModel, Slots
 from af3pipe.schemas import Reason, Rejected, Stage, Task
@@ -270,8 +270,6 @@ class Pools:
 
     def _does_not_fit(self, what: str, error: Exception) -> Rejected:
         dtype = str(self._language.dtype).removeprefix("torch.")
-        reason = str(error).strip().partition("\n")[0]
-        detail = (
-            f"no room for {what} on {self._language.device}, beside the model in {dtype} and nothing else: {reason}"
-        )
+        where = f"on {self._language.device}, beside the model in {dtype} and nothing else"
+        detail = f"no room for {what} {where}: {first_line(error)}"
         return Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, detail)

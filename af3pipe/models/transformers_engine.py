@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from af3pipe.models.decoding import Chooser
-from af3pipe.models.devices import free_bytes, is_device_lost, is_out_of_memory, open_device
+from af3pipe.models.devices import first_line, free_bytes, is_device_lost, is_out_of_memory, open_device
 from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.engine import EngineFailed, EngineInfo, EngineOptions, EngineStats, ModelError
 from af3pipe.models.family import Checkpoint, model_revision, open_checkpoint
@@ -244,12 +244,16 @@ class TransformersEngine:
         """Does work on all items; one that fails takes its own request with it and nothing else."""
         isolate(items, work, lambda item, error: self._fail(job_of(item), error), self._after_failure)
 
+    def _alone(self, job: Job, work: Callable[..., None], *arguments: Any) -> None:
+        """Does a piece of work for one request."""
+        self._each_alone([job], lambda _: work(*arguments), _itself)
+
     def _after_failure(self, error: Exception) -> None:
         """Goes on, or ends the engine: closed, or its device is lost."""
         if isinstance(error, EngineFailed):
             raise error
         if is_device_lost(error):
-            raise EngineFailed(f"device {self._device} is lost: {_first_line(error)}") from error
+            raise EngineFailed(f"device {self._device} is lost: {first_line(error)}") from error
         # The frames hold the batch's tensors; a future, or the next attempt, must not keep them alive.
         for each in (error, error.__cause__, error.__context__):
             traceback.clear_frames(each.__traceback__ if each else None)
@@ -258,7 +262,7 @@ class TransformersEngine:
 
     def _fail(self, job: Job, error: Exception) -> None:
         if is_out_of_memory(error):
-            detail = f"no room on {self._device} for what this request needs alone: {_first_line(error)}"
+            detail = f"no room on {self._device} for what this request needs alone: {first_line(error)}"
             error = Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, detail)
         _let_frames_go(error)
         job.fail(error)
@@ -280,7 +284,7 @@ class TransformersEngine:
         jobs = self._take()
         for job in jobs:
             if job.alone:
-                self._each_alone([job], lambda one: self._ask_alone(one[0]), _itself)
+                self._alone(job, self._ask_alone, job)
         self._encode([job for job in jobs if not job.alone and not job.done])
         for pool in self._pools:
             self._fill(pool)
@@ -365,7 +369,7 @@ class TransformersEngine:
 
         def encode(some: Sequence[Job]) -> None:
             windows = [window for job in some for window in features[job]]
-            embedded = iter(self._encoder.encode(windows, self._queue.raise_if_closed, is_out_of_memory))
+            embedded = iter(self._encoder.encode(windows, self._queue.raise_if_closed))
             for job in some:
                 pieces = [next(embedded) for _ in features[job]]
                 audio[job] = torch.cat(pieces) if pieces else torch.empty(0)
@@ -376,7 +380,7 @@ class TransformersEngine:
         # One may have failed when it was tried again, alone.
         self._each_alone([job for job in jobs if not job.done], encode, _itself)
         for job in (job for job in jobs if not job.done):
-            self._each_alone([job], lambda one: self._begin(one[0], audio[one[0]]), _itself)
+            self._alone(job, self._begin, job, audio[job])
         self._count(encode_s=time.perf_counter() - began)
 
     def _begin(self, job: Job, audio: torch.Tensor) -> None:
@@ -536,13 +540,11 @@ class TransformersEngine:
         for row, choice in zip(rows, choices, strict=True):
             if choice.finish_reason:
                 pool.active[row] = False
-                self._each_alone([row], lambda one: self._finish(pool, one[0]), lambda row: self._job_in(pool, row))
+                if (prompt := pool.rows[row]) is not None:  # else another of its request's prompts failed meanwhile
+                    self._alone(prompt.job, self._finish, prompt)
 
-    def _finish(self, pool: Pool, row: int) -> None:
+    def _finish(self, prompt: Prompt) -> None:
         """Files a reply; what was waiting for it comes next, in the same slot."""
-        prompt = pool.rows[row]
-        if prompt is None:
-            return  # another of its request's prompts has failed meanwhile
         assert prompt.choice is not None
         assert prompt.choice.finish_reason is not None
         if prompt.choice.error:
@@ -581,7 +583,3 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise ModelError(f"dtype {name!r} is not known; choose from {', '.join(sorted(known))}")
     return known[name]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
