@@ -20,6 +20,7 @@ floor: see benchmarks/flops.py and docs/benchmarks.md; python: see benchmarks/ce
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
 import sys
@@ -133,24 +134,29 @@ def measure_mix(bench: Bench, name: str, count: int, count_alone: int) -> dict[s
     replies: dict[str, Tokens] = {}
     books: list[EngineStats] = []
 
-    def measure(way: str, warm_up: Callable[[], Any], run: Callable[[], Tokens]) -> None:
-        settle(bench)
-        warm_up()
+    def measure(way: str, run: Callable[[Sequence[Request]], Tokens], asked: Sequence[Request]) -> None:
         began = time.perf_counter()
-        replies[way] = run()
+        replies[way] = run(asked)
         walls[way].append(time.perf_counter() - began)
 
-    stock, size = bench.stock, contenders.BATCH_SIZE
+    def measure_stock(
+        way: str,
+        run: Callable[[Loaded, Sequence[Request]], Tokens],
+        warm: Sequence[Request],
+        asked: Sequence[Request],
+    ) -> None:
+        settle(bench)
+        run(bench.stock, warm)
+        measure(way, functools.partial(run, bench.stock), asked)
+
     for _ in range(bench.repeat):
-        apart(lambda: measure("alone", lambda: alone(stock, others[:2]), lambda: alone(stock, few)))
-        apart(lambda: measure("batches", lambda: batches(stock, others[:size]), lambda: batches(stock, requests)))
+        apart(functools.partial(measure_stock, "alone", alone, others[:2], few))
+        apart(functools.partial(measure_stock, "batches", batches, others[: contenders.BATCH_SIZE], requests))
+        settle(bench)
         with bench.engine() as opened:
-
-            def warm_up() -> None:
-                contenders.engine(opened, others)
-                opened.take_stats()
-
-            measure("engine", warm_up, lambda: contenders.engine(opened, requests))
+            contenders.engine(opened, others)
+            opened.take_stats()
+            measure("engine", functools.partial(contenders.engine, opened), requests)
             books.append(opened.take_stats())
             read = opened.submit(requests[0]).result()[0].prompt_tokens
     scale = len(requests) / len(few)
