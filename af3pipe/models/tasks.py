@@ -11,7 +11,7 @@ from typing import Any
 
 from af3pipe.audio.levels import combine
 from af3pipe.models.engine import ModelError
-from af3pipe.schemas import Answer, Decoding, Reason, Rejected, Stage, Task, TimedText, Turn
+from af3pipe.schemas import Answer, Decoding, Reason, Rejected, Stage, Task, TimedText, Turn, stitched_key
 
 CAPTION = "caption"
 TRANSCRIPT = "transcript"
@@ -315,7 +315,7 @@ def stitch(answers: Sequence[Answer]) -> Answer:
         audio_tokens=sum(part.audio_tokens for part in parts),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         new_tokens=sum(part.new_tokens for part in parts),
-        answer_key=keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest(),
+        answer_key=stitched_key(keys),
         created_at=max(part.created_at for part in parts),
         **levels._asdict(),
     )

@@ -10,12 +10,17 @@ from af3pipe.schemas.answer import (
     TimedText,
     Turn,
     answer_key,
+    stitched_key,
+    task_key,
+    work_key,
 )
 from af3pipe.schemas.dead_letter import DEAD_LETTER_SCHEMA, DeadLetter, Reason, Rejected, Stage, dead_letter_key
 from af3pipe.schemas.recording import (
     MIX,
     RECORDING_SCHEMA,
     AudioInfo,
+    Covered,
+    Earlier,
     Levels,
     Question,
     Recording,
@@ -34,8 +39,10 @@ __all__ = [
     "RECORDING_SCHEMA",
     "Answer",
     "AudioInfo",
+    "Covered",
     "DeadLetter",
     "Decoding",
+    "Earlier",
     "Levels",
     "Question",
     "Reason",
@@ -54,5 +61,8 @@ __all__ = [
     "channel_text",
     "dead_letter_key",
     "make_recording_id",
+    "stitched_key",
     "stream_index",
+    "task_key",
+    "work_key",
 ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -273,6 +274,11 @@ ANSWER_SCHEMA = pa.schema(
 )
 
 
+def task_key(name: str, question_id: str | None) -> str:
+    """Tells apart what is asked of one recording."""
+    return f"{name}/{question_id or ''}"
+
+
 def answer_key(
     recording: Recording, start_s: float, end_s: float, task: Task, model_id: str, model_revision: str
 ) -> str:
@@ -281,18 +287,60 @@ def answer_key(
     sha256 over the content's identity, the segment's bounds, the task, its prompt, the model and the decoding; and
     the channel and stream, where one was chosen.
     """
+    name, question_id, prompt, parser, decoding, *turns = _asked(task)
     parts = [
         recording.uri,
         recording.content_identity,
         f"{start_s:.6f}-{end_s:.6f}",
-        task.name,
-        task.question_id,
-        task.prompt,
-        task.parser,
+        name,
+        question_id,
+        prompt,
+        parser,
         model_id,
         model_revision,
-        task.decoding.to_json(),
-        *([list(turn) for turn in task.turns] if task.history or task.audios is not None else ()),
+        decoding,
+        *turns,
         *taken_from(recording.channel, recording.stream),
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return _digest(parts)
+
+
+def stitched_key(answer_keys: Sequence[str]) -> str:
+    """The `answer_key` of what is stitched of several answers, in order; one keeps its own: it is the same work."""
+    return answer_keys[0] if len(answer_keys) == 1 else hashlib.sha256("".join(answer_keys).encode()).hexdigest()
+
+
+def work_key(
+    recording: Recording, tasks: Iterable[Task], model_id: str, model_revision: str, policy: Sequence[object]
+) -> str:
+    """Names all that is asked of a recording: with the same key, the same run of it would end the same.
+
+    Unlike `answer_key` it is known before the recording is opened.
+
+    Args:
+        recording: With its size, and etag or modification time.
+        tasks: All that is asked of it, resolved.
+        model_id: As in its answers. So is `model_revision`.
+        model_revision: Of the model.
+        policy: What else decides how a recording ends: what becomes of long and silent ones.
+    """
+    parts = [
+        recording.uri,
+        recording.content_identity,
+        [recording.offset_s, recording.duration_s, recording.channel, recording.stream],
+        sorted(json.dumps(_asked(task)) for task in tasks),
+        model_id,
+        model_revision,
+        list(policy),
+    ]
+    return _digest(parts)
+
+
+def _asked(task: Task) -> list[object]:
+    """What of a task decides its reply and how it is read."""
+    turns = [list(turn) for turn in task.turns] if task.history or task.audios is not None else []
+    return [task.name, task.question_id, task.prompt, task.parser, task.decoding.to_json(), *turns]
+
+
+def _digest(parts: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()

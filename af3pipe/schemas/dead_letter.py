@@ -107,6 +107,8 @@ class DeadLetter(NamedTuple):
         attempts: How often it was tried in this run.
         traceback: Of an unexpected exception; None for input that was rejected knowingly.
         input: JSON: the recording, and the segment and tasks where it got so far; all that a redrive needs.
+        dead_letter_key: See `dead_letter_key`.
+        run_id: Of the run that wrote it; empty while it is not written.
         created_at: Microseconds since 1970-01-01 UTC.
     """
 
@@ -122,13 +124,14 @@ class DeadLetter(NamedTuple):
     attempts: int
     traceback: str | None
     input: str
+    dead_letter_key: str
     run_id: str
     created_at: int
 
 
-def dead_letter_key(letter: DeadLetter) -> str:
+def dead_letter_key(recording_id: str, stage: Stage, reason: Reason, input_json: str) -> str:
     """Names a dead letter: the same failure of the same thing is the same row, however often it is told."""
-    text = "\x00".join((letter.recording_id, letter.stage.value, letter.reason.value, letter.input))
+    text = "\x00".join((recording_id, stage.value, reason.value, input_json))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -146,6 +149,7 @@ DEAD_LETTER_SCHEMA = pa.schema(
         pa.field("attempts", pa.int32(), nullable=False),
         ("traceback", pa.string()),
         pa.field("input", pa.string(), nullable=False),
+        pa.field("dead_letter_key", pa.string(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]

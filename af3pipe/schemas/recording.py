@@ -70,6 +70,56 @@ class Question(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
+class Levels(NamedTuple):
+    """How loud a piece of audio is as the model hears it: mixed to mono, at its sampling rate, never normalised.
+
+    dBFS are decibels relative to a sample of 1.0: a square wave of full scale has an RMS of 0, a sine one of -3.
+
+    Attributes:
+        peak_dbfs: Of the largest sample; -120 at least, so for digital silence; above 0 for float files that go
+            beyond full scale, which are passed on as they are.
+        rms_dbfs: Over all samples; -120 at least.
+        clipped_share: Share of the samples, 0 to 1, at or beyond full scale (32767/32768, the most that 16-bit PCM
+            holds). Mixing and resampling move samples off that mark, so it is lower than in the file.
+        silent: Whether the peak is at or below the job's threshold, -60 dBFS unless it says otherwise.
+    """
+
+    peak_dbfs: float
+    rms_dbfs: float
+    clipped_share: float
+    silent: bool
+
+
+class Covered(NamedTuple):
+    """What an answer covers of its recording: all that reconciling and resuming need of it.
+
+    Attributes:
+        answer_key: Of the row.
+        task: See `task_key`.
+        pieces: (start_s, end_s) of each part answered for.
+        duration_s: Of the whole object, as far as was known with this answer.
+        levels: Of the parts together.
+    """
+
+    answer_key: str
+    task: str
+    pieces: tuple[tuple[float, float], ...]
+    duration_s: float | None
+    levels: Levels
+
+
+class Earlier(NamedTuple):
+    """What earlier runs left of a recording in the same output: it is neither asked nor written again.
+
+    Attributes:
+        answers: Of any model and prompt; each is held against the work to do by its `answer_key`.
+        dead_letters: (dead_letter_key, run_id) of each.
+    """
+
+    answers: tuple[Covered, ...] = ()
+    dead_letters: tuple[tuple[str, str], ...] = ()
+
+
 class Recording(NamedTuple):
     """One input: an audio object, or a time range of it, with what is known before it is opened.
 
@@ -85,6 +135,8 @@ class Recording(NamedTuple):
         stream: Index among the audio streams of the object; None takes its main one.
         questions: Asked of this recording beside the job's own tasks.
         metadata: Further manifest columns; they ride along to the output.
+        work_key: Names all that is asked of it, see `af3pipe.schemas.work_key`; None where no later run is to know.
+        earlier: What earlier runs left of it in the output, where the run resumes them.
     """
 
     recording_id: str
@@ -98,6 +150,8 @@ class Recording(NamedTuple):
     metadata: tuple[tuple[str, str], ...] = ()
     channel: str = MIX
     stream: int | None = None
+    work_key: str | None = None
+    earlier: Earlier = Earlier()
 
     @property
     def content_identity(self) -> str:
@@ -142,26 +196,6 @@ class AudioInfo(NamedTuple):
     decoder: str
 
 
-class Levels(NamedTuple):
-    """How loud a piece of audio is as the model hears it: mixed to mono, at its sampling rate, never normalised.
-
-    dBFS are decibels relative to a sample of 1.0: a square wave of full scale has an RMS of 0, a sine one of -3.
-
-    Attributes:
-        peak_dbfs: Of the largest sample; -120 at least, so for digital silence; above 0 for float files that go
-            beyond full scale, which are passed on as they are.
-        rms_dbfs: Over all samples; -120 at least.
-        clipped_share: Share of the samples, 0 to 1, at or beyond full scale (32767/32768, the most that 16-bit PCM
-            holds). Mixing and resampling move samples off that mark, so it is lower than in the file.
-        silent: Whether the peak is at or below the job's threshold, -60 dBFS unless it says otherwise.
-    """
-
-    peak_dbfs: float
-    rms_dbfs: float
-    clipped_share: float
-    silent: bool
-
-
 class Segment(NamedTuple):
     """A contiguous part of a recording, given to the model as one sample.
 
@@ -203,7 +237,14 @@ class RecordingResult(NamedTuple):
     Attributes:
         duration_s: Of the object, in seconds; None when it was never learnt.
         covered_s: Seconds for which every task has an answer.
+        settled_state: The state that the recording is in: that of the run which settled it when this one skipped
+            it, else `terminal_state`.
+        answers: Rows that this run wrote; `kept_answers` more are of earlier runs.
+        answer_keys: Of all its answers, whichever run wrote them: the rows that hold for this recording now.
+        dead_letters: Rows that this run wrote; `kept_dead_letters` more are of earlier runs.
+        dead_letter_keys: Of all its dead letters, as `answer_keys`.
         reasons: Of the recording's dead letters, sorted, without repeats.
+        work_key: As of `Recording`.
         peak_dbfs: This and the next three as `Levels`, over what was answered for; None where nothing was.
         created_at: Microseconds since 1970-01-01 UTC, as Arrow's timestamp stores it.
     """
@@ -211,11 +252,17 @@ class RecordingResult(NamedTuple):
     recording_id: str
     uri: str
     terminal_state: TerminalState
+    settled_state: TerminalState
     duration_s: float | None
     covered_s: float
     answers: int
+    kept_answers: int
+    answer_keys: tuple[str, ...]
     dead_letters: int
+    kept_dead_letters: int
+    dead_letter_keys: tuple[str, ...]
     reasons: tuple[str, ...]
+    work_key: str | None
     peak_dbfs: float | None
     rms_dbfs: float | None
     clipped_share: float | None
@@ -236,11 +283,17 @@ RECORDING_SCHEMA = pa.schema(
         pa.field("recording_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
         pa.field("terminal_state", pa.string(), nullable=False),
+        pa.field("settled_state", pa.string(), nullable=False),
         ("duration_s", pa.float64()),
         pa.field("covered_s", pa.float64(), nullable=False),
         pa.field("answers", pa.int32(), nullable=False),
+        pa.field("kept_answers", pa.int32(), nullable=False),
+        ("answer_keys", pa.list_(pa.string())),
         pa.field("dead_letters", pa.int32(), nullable=False),
+        pa.field("kept_dead_letters", pa.int32(), nullable=False),
+        ("dead_letter_keys", pa.list_(pa.string())),
         ("reasons", pa.list_(pa.string())),
+        ("work_key", pa.string()),
         ("peak_dbfs", pa.float64()),
         ("rms_dbfs", pa.float64()),
         ("clipped_share", pa.float64()),

@@ -17,7 +17,9 @@ from apache_beam.coders import registry
 from af3pipe.schemas import (
     Answer,
     AudioInfo,
+    Covered,
     DeadLetter,
+    Earlier,
     Levels,
     Question,
     Recording,
@@ -113,7 +115,9 @@ class RowTupleCoder(coders.Coder, Generic[Row]):
 ROW_CLASSES: tuple[type, ...] = (
     Answer,
     AudioInfo,
+    Covered,
     DeadLetter,
+    Earlier,
     Levels,
     Question,
     Recording,

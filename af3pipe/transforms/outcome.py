@@ -10,7 +10,7 @@ import apache_beam as beam
 
 from af3pipe.audio.decoder_process import GuardError
 from af3pipe.models.engine import EngineFailed, ModelError
-from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage, Task
+from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage, Task, dead_letter_key
 
 T = TypeVar("T")
 DEAD_LETTERS = "dead_letters"
@@ -107,6 +107,8 @@ def to_dead_letter(
     if segment is not None:
         decoder = decoder or segment.info.decoder
         position_s = segment.start_s if position_s is None else position_s
+    input_json = _input_json(recording, segment, tasks)
+    key = dead_letter_key(recording.recording_id, stage, reason, input_json)
     return DeadLetter(
         recording_id=recording.recording_id,
         uri=recording.uri,
@@ -119,8 +121,9 @@ def to_dead_letter(
         position_s=position_s,
         attempts=attempts,
         traceback=trace,
-        input=_input_json(recording, segment, tasks),
-        run_id="",
+        input=input_json,
+        dead_letter_key=key,
+        run_id=dict(recording.earlier.dead_letters).get(key, ""),
         created_at=now_us(),
     )
 
@@ -128,6 +131,7 @@ def to_dead_letter(
 def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task, ...]) -> str:
     """All that it takes to try again, readable without this package."""
     found: dict[str, Any] = {"recording": plain(recording)}
+    del found["recording"]["work_key"], found["recording"]["earlier"]  # they follow from the run, not from the input
     if segment is not None:
         found["segment"] = {"index": segment.segment_index, "start_s": segment.start_s, "end_s": segment.end_s}
     if tasks:

@@ -12,6 +12,7 @@ from apache_beam.coders import registry
 from af3pipe.audio.levels import combine
 from af3pipe.schemas import (
     Answer,
+    Covered,
     DeadLetter,
     Levels,
     Recording,
@@ -19,7 +20,7 @@ from af3pipe.schemas import (
     Stage,
     Task,
     TerminalState,
-    dead_letter_key,
+    task_key,
 )
 from af3pipe.transforms import metrics
 from af3pipe.transforms.coders import RowTupleCoder
@@ -30,40 +31,21 @@ _ROUNDING_S = 0.02005
 """A remainder too short for one audio token (20 ms) is not asked about; less than this is no gap."""
 
 
-class Covered(NamedTuple):
-    """What an answer covers of its recording: all that reconciling needs of it.
+class Failed(NamedTuple):
+    """What reconciling needs of a dead letter.
 
     Attributes:
-        key: Of the row; rows of the same key are written once.
-        task: See `task_key`.
-        pieces: (start_s, end_s) of each part answered for.
-        duration_s: Of the whole object, as far as was known with this answer.
-        levels: Of the parts together.
+        run_id: Of the run that wrote it; empty for this one.
     """
 
-    key: str
-    task: str
-    pieces: tuple[tuple[float, float], ...]
-    duration_s: float | None
-    levels: Levels
-
-
-class Failed(NamedTuple):
-    """What reconciling needs of a dead letter; rows of the same key are written once."""
-
-    key: str
+    dead_letter_key: str
     uri: str
     stage: str
     reason: str
+    run_id: str = ""
 
 
-for _row_class in (Covered, Failed):
-    registry.register_coder(_row_class, RowTupleCoder)
-
-
-def task_key(name: str, question_id: str | None) -> str:
-    """Tells apart what is asked of one recording."""
-    return f"{name}/{question_id or ''}"
+registry.register_coder(Failed, RowTupleCoder)
 
 
 def covered_by(answer: Answer) -> Covered:
@@ -83,6 +65,8 @@ def settle(
     covered: Iterable[Covered],
     failed: Iterable[Failed],
     asked: frozenset[str] = frozenset(),
+    *,
+    kept: Iterable[Covered] = (),
 ) -> RecordingResult | None:
     """The terminal state of a recording; None when something asked came to nothing, which must not happen.
 
@@ -90,9 +74,17 @@ def settle(
 
     `ok` when it has answers, no dead letter, and each task covers all that was wanted; `ok_partial` when it has
     answers but one of these does not hold; `dead_letter` when it has only dead letters.
+
+    Args:
+        recording: Which.
+        covered: By this run's answers.
+        failed: Its dead letters; those that an earlier run wrote say so.
+        asked: By `task_key`.
+        kept: What earlier runs' answers cover, as far as they are to the work asked for now.
     """
-    covered = list({found.key: found for found in covered}.values())
-    failed = list({found.key: found for found in failed}.values())
+    new = {found.answer_key: found for found in covered}
+    covered = [*new.values(), *{found.answer_key: found for found in kept if found.answer_key not in new}.values()]
+    failed = list({found.dead_letter_key: found for found in failed}.values())
     if not failed and not (covered and asked <= {found.task for found in covered}):
         return None
     # The last segment's: only there has decoding reached the end; before it, this is the header's estimate.
@@ -104,15 +96,22 @@ def settle(
         state = TerminalState.OK_PARTIAL
     else:
         state = TerminalState.OK
+    told_before = sum(1 for found in failed if found.run_id)
     return RecordingResult(
         recording_id=recording.recording_id,
         uri=recording.uri,
         terminal_state=state,
+        settled_state=state,
         duration_s=duration_s,
         covered_s=covered_s,
-        answers=len(covered),
-        dead_letters=len(failed),
+        answers=len(new),
+        kept_answers=len(covered) - len(new),
+        answer_keys=tuple(sorted(found.answer_key for found in covered)),
+        dead_letters=len(failed) - told_before,
+        kept_dead_letters=told_before,
+        dead_letter_keys=tuple(sorted(found.dead_letter_key for found in failed)),
         reasons=tuple(sorted({found.reason for found in failed})),
+        work_key=recording.work_key,
         **_levels(covered),
         size_bytes=recording.size_bytes,
         etag=recording.etag,
@@ -172,7 +171,11 @@ class _SettleDoFn(beam.DoFn):
         recordings = list(found["recordings"])
         if not recordings and any(letter.stage == Stage.LIST.value for letter in failed):
             recordings = [Recording(recording_id, failed[0].uri)]  # rejected while listing: there is no more of it
-        result = self._settle(recordings[0], covered, failed) if len(recordings) == 1 else None
+        result = (
+            self._settle(recordings[0], covered, failed, list(found.get("kept", ())))
+            if len(recordings) == 1
+            else None
+        )
         if result is None:
             metrics.count("unaccounted")
             uri = recordings[0].uri if recordings else "a recording that was never listed"
@@ -181,9 +184,11 @@ class _SettleDoFn(beam.DoFn):
         metrics.count(f"recordings_{result.terminal_state.value}")
         yield result
 
-    def _settle(self, recording: Recording, covered: list[Covered], failed: list[Failed]) -> RecordingResult | None:
+    def _settle(
+        self, recording: Recording, covered: list[Covered], failed: list[Failed], kept: list[Covered]
+    ) -> RecordingResult | None:
         own = {task_key("answer", question.question_id) for question in recording.questions if question.question_id}
-        return settle(recording, covered, failed, self._asked | own)
+        return settle(recording, covered, failed, self._asked | own, kept=kept)
 
 
 def _recording_pair(recording: Recording) -> tuple[str, Recording]:
@@ -194,16 +199,22 @@ def _answer_pair(answer: Answer) -> tuple[str, Covered]:
     return answer.recording_id, covered_by(answer)
 
 
+def failed_by(letter: DeadLetter) -> Failed:
+    """What a dead letter says."""
+    return Failed(letter.dead_letter_key, letter.uri, letter.stage.value, letter.reason.value, letter.run_id)
+
+
 def _dead_letter_pair(letter: DeadLetter) -> tuple[str, Failed]:
-    return letter.recording_id, Failed(dead_letter_key(letter), letter.uri, letter.stage.value, letter.reason.value)
+    return letter.recording_id, failed_by(letter)
 
 
 class ReconcileRecordings(beam.PTransform):
     """Gives one `RecordingResult` per recording found, from what became of it.
 
-    Takes a dict of three PCollections: `recordings` (all that were found), `answers`, `dead_letters`. A recording
-    of which nothing became, or of which an answer is missing without a dead letter, gives no row; it is logged and
-    counted as `unaccounted`, and fails the run that counts.
+    Takes a dict of PCollections: `recordings` (all that were found), `answers`, `dead_letters`, and `kept` where
+    earlier runs are resumed: (recording_id, `Covered`) of each of their answers that stands. A recording of which
+    nothing became, or of which an answer is missing without a dead letter, gives no row; it is logged and counted as
+    `unaccounted`, and fails the run that counts.
 
     Args:
         tasks: What was asked of every recording; a recording's own questions are known from it.
@@ -219,6 +230,8 @@ class ReconcileRecordings(beam.PTransform):
             "answers": accounts["answers"] | "AnswerId" >> beam.Map(_answer_pair),
             "dead_letters": accounts["dead_letters"] | "DeadLetterId" >> beam.Map(_dead_letter_pair),
         }
+        if "kept" in accounts:
+            pairs["kept"] = accounts["kept"]
         return (
             pairs
             | "MeetById" >> beam.CoGroupByKey()

@@ -25,7 +25,6 @@ from af3pipe.schemas import (
     Answer,
     DeadLetter,
     RecordingResult,
-    dead_letter_key,
 )
 from af3pipe.transforms import metrics
 
@@ -66,6 +65,10 @@ def _dead_letter_table(_: DeadLetter) -> str:
     return "dead_letters"
 
 
+def _dead_letter_key(row: DeadLetter) -> str:
+    return row.dead_letter_key
+
+
 def _recording_table(_: RecordingResult) -> str:
     return "recordings"
 
@@ -75,7 +78,7 @@ def _recording_key(row: RecordingResult) -> str:
 
 
 ANSWERS = RowFormat(Answer, ANSWER_SCHEMA, _answer_table, _answer_key)
-DEAD_LETTER_ROWS = RowFormat(DeadLetter, DEAD_LETTER_SCHEMA, _dead_letter_table, dead_letter_key)
+DEAD_LETTER_ROWS = RowFormat(DeadLetter, DEAD_LETTER_SCHEMA, _dead_letter_table, _dead_letter_key)
 RECORDINGS = RowFormat(RecordingResult, RECORDING_SCHEMA, _recording_table, _recording_key)
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from af3pipe.schemas import Levels, Recording, TerminalState
-from af3pipe.transforms.reconcile import Covered, Failed, settle
+from af3pipe.schemas import Covered, Levels, Recording, TerminalState
+from af3pipe.transforms.reconcile import Failed, settle
 
 KEYS = map(str, itertools.count())
 RECORDING = Recording("id", "a.wav")
@@ -62,7 +62,7 @@ def test_a_dead_letter_beside_answers_is_partial():
 
 
 def test_only_dead_letters_is_a_dead_letter():
-    result = settle(RECORDING, [], [LETTER, LETTER._replace(key="other", reason="too_long")])
+    result = settle(RECORDING, [], [LETTER, LETTER._replace(dead_letter_key="other", reason="too_long")])
     assert result.terminal_state is TerminalState.DEAD_LETTER
     assert result.reasons == ("decode_error", "too_long")
 

@@ -160,14 +160,16 @@ def test_no_rows_make_no_file(tmp_path):
 
 
 LETTER = DeadLetter(
-    "id", "a.wav", Stage.DECODE, Reason.DECODE_ERROR, "broken", False, 1, "pyav", 1.0, 1, None, "{}", "", 0
+    "id", "a.wav", Stage.DECODE, Reason.DECODE_ERROR, "broken", False, 1, "pyav", 1.0, 1, None, "{}", "key", "", 0
 )
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(Reason)), max_size=12))
 @settings(max_examples=30, deadline=None)
 def test_dead_letters_are_neither_lost_nor_doubled(pairs):
-    rows = [LETTER._replace(recording_id=f"id{n}", reason=reason) for n, reason in pairs]
+    rows = [
+        LETTER._replace(recording_id=f"id{n}", reason=reason, dead_letter_key=f"{n}{reason}") for n, reason in pairs
+    ]
     output = "memory://letters"
     fs = fsspec.filesystem("memory")
     if fs.exists("/letters"):
