@@ -20,8 +20,9 @@ from rich.table import Table
 from af3pipe import __version__, storage
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.pipelines import batch
-from af3pipe.pipelines.accounting import ANSWER_TABLES, read_rows, run_files
+from af3pipe.pipelines.accounting import read_rows, run_files
 from af3pipe.pipelines.job import (
     JobConfig,
     JobError,
@@ -30,6 +31,7 @@ from af3pipe.pipelines.job import (
     make_job,
     split_beam_flags,
 )
+from af3pipe.pipelines.record import RunReport
 from af3pipe.schemas import Rejected
 from af3pipe.transforms.verify import Verified
 
@@ -200,6 +202,17 @@ def run(
         int | None, typer.Option(help="Most memory that a decoder may take; 1024 by default.")
     ] = None,
     accelerator: Annotated[str | None, typer.Option(help="Beam's accelerator hint for GPU workers.")] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Ask only what earlier runs into the same output have not answered (default), or everything anew.",
+        ),
+    ] = None,
+    chunk_recordings: Annotated[
+        int | None,
+        typer.Option(help="Recordings asked before their rows land, in a run in one process; 1000 by default."),
+    ] = None,
     fail_on_dead_letters: Annotated[
         str | None, typer.Option(help="Fail when there are more than this: a count, or a share such as 5%.")
     ] = None,
@@ -244,6 +257,8 @@ def run(
         "decode_timeout_s": decode_timeout_s,
         "decode_memory_mib": decode_memory_mib,
         "accelerator": accelerator,
+        "resume": resume,
+        "chunk_recordings": chunk_recordings,
         "fail_on_dead_letters": fail_on_dead_letters,
         "verify_sample": verify_sample,
     }
@@ -295,7 +310,7 @@ def _checked(make: Callable[[], Any]) -> Any:
         _stop(str(error), EXIT_WRONG_JOB)
 
 
-def _run(job: JobConfig, beam_flags: list[str]) -> batch.RunReport:
+def _run(job: JobConfig, beam_flags: list[str]) -> RunReport:
     try:
         live = batch.is_in_process(beam_options(job, beam_flags))
         with _progress_line() if live else _no_progress() as show:
@@ -354,7 +369,7 @@ def _no_progress() -> Iterator[Callable[[batch.Progress], None]]:
     yield lambda progress: None
 
 
-def _rows(job: JobConfig, report: batch.RunReport, tables: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(job: JobConfig, report: RunReport, tables: tuple[str, ...]) -> list[dict[str, Any]]:
     files = run_files(job.output, report.run_id)
     columns = {"dead_letters": ["uri", "stage", "reason", "detail"]}
     answer_columns = ["uri", "task", "question", "text", "duration_s", "end_s"]
@@ -362,7 +377,7 @@ def _rows(job: JobConfig, report: batch.RunReport, tables: tuple[str, ...]) -> l
     return sorted(rows, key=lambda row: str(row["uri"]))
 
 
-def _show_answers(job: JobConfig, report: batch.RunReport) -> None:
+def _show_answers(job: JobConfig, report: RunReport) -> None:
     by_uri: dict[str, dict[str, str]] = {}
     for row in _rows(job, report, ANSWER_TABLES):
         cells = by_uri.setdefault(row["uri"], {"seconds": f"{row['duration_s'] or row['end_s']:.1f}"})
@@ -377,14 +392,14 @@ def _show_answers(job: JobConfig, report: batch.RunReport) -> None:
     _out.print(table, markup=False)
 
 
-def _show_dead_letters(job: JobConfig, report: batch.RunReport) -> None:
+def _show_dead_letters(job: JobConfig, report: RunReport) -> None:
     table = Table("recording", "stage", "reason", "detail", title="Dead letters", title_justify="left")
     for row in _rows(job, report, ("dead_letters",)):
         table.add_row(storage.name(row["uri"]), row["stage"], row["reason"], row["detail"])
     _out.print(table, markup=False)
 
 
-def _show_counts(job: JobConfig, report: batch.RunReport) -> None:
+def _show_counts(job: JobConfig, report: RunReport) -> None:
     counts = report.counts
     states = ", ".join(f"{number} {state}" for state, number in sorted(counts.states.items())) or "none"
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dead_letters.items()))
@@ -416,7 +431,7 @@ def _verified(verified: Verified) -> str:
     return line
 
 
-def _exit(job: JobConfig, report: batch.RunReport) -> None:
+def _exit(job: JobConfig, report: RunReport) -> None:
     counts = report.counts
     if not counts.reconciled:
         _stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)

@@ -260,6 +260,28 @@ def _raise(reply: dict[str, Any]) -> None:
     raise DecoderError(reply["error"]) from _Traceback(reply["traceback"])
 
 
+_shared: dict[DecoderLimits, tuple[DecoderPool, int]] = {}
+_shared_lock = threading.Lock()
+
+
+def acquire_decoders(limits: DecoderLimits) -> DecoderPool:
+    """The process's one pool with these limits. Pair each call with one `release_decoders`."""
+    with _shared_lock:
+        pool, users = _shared.get(limits) or (DecoderPool(limits), 0)
+        _shared[limits] = pool, users + 1
+        return pool
+
+
+def release_decoders(limits: DecoderLimits) -> None:
+    """Gives back what `acquire_decoders` gave; the last one ends its processes."""
+    with _shared_lock:
+        pool, users = _shared.pop(limits)
+        if users > 1:
+            _shared[limits] = pool, users - 1
+            return
+    pool.close()
+
+
 _pools: "weakref.WeakSet[DecoderPool]" = weakref.WeakSet()
 
 

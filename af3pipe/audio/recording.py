@@ -44,12 +44,14 @@ def read_segments(
         if over_length == "dead-letter":
             _check_stated_length(decoding, limits)
         index = 0
+        cut_at = f"silence:{split_tolerance_s}" if split_tolerance_s else "cap"
         tolerance_s = min(split_tolerance_s, limits.max_s) if over_length == "split" else 0.0
         for piece in cut(decoding.blocks(), limits, tolerance_samples=round(tolerance_s * limits.sample_rate)):
             if over_length == "dead-letter" and not piece.is_last:
                 raise _too_long_decoded(decoding, limits)
             levels = measure(piece.samples, silent_below_dbfs=silent_below_dbfs)
-            yield _segment(recording, decoding, piece, index, levels, truncated=over_length == "truncate")
+            truncated = over_length == "truncate"
+            yield _segment(recording, decoding, piece, index, levels, truncated=truncated, cut_at=cut_at)
             if over_length == "truncate":
                 return
             index += 1
@@ -115,7 +117,7 @@ def _too_short(decoding: Decoding, limits: AudioLimits) -> Rejected:
 
 
 def _segment(
-    recording: Recording, decoding: Decoding, piece: Cut, index: int, levels: Levels, *, truncated: bool
+    recording: Recording, decoding: Decoding, piece: Cut, index: int, levels: Levels, *, truncated: bool, cut_at: str
 ) -> Segment:
     info = decoding.info
     if decoding.ended and piece.is_last:
@@ -133,4 +135,5 @@ def _segment(
         sample_rate=decoding.sample_rate,
         samples=piece.samples,
         levels=levels,
+        cut_at=cut_at,
     )

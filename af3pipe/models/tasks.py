@@ -43,6 +43,8 @@ THINK = "\nPlease think and reason about the input audio before you respond."
 DEFAULT_QUESTION_TOKENS = 256
 
 _TABLES = {CAPTION: "captions", TRANSCRIPT: "transcripts"}
+ANSWER_TABLES = (*_TABLES.values(), "answers")
+"""Folders of an output with a row per answer."""
 _LABELS = string.ascii_uppercase
 _WRAPPING = " \"'`*.,;!\u201c\u201d\u2018\u2019"  # spaces, quotes (curly ones too), stops around a reply
 

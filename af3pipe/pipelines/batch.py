@@ -1,70 +1,38 @@
 """The batch pipeline: recordings in, Parquet out, and the books of it."""
 
-import json
+import itertools
 import logging
-import platform
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from af3pipe import storage
-from af3pipe.audio.guarded import DecoderLimits
-from af3pipe.models.engine import ModelError
-from af3pipe.models.family import Checkpoint, adapter_revision, model_revision, open_checkpoint
-from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, resolve, table_of
-from af3pipe.pipelines.accounting import (
-    RunCounts,
-    count_run,
-    fill_empty_tables,
-    found_uri,
-    read_verified,
-    run_files,
-    verified_uri,
-    write_found,
-    write_verified,
-)
+from af3pipe.audio.guard import acquire_decoders, release_decoders
+from af3pipe.models.engine import ModelError, acquire_engine, release_engine
+from af3pipe.models.family import Checkpoint, adapter_revision, open_checkpoint
+from af3pipe.models.tasks import resolve, table_of
+from af3pipe.pipelines import graph
+from af3pipe.pipelines.accounting import count_run, fill_empty_tables, take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
-from af3pipe.schemas import DeadLetter, Reason, Recording, Stage
-from af3pipe.transforms import (
-    AnswerRecordings,
-    AskAudioFlamingo,
-    DecodeAudio,
-    Outcome,
-    ReadRecordings,
-    ReconcileRecordings,
-    VerifyAnswers,
-    WriteAnswers,
-    WriteDeadLetters,
-    WriteRecordings,
-    metrics,
-)
-from af3pipe.transforms.ask import VerifiableOutcome
+from af3pipe.pipelines.plan import Plan, Settlement
+from af3pipe.pipelines.record import RunReport, unfinished_runs, write_record, write_started
+from af3pipe.schemas import DeadLetter, Reason, Recording
+from af3pipe.transforms import metrics
 from af3pipe.transforms.read import list_recordings
-from af3pipe.transforms.verify import Verified
-from af3pipe.transforms.write import new_run_id
+from af3pipe.transforms.resume import WorkKeys
+from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_rows
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _IN_PROCESS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
-_PACKAGES = (
-    "apache-beam",
-    "torch",
-    "transformers",
-    "peft",
-    "torchao",
-    "pyarrow",
-    "soundfile",
-    "av",
-    "soxr",
-    "fsspec",
-)
 
 
 class RunFailed(Exception):
@@ -79,94 +47,6 @@ class Progress(NamedTuple):
     dead_letters: int
     audio_s: float
     elapsed_s: float
-
-
-class RunReport(NamedTuple):
-    """What a run did; `verified` is None where nothing was to be verified."""
-
-    run_id: str
-    counts: RunCounts
-    wall_s: float
-    metrics: dict[str, int]
-    verified: Verified | None = None
-
-
-def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome | VerifiableOutcome:
-    """Lays the job's graph. Needs neither torch nor the model's weights.
-
-    Returns:
-        The outcome before it is written: answers, and all dead letters.
-    """
-    tasks = job.all_tasks()
-    decode = DecodeAudio(
-        model=job.model,
-        revision=job.revision,
-        over_length=job.over_length,
-        split_at=job.split_at,
-        split_tolerance_s=job.split_tolerance_s,
-        on_silent=job.on_silent,
-        silent_below_dbfs=job.silent_below,
-        threads=job.decode_threads,
-        guard=DecoderLimits(job.decode_timeout_s, job.decode_memory_mib) if job.decode_guard else None,
-    )
-    ask = AskAudioFlamingo(
-        model=job.model,
-        tasks=tasks,
-        revision=job.revision,
-        engine=job.engine,
-        dtype=job.dtype,
-        device=job.device,
-        slots=job.slots,
-        queue_audio_s=job.queue_audio_s,
-        question_tokens=job.max_new_tokens or DEFAULT_QUESTION_TOKENS,
-        question_think=job.think,
-        attention=job.attention,
-        cuda_graphs=job.cuda_graphs,
-        adapter=job.adapter,
-        quantize=job.quantize,
-        verifiable=job.verify_sample > 0,
-    )
-    recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs, channel=job.channel, stream=job.stream)
-    answers: Outcome | VerifiableOutcome = recordings | "AnswerRecordings" >> AnswerRecordings(
-        decode, ask, accelerator=job.accelerator
-    )
-    results = {
-        "recordings": recordings.good,
-        "answers": answers.good,
-        "dead_letters": answers.dead_letters,
-    } | "ReconcileRecordings" >> ReconcileRecordings(tasks)
-    _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, run_id=run_id)
-    _ = answers.dead_letters | "WriteDeadLetters" >> WriteDeadLetters(job.output, run_id=run_id)
-    _ = results | "WriteRecordings" >> WriteRecordings(job.output, run_id=run_id)
-    _ = recordings | "CountFound" >> _CountFound(job.output, run_id)
-    if job.verify_sample:
-        verify = VerifyAnswers(decode, ask, sample=job.verify_sample, accelerator=job.accelerator)
-        verified = answers | "VerifyAnswers" >> verify
-        _ = verified | "WriteVerified" >> beam.Map(write_verified, output=job.output, run_id=run_id)
-    return answers
-
-
-class _CountFound(beam.PTransform):
-    """Leaves the number of recordings found beside the run's tables; those rejected while listing count too."""
-
-    def __init__(self, output: str, run_id: str) -> None:
-        super().__init__()
-        self._output = output
-        self._run_id = run_id
-
-    def expand(self, recordings: Any) -> Any:
-        rejected = recordings.dead_letters | "ListedOnly" >> beam.Filter(lambda letter: letter.stage is Stage.LIST)
-        ids = [
-            recordings.good | "FoundId" >> beam.Map(lambda found: found.recording_id).with_output_types(str),
-            rejected | "RejectedId" >> beam.Map(lambda letter: letter.recording_id).with_output_types(str),
-        ]
-        return (
-            ids
-            | "AllIds" >> beam.Flatten()
-            | "DistinctIds" >> beam.Distinct()
-            | "CountIds" >> beam.combiners.Count.Globally()
-            | "WriteFound" >> beam.Map(write_found, output=self._output, run_id=self._run_id)
-        )
 
 
 def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
@@ -238,6 +118,9 @@ def run(
 ) -> RunReport:
     """Runs a job to its end and reads its books back.
 
+    On Beam's in-process runner it runs in chunks, each of which lands before the next begins; on others as one
+    pipeline.
+
     Args:
         job: What to do.
         beam_flags: Options for Beam, as on its command line.
@@ -252,45 +135,138 @@ def run(
     options = beam_options(job, list(beam_flags))
     checkpoint = preflight(job, options)
     run_id = new_run_id()
+    # A branch may move while the run lasts: every worker takes the commit that was looked at here.
+    pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
+    if job.device == "auto" and is_in_process(options):
+        pinned["device"] = "all"  # no other worker will come for the other GPUs of this machine
+    ran_job = job.model_copy(update=pinned)
     try:
-        pipeline = beam.Pipeline(options=options)
-        # A branch may move while the run lasts: every worker takes the commit that was looked at here.
-        pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
-        if job.device == "auto" and is_in_process(options):
-            pinned["device"] = "all"  # no other worker will come for the other GPUs of this machine
-        build(pipeline, job.model_copy(update=pinned), run_id)
+        graph.build(beam.Pipeline(options=options), ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error
-    started = time.monotonic()
+    _tell_unfinished(job)
+    started, started_at = time.monotonic(), datetime.now(timezone.utc)
+    write_started(job, run_id)
+    work = _run_in_chunks if is_in_process(options) else _run_whole
     before = metrics.tally()
-    background = _Background(pipeline)
+    background = _Background(lambda: work(ran_job, options, run_id))
     while not background.wait(progress_every_s):
         on_progress(_progress(metrics.tally() - before, time.monotonic() - started))
-    result = background.result()
+    found, counted, chunks = background.result()
     wall_s = time.monotonic() - started
     on_progress(_progress(metrics.tally() - before, wall_s))
-    verified = read_verified(job.output, run_id) if job.verify_sample else None
-    report = RunReport(run_id, count_run(job.output, run_id), wall_s, _counters(result), verified)
+    sampled = [verified_uri(job.output, run_id, chunk) for chunk in chunks]
+    verified = take_verified(sampled) if job.verify_sample else None
+    report = RunReport(run_id, count_run(job.output, run_id, found), wall_s, dict(sorted(counted.items())), verified)
     tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
     fill_empty_tables(job.output, sorted(tables), run_id)
-    _write_record(job, checkpoint, options, report)
+    write_record(job, checkpoint, options.view_as(StandardOptions).runner, started_at, report)
     return report
 
 
-class _Background:
-    """A pipeline run on a thread of its own: Beam's in-process runner blocks until the job is done."""
+def _tell_unfinished(job: JobConfig) -> None:
+    for other in unfinished_runs(job.output):
+        _log.warning(
+            "run %s, begun at %s on %s (process %s), has not finished. If it goes on, both may ask the same; if it "
+            "was killed, %s.",
+            *(other[name] for name in ("run_id", "started_at", "host", "pid")),
+            "its answers are kept" if job.resume else "its answers are asked again",
+        )
 
-    def __init__(self, pipeline: beam.Pipeline) -> None:
-        self._pipeline = pipeline
-        self._result: Any = None
+
+class _Ran(NamedTuple):
+    """What a run counted, and the chunks that left a verified sample."""
+
+    found: int
+    counters: Counter[str]
+    chunks: tuple[int, ...]
+
+
+def _run_whole(job: JobConfig, options: PipelineOptions, run_id: str) -> _Ran:
+    """As one pipeline, on workers elsewhere."""
+    pipeline = beam.Pipeline(options=options)
+    graph.build(pipeline, job, run_id)
+    counters = _run_pipeline(pipeline)
+    return _Ran(take_found(job.output, run_id), counters, (0,))
+
+
+def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str) -> _Ran:
+    """In this process: planned first, then asked chunk by chunk, with one engine and one set of decoders."""
+    how = graph.asking(job)
+    counted: Counter[str] = Counter()
+    chunks = []
+    with Plan() as plan, ExitStack() as held:
+        for name in dict.fromkeys(job.inputs):
+            plan.add_found(list_recordings(name, channel=job.channel, stream=job.stream))
+        if job.resume:
+            plan.add_earlier(job.output)
+        how.ask.dofn.setup()
+        settlements = plan.settle(WorkKeys(how.decode.dofn, how.ask.dofn))
+        while batch := list(itertools.islice(settlements, ROWS_PER_SHARD)):
+            counted += _write_settlements(batch, job.output, run_id)
+        counted["recordings_found"] = plan.found
+        metrics.count("recordings_found", plan.found)
+        metrics.count("recordings_done", plan.found - plan.to_ask)
+        if plan.to_ask:
+            _hold(how, held)
+        asked = 0
+        for number, chunk in enumerate(plan.chunks(job.chunk_recordings)):
+            before, asked = asked, asked + len(chunk.recordings)
+            # Of the sample, each chunk has the share that it has of the recordings.
+            sample = job.verify_sample * asked // plan.to_ask - job.verify_sample * before // plan.to_ask
+            pipeline = beam.Pipeline(options=options)
+            graph.build_chunk(pipeline, job.model_copy(update={"verify_sample": sample}), run_id, chunk, number)
+            counted += _run_pipeline(pipeline)
+            if sample:
+                chunks.append(number)
+        return _Ran(plan.found, counted, tuple(chunks))
+
+
+def _hold(how: graph.Asking, held: ExitStack) -> None:
+    """Keeps what is costly to open from one chunk to the next."""
+    acquire_engine(how.ask.dofn.options)
+    held.callback(release_engine, how.ask.dofn.options)
+    if how.decode.dofn.guard is not None:
+        acquire_decoders(how.decode.dofn.guard)
+        held.callback(release_decoders, how.decode.dofn.guard)
+
+
+def _write_settlements(batch: list[Settlement], output: str, run_id: str) -> Counter[str]:
+    """Writes what there is nothing to ask of: the dead letters first, since rows are there when they are named."""
+    letters = [letter for settlement in batch for letter in settlement.dead_letters if not letter.run_id]
+    results = [settlement.result for settlement in batch]
+    files = [
+        *write_rows(letters, DEAD_LETTER_ROWS, output, "dead_letters", run_id),
+        *write_rows(results, RECORDINGS, output, "recordings", run_id),
+    ]
+    counted = Counter(f"recordings_{result.terminal_state.value}" for result in results)
+    counted.update(f"dead_letters_{letter.reason.value}" for letter in letters)
+    counted["files_written"] = len(files)
+    return counted
+
+
+def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
+    result = pipeline.run()
+    result.wait_until_finish()
+    state = str(result.state)
+    if state != "DONE":
+        raise RunFailed(f"the runner ended the job in state {state}; see its log above")
+    return _counters(result)
+
+
+class _Background(Generic[T]):
+    """Work on a thread of its own: Beam's in-process runner blocks until the job is done."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._result: list[T] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="af3pipe-run", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._result = self._pipeline.run()
-            self._result.wait_until_finish()
+            self._result.append(self._work())
         except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
             self._error = error
 
@@ -298,13 +274,12 @@ class _Background:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def result(self) -> Any:
+    def result(self) -> T:
+        if isinstance(self._error, RunFailed):
+            raise self._error
         if self._error is not None:
             raise RunFailed(explain_failure(self._error)) from self._error
-        state = str(self._result.state)
-        if state != "DONE":
-            raise RunFailed(f"the runner ended the job in state {state}; see its log above")
-        return self._result
+        return self._result[0]
 
 
 _FAULT = re.compile(r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError): (.+?)(?= \[while running|\n|$)")
@@ -328,86 +303,14 @@ def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
     )
 
 
-def _counters(result: Any) -> dict[str, int]:
+def _counters(result: Any) -> Counter[str]:
     """Beam's counters of this package, over all steps; a runner without metrics gives none."""
     total: Counter[str] = Counter()
     for counter in result.metrics().query()["counters"]:
         if counter.key.metric.namespace == metrics.NAMESPACE:
             committed = counter.committed  # some runners only tell what was attempted
             total[counter.key.metric.name] += (counter.attempted if committed is None else committed) or 0
-    return dict(sorted(total.items()))
-
-
-def _write_record(job: JobConfig, checkpoint: Checkpoint | None, options: PipelineOptions, report: RunReport) -> None:
-    """The run's own record, written last: who finds it knows that the run is complete."""
-    counts = report.counts
-    record = {
-        "run_id": report.run_id,
-        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "wall_s": round(report.wall_s, 3),
-        "job": _without_secrets(job.model_dump(mode="json")),
-        "runner": options.view_as(StandardOptions).runner,
-        "model": _model_record(job, checkpoint),
-        "versions": _versions(),
-        "recordings_found": counts.found,
-        "recordings": counts.states,
-        "answers": counts.answers,
-        "dead_letters": counts.dead_letters,
-        "audio_s": round(counts.audio_s, 3),
-        "reconciled": counts.reconciled,
-        "problems": list(counts.problems),
-        "verified": report.verified.to_dict() if report.verified else None,
-        "counters": report.metrics,
-        "files": run_files(job.output, report.run_id),
-    }
-    uri = storage.join(job.output, "_runs", f"{report.run_id}.json")
-    storage.write_atomic(uri, json.dumps(record, indent=1, ensure_ascii=False).encode())
-    storage.delete(found_uri(job.output, report.run_id))
-    if report.verified:
-        storage.delete(verified_uri(job.output, report.run_id))
-
-
-def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, str | None]:
-    chosen = {"adapter": job.adapter, "quantize": job.quantize}
-    if checkpoint is None:  # the answers' own columns say which it was
-        return {"id": job.model, "revision": job.revision, "family": None, "licence": None, **chosen}
-    try:
-        revision: str | None = model_revision(checkpoint, job.adapter, job.quantize)
-    except ModelError:  # only the workers have the adapter
-        revision = None
-    return {
-        "id": checkpoint.model_id,
-        "revision": revision,
-        "family": checkpoint.family,
-        "licence": checkpoint.licence,
-        **chosen,
-    }
-
-
-_SECRET_NAME = re.compile(r"secret|token|password|credential|connection_string|access_key|api_key", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@|(?<=[?&])(?:[\w-]*(?:sig|token|key)[\w-]*)=[^&\s]+", re.IGNORECASE)
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    """The job as it is recorded: what is named like a secret, or stands in a URL like one, is not."""
-    if isinstance(value, dict):
-        return {key: _without_secrets(item, key) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(item, name) for item in value]
-    if isinstance(value, str):
-        is_secret = _SECRET_NAME.search(name)
-        return "***" if is_secret else _USER_IN_URL.sub("***", value)
-    return value
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "af3pipe": version("af3pipe")}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a launcher needs no torch
-            found[name] = "not installed"
-    return found
+    return total
 
 
 def is_in_process(options: PipelineOptions) -> bool:

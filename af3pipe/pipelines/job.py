@@ -179,6 +179,9 @@ class JobConfig(_Strict):
         channel: What is heard of each: `mix`, `left`, `right`, or an index; a manifest's own column goes before it.
         stream: Index among the audio streams of a container; a manifest's own column goes before it.
         accelerator: Beam's accelerator hint for the workers that hold the model.
+        resume: Whether what earlier runs answered in `output` is left as it is, and only the rest is asked.
+        chunk_recordings: How many recordings are asked before their rows are written; for runs in one process, which
+            otherwise write nothing before all is asked.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
         verify_sample: How many requests, drawn at random, are asked again one at a time by plain `generate`.
         beam: Beam's pipeline options.
@@ -213,6 +216,8 @@ class JobConfig(_Strict):
     decode_timeout_s: Annotated[float, Field(gt=0, le=MOST_TIMEOUT_S)] = DEFAULT_LIMITS.timeout_s
     decode_memory_mib: Annotated[int, Field(ge=LEAST_MEMORY_MIB, le=MOST_MEMORY_MIB)] = DEFAULT_LIMITS.memory_mib
     accelerator: str | None = None
+    resume: bool = True
+    chunk_recordings: Annotated[int, Field(gt=0)] = 1000
     fail_on_dead_letters: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$")] | None = None
     verify_sample: Annotated[int, Field(ge=0)] = 0
     beam: dict[str, Any] = {}

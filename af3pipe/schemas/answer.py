@@ -280,12 +280,27 @@ def task_key(name: str, question_id: str | None) -> str:
 
 
 def answer_key(
-    recording: Recording, start_s: float, end_s: float, task: Task, model_id: str, model_revision: str
+    recording: Recording,
+    start_s: float,
+    end_s: float,
+    task: Task,
+    model_id: str,
+    model_revision: str,
+    cut_at: str | None = None,
 ) -> str:
     """Names a piece of work: the same work has the same key on every run, so a rerun can skip it.
 
     sha256 over the content's identity, the segment's bounds, the task, its prompt, the model and the decoding; and
     the channel and stream, where one was chosen.
+
+    Args:
+        recording: With its size, and etag or modification time.
+        start_s: Of what is heard. So is `end_s`.
+        end_s: Its end.
+        task: Resolved.
+        model_id: What answers.
+        model_revision: Of it.
+        cut_at: For a part of what will be stitched, as of `Segment`: the parts belong to one way of cutting.
     """
     name, question_id, prompt, parser, decoding, *turns = _asked(task)
     parts = [
@@ -301,6 +316,7 @@ def answer_key(
         decoding,
         *turns,
         *taken_from(recording.channel, recording.stream),
+        *([] if cut_at is None else [f"cut_at={cut_at}"]),
     ]
     return _digest(parts)
 

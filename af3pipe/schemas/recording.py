@@ -18,6 +18,9 @@ class TerminalState(str, Enum):
     DEAD_LETTER = "dead_letter"
 
 
+ROUNDING_S = 0.02005
+"""A remainder too short for one audio token (20 ms) is not asked about; less than this is no gap."""
+
 MIX = "mix"
 """The mean over all channels: how a recording is heard unless one channel is asked for."""
 
@@ -153,6 +156,11 @@ class Recording(NamedTuple):
     work_key: str | None = None
     earlier: Earlier = Earlier()
 
+    def wanted_until_s(self, duration_s: float | None) -> float:
+        """Where what is wanted of it ends, in an object of this length; where it begins for one of unknown length."""
+        available_s = max(self.offset_s, duration_s or 0.0)
+        return available_s if self.duration_s is None else min(available_s, self.offset_s + self.duration_s)
+
     @property
     def content_identity(self) -> str:
         """Changes when the bytes change: the store's etag, or size and modification time where it has none."""
@@ -209,6 +217,7 @@ class Segment(NamedTuple):
         sample_rate: Of `samples`, in Hz: the model's.
         samples: float32 mono PCM, shape (n,); full scale is 1.0, which float files may exceed.
         levels: Of `samples`, as `audio.levels.measure` gives them.
+        cut_at: Where its recording is cut if it is long: `cap`, or `silence:15.0` with the tolerance in seconds.
     """
 
     recording: Recording
@@ -220,6 +229,7 @@ class Segment(NamedTuple):
     sample_rate: int
     samples: npt.NDArray[np.float32]
     levels: Levels
+    cut_at: str = "cap"
 
     @property
     def audio_s(self) -> float:

@@ -10,6 +10,7 @@ from af3pipe.transforms.decode import DecodeAudio
 from af3pipe.transforms.outcome import Outcome
 from af3pipe.transforms.read import ReadRecordings
 from af3pipe.transforms.reconcile import ReconcileRecordings
+from af3pipe.transforms.resume import ResumeRecordings
 from af3pipe.transforms.verify import VerifyAnswers
 from af3pipe.transforms.write import WriteAnswers, WriteDeadLetters, WriteRecordings
 
@@ -20,6 +21,7 @@ __all__ = [
     "Outcome",
     "ReadRecordings",
     "ReconcileRecordings",
+    "ResumeRecordings",
     "VerifyAnswers",
     "WriteAnswers",
     "WriteDeadLetters",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import operator
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ from af3pipe.models.engine import (
     acquire_engine,
     release_engine,
 )
-from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.models.family import DEFAULT_MODEL, model_revision, open_checkpoint
 from af3pipe.models.tasks import answer, parse, resolve, stitch, thinking
 from af3pipe.schemas import (
+    ROUNDING_S,
     Answer,
+    Covered,
     DeadLetter,
     Recording,
     Reply,
@@ -34,13 +36,14 @@ from af3pipe.schemas import (
     TimedText,
     Turn,
     answer_key,
+    stitched_key,
+    task_key,
 )
 from af3pipe.transforms import metrics
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.decode import DecodeAudio
 from af3pipe.transforms.outcome import (
     DEAD_LETTERS,
-    Outcome,
     join_dead_letters,
     now_us,
     outcomes,
@@ -50,6 +53,8 @@ from af3pipe.transforms.outcome import (
 from af3pipe.transforms.overlap import OverlapDoFn
 
 _ASKED = "asked"
+_KEPT = "kept"
+_KNOWN = "known"
 _PARTS = "parts"
 _PENDING_PER_SLOT = 3  # one that the engine works on, two that it finds when that is done
 _ENGINE_COUNTERS = (
@@ -81,11 +86,20 @@ class AskedRequest(NamedTuple):
 registry.register_coder(AskedRequest, RowTupleCoder)
 
 
-class VerifiableOutcome(NamedTuple):
-    """An `Outcome` of answers, and the `AskedRequest`s that `VerifyAnswers` takes a sample of."""
+class AnswerOutcome(NamedTuple):
+    """An `Outcome` of answers, and what of earlier runs' answers stands, as `ReconcileRecordings` takes it."""
 
     good: Any
     dead_letters: Any
+    kept: Any
+
+
+class VerifiableOutcome(NamedTuple):
+    """An `AnswerOutcome`, and the `AskedRequest`s that `VerifyAnswers` takes a sample of."""
+
+    good: Any
+    dead_letters: Any
+    kept: Any
     asked: Any
 
 
@@ -95,6 +109,19 @@ def audio_checksum(request: Request) -> int:
     for audio in request.audios:
         checksum = zlib.crc32(np.ascontiguousarray(audio).data, checksum)
     return checksum
+
+
+def segment_key(segment: Segment, task: Task, model_id: str, model_revision: str) -> str:
+    """The `answer_key` of a task asked of a segment."""
+    cut_at = segment.cut_at if _is_part(segment, task) else None
+    return answer_key(
+        segment.recording, segment.start_s, segment.end_s, task, model_id, model_revision, cut_at=cut_at
+    )
+
+
+def _is_part(segment: Segment, task: Task) -> bool:
+    """Whether the answer is one of several that make one."""
+    return task.stitch and not (segment.segment_index == 0 and segment.is_last)
 
 
 def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) -> Answer:
@@ -141,7 +168,7 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
         engine=info.engine,
         dtype=info.dtype,
         decoding=task.decoding.to_json(),
-        answer_key=answer_key(recording, segment.start_s, segment.end_s, task, info.model_id, info.model_revision),
+        answer_key=segment_key(segment, task, info.model_id, info.model_revision),
         metadata=recording.metadata,
         run_id="",
         created_at=now_us(),
@@ -181,10 +208,13 @@ def request_seed(segment: Segment) -> int:
 class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     """Emits `Answer`; pieces of answers to be stitched to the tag `parts`; `DeadLetter` to `dead_letters`.
 
-    When `verifiable`, emits an `AskedRequest` to the tag `asked` for each request that was answered.
+    What `earlier` of a recording answers already is not asked: (recording_id, `Covered`) goes to the tag `kept`. The
+    tag `known` has earlier answers that stitching may arrive at again, by what the parts are grouped by. When
+    `verifiable`, emits an `AskedRequest` to the tag `asked` for each request that was answered.
 
-    The engine is held once per process, whatever the number of instances, threads and bundles. What is pending is
-    bounded by count and by seconds of audio: one runner gives a whole stage as one bundle.
+    The engine is held once per process, whatever the number of instances, threads and bundles; it is opened when
+    there is something to ask. What is pending is bounded by count and by seconds of audio: one runner gives a whole
+    stage as one bundle.
     """
 
     def __init__(
@@ -201,28 +231,41 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         self._asked = tuple(tasks)
         self._question_tokens = question_tokens
         self._question_think = question_think
+        self._engine: Engine | None = None
         self.verifiable = verifiable
 
     def setup(self) -> None:
-        self._engine = acquire_engine(self._options)
-        self._info = self._engine.info
-        self._max_pending = _PENDING_PER_SLOT * self._info.slots
-        self._max_weight = 2 * len(self._info.device.split(",")) * self._options.queue_audio_s
-        self._tasks = tuple(resolve(task, self._info.family) for task in self._asked)
+        options = self._options
+        checkpoint = open_checkpoint(options.model, options.revision)
+        self._family = checkpoint.family
+        self._model = checkpoint.model_id, model_revision(checkpoint, options.adapter, options.quantize)
+        self._tasks = tuple(resolve(task, self._family) for task in self._asked)
 
     def teardown(self) -> None:
         super().teardown()
-        release_engine(self._options)
+        if self._engine is not None:
+            self._engine = None
+            release_engine(self._options)
 
-    @property
+    # A method, because Beam looks at every property of a DoFn where the graph is built.
     def engine(self) -> Engine:
-        """The process's, between setup and teardown."""
+        """The process's; opened the first time that it is wanted between setup and teardown."""
+        if self._engine is None:
+            self._engine = acquire_engine(self._options)
+            self._info = self._engine.info
+            self._max_pending = _PENDING_PER_SLOT * self._info.slots
+            self._max_weight = 2 * len(self._info.device.split(",")) * self._options.queue_audio_s
         return self._engine
 
     @property
     def options(self) -> EngineOptions:
         """What the engine is opened with."""
         return self._options
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """Id and revision of what answers; known after setup."""
+        return self._model
 
     def weigh(self, segment: Segment) -> float:
         return segment.audio_s
@@ -233,22 +276,65 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         own = (
             answer(q.text, q.choices, q.question_id, max_new_tokens=limit, think=think) for q in recording.questions
         )
-        tasks = (*self._tasks, *(resolve(task, self._info.family) for task in own))
+        tasks = (*self._tasks, *(resolve(task, self._family) for task in own))
         return tuple({(task.name, task.question_id): task for task in reversed(tasks)}.values())[::-1]
 
     def request_of(self, segment: Segment) -> Request:
-        """All that is asked of a segment, however often it is asked."""
-        return Request(segment.samples, self.tasks_of(segment.recording), request_seed(segment))
+        """What is asked of a segment, however often it is asked; without tasks where there is nothing left to ask."""
+        return self._request(segment, self._left(segment).asked)
+
+    def _request(self, segment: Segment, tasks: tuple[Task, ...]) -> Request:
+        return Request(segment.samples, tasks, request_seed(segment))
+
+    def _left(self, segment: Segment) -> "_Left":
+        """What there is to ask of a segment, held against what earlier runs have answered."""
+        tasks = self.tasks_of(segment.recording)
+        if not segment.recording.earlier.answers:
+            return _Left(tasks, {})
+        kept = {task: found for task in tasks if (found := self._answered(segment, task)) is not None}
+        # A follow-up needs what the model said before, so that is asked again; its answer is not written again.
+        before = {task.history[: n + 1] for task in tasks if task not in kept for n in range(len(task.history))}
+        asked = tuple(task for task in tasks if task not in kept or thinking(task).turns in before)
+        return _Left(asked, kept)
+
+    def _answered(self, segment: Segment, task: Task) -> Covered | None:
+        """The earlier answer to this task, of this very content, model, prompt and decoding."""
+        earlier = segment.recording.earlier.answers
+        if not _is_part(segment, task):
+            key = segment_key(segment, task, *self._model)
+            return next((found for found in earlier if found.answer_key == key), None)
+        return next((found for found in self._may_be_stitched(segment, task) if _is_whole(segment, found)), None)
+
+    def _may_be_stitched(self, segment: Segment, task: Task) -> Iterator[Covered]:
+        """Earlier answers that are stitched of parts such as this one."""
+        for found in segment.recording.earlier.answers:
+            if found.task == task_key(task.name, task.question_id):
+                parts = [
+                    answer_key(segment.recording, *piece, task, *self._model, cut_at=segment.cut_at)
+                    for piece in found.pieces
+                ]
+                if stitched_key(parts) == found.answer_key:
+                    yield found
 
     def submit(self, segment: Segment) -> "Future[list[Reply]]":
-        return self._engine.submit(self.request_of(segment))
+        tasks = self._left(segment).asked
+        if tasks:
+            return self.engine().submit(self._request(segment, tasks))
+        nothing: Future[list[Reply]] = Future()
+        nothing.set_result([])
+        return nothing
 
     def emit(self, segment: Segment, future: "Future[list[Reply]]") -> Iterator[Any]:
-        metrics.count("segments_asked")
-        metrics.count_seconds("audio", segment.audio_s)
+        left = self._left(segment)
+        if left.asked:
+            metrics.count("segments_asked")
+            metrics.count_seconds("audio", segment.audio_s)
         if segment.is_last:
             metrics.count("recordings_done")
-        for outcome in self._answers(segment, self.tasks_of(segment.recording), future):
+        for found in left.kept.values():
+            metrics.count("answers_kept")
+            yield beam.pvalue.TaggedOutput(_KEPT, (segment.recording.recording_id, found))
+        for outcome in self._answers(segment, left, future):
             if isinstance(outcome, DeadLetter):
                 metrics.count(f"dead_letters_{outcome.reason.value}")
                 yield beam.pvalue.TaggedOutput(DEAD_LETTERS, outcome)
@@ -259,27 +345,35 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
             metrics.count("answers")
             is_part = outcome.segments and not (segment.segment_index == 0 and segment.is_last)
             yield beam.pvalue.TaggedOutput(_PARTS, outcome) if is_part else outcome
-        self._count_engine()
+        for task in left.asked:
+            if task not in left.kept and _is_part(segment, task):
+                for found in self._may_be_stitched(segment, task):
+                    key = _stitch_key(segment.recording.recording_id, task.name, task.question_id)
+                    yield beam.pvalue.TaggedOutput(_KNOWN, (key, found))
+        if self._engine is not None:
+            self._count_engine(self._engine)
 
     def _answers(
-        self, segment: Segment, tasks: tuple[Task, ...], future: "Future[list[Reply]]"
+        self, segment: Segment, left: "_Left", future: "Future[list[Reply]]"
     ) -> Iterator[Answer | DeadLetter | AskedRequest]:
         """One outcome per task; one dead letter for all of them where the request as a whole failed."""
 
         def lost(error: Exception) -> DeadLetter:
+            tasks = tuple(task for task in left.asked if task not in left.kept)
             return to_dead_letter(error, segment.recording, stage=Stage.GENERATE, segment=segment, tasks=tasks)
 
         for replies in outcomes(iter_result(future), lost):
             if isinstance(replies, DeadLetter):
                 yield replies
                 continue
-            if len(replies) != len(tasks):
-                raise EngineFailed(f"the engine gave {len(replies)} replies to {len(tasks)} tasks")
-            if self.verifiable:
-                checksum = audio_checksum(self.request_of(segment))
+            if len(replies) != len(left.asked):
+                raise EngineFailed(f"the engine gave {len(replies)} replies to {len(left.asked)} tasks")
+            if self.verifiable and left.asked:
+                checksum = audio_checksum(self._request(segment, left.asked))
                 yield AskedRequest(segment.recording, segment.segment_index, checksum, tuple(replies))
-            for task, reply in zip(tasks, replies, strict=True):
-                yield from self._answer(segment, task, reply)
+            for task, reply in zip(left.asked, replies, strict=True):
+                if task not in left.kept:
+                    yield from self._answer(segment, task, reply)
 
     def _answer(self, segment: Segment, task: Task, reply: Reply) -> Iterator[Answer | DeadLetter]:
         def invalid(error: Exception) -> DeadLetter:
@@ -287,9 +381,9 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
 
         return outcomes((make_answer(segment, task, reply, self._info) for _ in range(1)), invalid)
 
-    def _count_engine(self) -> None:
+    def _count_engine(self, engine: Engine) -> None:
         """Beam drops what is counted on the engine's thread, so a bundle's thread collects it."""
-        stats = self._engine.take_stats()
+        stats = engine.take_stats()
         for name in _ENGINE_COUNTERS:
             metrics.count(name, getattr(stats, name))
         for name in ("encode", "prefill", "decode", "idle"):
@@ -298,35 +392,72 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
             metrics.observe("slots_taken_percent", round(100 * stats.slot_steps / stats.slot_capacity))
 
 
+class _Left(NamedTuple):
+    """What is left to ask of a segment, and what need not be, by task."""
+
+    asked: tuple[Task, ...]
+    kept: dict[Task, Covered]
+
+
+def _is_whole(segment: Segment, found: Covered) -> bool:
+    """Whether a stitched answer covers all that was wanted of the recording, without a gap."""
+    end_s = found.pieces[0][0]
+    for start_s, piece_end_s in found.pieces:
+        if start_s > end_s + ROUNDING_S:
+            return False
+        end_s = piece_end_s
+    return end_s >= segment.recording.wanted_until_s(found.duration_s) - ROUNDING_S
+
+
 def iter_result(future: "Future[list[Reply]]") -> Iterator[list[Reply]]:
     """The future's result, raised inside the iteration, where `outcomes` catches it."""
     yield future.result()
 
 
 class _Stitch(beam.PTransform):
-    """Segments of one recording meet again, as text: their transcripts become one answer."""
+    """Segments of one recording meet again, as text: their transcripts become one answer.
 
-    def expand(self, parts: Any) -> Any:
+    Takes a dict of `parts` and `known`; gives answers, and to the tag `kept` those that are there already.
+    """
+
+    def expand(self, inputs: Any) -> Any:
+        parts = inputs["parts"] | "ByRecordingAndTask" >> beam.WithKeys(_key_of_part).with_output_types(
+            tuple[str, Answer]
+        )
         return (
-            parts
-            | "ByRecordingAndTask" >> beam.WithKeys(_stitch_key).with_output_types(tuple[str, Answer])
-            | "GroupParts" >> beam.GroupByKey()
-            | "Join" >> beam.MapTuple(_stitch_group).with_output_types(Answer)
+            {"parts": parts, "known": inputs["known"]}
+            | "GroupParts" >> beam.CoGroupByKey()
+            | "Join"
+            >> beam.FlatMapTuple(_stitch_group)
+            .with_output_types(Answer, **{_KEPT: tuple[str, Covered]})
+            .with_outputs(_KEPT, main="stitched")
         )
 
 
-def _stitch_key(part: Answer) -> str:
-    return json.dumps([part.recording_id, part.task, part.question_id])  # ids may hold any separator
+def _stitch_key(recording_id: str, task: str, question_id: str | None) -> str:
+    return json.dumps([recording_id, task, question_id])  # ids may hold any separator
 
 
-def _stitch_group(_: str, parts: Iterable[Answer]) -> Answer:
-    return stitch(sorted(parts, key=operator.attrgetter("segment_index")))
+def _key_of_part(part: Answer) -> str:
+    return _stitch_key(part.recording_id, part.task, part.question_id)
+
+
+def _stitch_group(_: str, found: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
+    parts = sorted(found["parts"], key=operator.attrgetter("segment_index"))
+    if not parts:
+        return  # each of them is a dead letter
+    stitched = stitch(parts)
+    known = {earlier.answer_key: earlier for earlier in found["known"]}
+    if stitched.answer_key in known:
+        yield beam.pvalue.TaggedOutput(_KEPT, (stitched.recording_id, known[stitched.answer_key]))
+    else:
+        yield stitched
 
 
 class AskAudioFlamingo(beam.PTransform):
     """Asks Audio Flamingo 3 or Music Flamingo about segments of audio.
 
-    Takes `Segment` (a PCollection, or the Outcome of `DecodeAudio`); gives an `Outcome` of `Answer`. A recording
+    Takes `Segment` (a PCollection, or the Outcome of `DecodeAudio`); gives an `AnswerOutcome`. A recording
     of several segments gives one transcript, stitched with its times, and an answer per segment to other tasks.
     A request that fails is a dead letter and costs no other; a model that cannot be loaded ends the job.
 
@@ -391,18 +522,24 @@ class AskAudioFlamingo(beam.PTransform):
 
     def expand(self, inputs: Any) -> Any:
         segments, before = split_input(inputs)
-        tags: dict[str, Any] = {DEAD_LETTERS: DeadLetter, _PARTS: Answer}
+        tags: dict[str, Any] = {
+            DEAD_LETTERS: DeadLetter,
+            _PARTS: Answer,
+            _KEPT: tuple[str, Covered],
+            _KNOWN: tuple[str, Covered],
+        }
         if self.dofn.verifiable:
             tags[_ASKED] = AskedRequest
         asked = segments | "Ask" >> beam.ParDo(self.dofn).with_output_types(Answer, **tags).with_outputs(
             *tags, main="whole"
         )
-        stitched = asked[_PARTS] | "Stitch" >> _Stitch()
-        good = (asked.whole, stitched) | "AllAnswers" >> beam.Flatten()
+        stitched = {"parts": asked[_PARTS], "known": asked[_KNOWN]} | "Stitch" >> _Stitch()
+        good = (asked.whole, stitched.stitched) | "AllAnswers" >> beam.Flatten()
+        kept = (asked[_KEPT], stitched[_KEPT]) | "AllKept" >> beam.Flatten()
         dead_letters = join_dead_letters(asked[DEAD_LETTERS], before)
         if self.dofn.verifiable:
-            return VerifiableOutcome(good, dead_letters, asked[_ASKED])
-        return Outcome(good, dead_letters)
+            return VerifiableOutcome(good, dead_letters, kept, asked[_ASKED])
+        return AnswerOutcome(good, dead_letters, kept)
 
 
 class AnswerRecordings(beam.PTransform):
@@ -426,7 +563,7 @@ class AnswerRecordings(beam.PTransform):
             self.with_resource_hints(accelerator=accelerator)
 
     def expand(self, inputs: Any) -> Any:
-        answers: Outcome | VerifiableOutcome = (
+        answers: AnswerOutcome | VerifiableOutcome = (
             inputs | "DecodeAudio" >> self._decode | "AskAudioFlamingo" >> self._ask
         )
         return answers

@@ -9,7 +9,7 @@ import apache_beam as beam
 
 from af3pipe import storage
 from af3pipe.audio.decode import OpenDecoding, open_decoding
-from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, DecoderPool, check_limits
+from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, acquire_decoders, check_limits, release_decoders
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength, read_segments
@@ -136,15 +136,24 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
         self._limits = open_checkpoint(self._model, self._revision).limits
         self._open_decoding: OpenDecoding = open_decoding
         if self._guard is not None:
-            self._decoders = DecoderPool(self._guard)
-            self._open_decoding = self._decoders.open
+            self._open_decoding = acquire_decoders(self._guard).open
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="af3pipe-decode")
 
     def teardown(self) -> None:
         super().teardown()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._guard is not None:
-            self._decoders.close()
+            release_decoders(self._guard)
+
+    @property
+    def guard(self) -> DecoderLimits | None:
+        """What decoders may take; None where they run in this process."""
+        return self._guard
+
+    @property
+    def policy(self) -> tuple[str | float, ...]:
+        """What decides how a recording ends, beside its content and what is asked of it."""
+        return self._over_length, self._split_tolerance_s, self._on_silent, self._silent_below_dbfs
 
     def segments_of(self, recording: Recording) -> Iterator[Segment]:
         """The recording's segments, decoded as they are taken; raises as `open_segments`."""

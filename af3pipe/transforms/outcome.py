@@ -1,10 +1,11 @@
 """Good elements and dead letters, side by side. The only place where an exception becomes a dead letter."""
 
+import itertools
 import json
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import apache_beam as beam
 
@@ -137,6 +138,24 @@ def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task
     if tasks:
         found["tasks"] = [plain(task) for task in tasks]
     return json.dumps(found, ensure_ascii=False)
+
+
+def recording_of(input_json: str) -> Recording:
+    """The recording that a dead letter is about, from its `input`."""
+    found: Recording = _typed(Recording, json.loads(input_json)["recording"])
+    return found
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """What `plain` made JSON of."""
+    if isinstance(value, dict) and hasattr(hint, "_fields"):
+        hints = get_type_hints(hint)
+        return hint(**{name: _typed(hints[name], field) for name, field in value.items() if name in hints})
+    if isinstance(value, list) and get_origin(hint) is tuple:
+        inner = get_args(hint)
+        hints_of = itertools.repeat(inner[0]) if inner[-1] is ... else inner
+        return tuple(_typed(one, item) for one, item in zip(hints_of, value, strict=False))
+    return value
 
 
 def plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Names of files, folders, globs and manifests to recordings: listed, each once, spread over the workers."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypedDict
 
 import apache_beam as beam
@@ -20,6 +21,9 @@ from af3pipe.schemas import (
 from af3pipe.transforms import metrics
 from af3pipe.transforms.manifest import is_manifest, is_text, manifest_row_uri, read_manifest
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, join_dead_letters, outcomes, to_dead_letter
+from af3pipe.transforms.overlap import OverlapDoFn
+
+STAT_THREADS = 32
 
 
 class _Chosen(TypedDict):
@@ -101,6 +105,43 @@ def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
         yield to_dead_letter(Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail), renamed, stage=Stage.LIST)
 
 
+def stat_recording(recording: Recording) -> Recording | DeadLetter:
+    """The recording with its size, etag and modification time, which a manifest does not tell."""
+    if recording.size_bytes is not None:
+        return recording
+    try:
+        info = storage.stat(recording.uri)
+    except Rejected as rejected:
+        return to_dead_letter(rejected, recording, stage=Stage.READ)
+    return recording._replace(size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime)
+
+
+class _StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
+    """What a store takes to answer is waited for by many threads at once."""
+
+    def __init__(self) -> None:
+        super().__init__(max_pending=2 * STAT_THREADS)
+
+    def setup(self) -> None:
+        self._pool = ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="af3pipe-stat")
+
+    def teardown(self) -> None:
+        super().teardown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, recording: Recording) -> "Future[Recording | DeadLetter]":
+        return self._pool.submit(stat_recording, recording)
+
+    def emit(self, recording: Recording, future: "Future[Recording | DeadLetter]") -> Iterator[Any]:
+        found = future.result()
+        if isinstance(found, DeadLetter):
+            metrics.count("recordings_done")
+            metrics.count(f"dead_letters_{found.reason.value}")
+            yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found)
+        else:
+            yield found
+
+
 class _ListDoFn(beam.DoFn):
     def __init__(self, chosen: _Chosen) -> None:
         self._chosen = chosen
@@ -127,7 +168,7 @@ def _tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
 
 
 class ReadRecordings(beam.PTransform):
-    """Lists recordings. Gives an `Outcome` of `Recording`, each once, in no order.
+    """Lists recordings. Gives an `Outcome` of `Recording`, each once, in no order, with size and etag or time.
 
     Starts a pipeline (`p | ReadRecordings("s3://archive/**/*.flac")`), or takes a PCollection of such names.
     The audio itself is not read here: what is shuffled to the workers is the recording's name.
@@ -168,4 +209,8 @@ class ReadRecordings(beam.PTransform):
             .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
             .with_outputs(DEAD_LETTERS, main="recordings")
         )
-        return Outcome(merged.recordings, join_dead_letters(merged[DEAD_LETTERS], (listed[DEAD_LETTERS],)))
+        found = merged.recordings | "Stat" >> beam.ParDo(_StatDoFn()).with_output_types(
+            Recording, **{DEAD_LETTERS: DeadLetter}
+        ).with_outputs(DEAD_LETTERS, main="recordings")
+        rejected = (listed[DEAD_LETTERS], merged[DEAD_LETTERS])
+        return Outcome(found.recordings, join_dead_letters(found[DEAD_LETTERS], rejected))

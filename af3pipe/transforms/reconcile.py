@@ -11,37 +11,35 @@ from apache_beam.coders import registry
 
 from af3pipe.audio.levels import combine
 from af3pipe.schemas import (
+    ROUNDING_S,
     Answer,
     Covered,
     DeadLetter,
     Levels,
     Recording,
     RecordingResult,
-    Stage,
     Task,
     TerminalState,
     task_key,
 )
 from af3pipe.transforms import metrics
 from af3pipe.transforms.coders import RowTupleCoder
-from af3pipe.transforms.outcome import now_us
+from af3pipe.transforms.outcome import now_us, recording_of
 
 _log = logging.getLogger(__name__)
-_ROUNDING_S = 0.02005
-"""A remainder too short for one audio token (20 ms) is not asked about; less than this is no gap."""
 
 
 class Failed(NamedTuple):
     """What reconciling needs of a dead letter.
 
     Attributes:
+        input: As of `DeadLetter`: says which recording it is where nothing else does.
         run_id: Of the run that wrote it; empty for this one.
     """
 
     dead_letter_key: str
-    uri: str
-    stage: str
     reason: str
+    input: str
     run_id: str = ""
 
 
@@ -92,7 +90,7 @@ def settle(
     covered_s = _covered_s(covered)
     if not covered:
         state = TerminalState.DEAD_LETTER
-    elif failed or covered_s < _wanted_s(recording, duration_s) - _ROUNDING_S:
+    elif failed or covered_s < recording.wanted_until_s(duration_s) - recording.offset_s - ROUNDING_S:
         state = TerminalState.OK_PARTIAL
     else:
         state = TerminalState.OK
@@ -156,11 +154,6 @@ def _length_s(pieces: Iterable[tuple[float, float]]) -> float:
     return covered_s
 
 
-def _wanted_s(recording: Recording, duration_s: float | None) -> float:
-    available = 0.0 if duration_s is None else max(0.0, duration_s - recording.offset_s)
-    return available if recording.duration_s is None else min(available, recording.duration_s)
-
-
 class _SettleDoFn(beam.DoFn):
     def __init__(self, asked: frozenset[str]) -> None:
         self._asked = asked
@@ -169,8 +162,8 @@ class _SettleDoFn(beam.DoFn):
         recording_id, found = group
         covered, failed = list(found["answers"]), list(found["dead_letters"])
         recordings = list(found["recordings"])
-        if not recordings and any(letter.stage == Stage.LIST.value for letter in failed):
-            recordings = [Recording(recording_id, failed[0].uri)]  # rejected while listing: there is no more of it
+        if not recordings and failed:
+            recordings = [recording_of(failed[0].input)]  # rejected before there was anything to ask
         result = (
             self._settle(recordings[0], covered, failed, list(found.get("kept", ())))
             if len(recordings) == 1
@@ -201,7 +194,7 @@ def _answer_pair(answer: Answer) -> tuple[str, Covered]:
 
 def failed_by(letter: DeadLetter) -> Failed:
     """What a dead letter says."""
-    return Failed(letter.dead_letter_key, letter.uri, letter.stage.value, letter.reason.value, letter.run_id)
+    return Failed(letter.dead_letter_key, letter.reason.value, letter.input, letter.run_id)
 
 
 def _dead_letter_pair(letter: DeadLetter) -> tuple[str, Failed]:

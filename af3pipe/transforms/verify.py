@@ -210,11 +210,11 @@ class VerifyDoFn(beam.DoFn):
         def lost(error: Exception) -> DeadLetter:
             return to_dead_letter(error, segment.recording, stage=Stage.GENERATE, segment=segment)
 
-        (replies,) = outcomes((self._ask.engine.ask_alone(request).result() for _ in range(1)), lost)
+        (replies,) = outcomes((self._ask.engine().ask_alone(request).result() for _ in range(1)), lost)
         if isinstance(replies, DeadLetter):
             return _not_asked(asked, _detail(replies))
         mismatches = compare(asked, request.tasks, replies)
-        dtype, quantize = self._ask.engine.info.dtype, self._ask.options.quantize
+        dtype, quantize = self._ask.engine().info.dtype, self._ask.options.quantize
         must_be_equal = (dtype, quantize) == ("float32", "none")
         return Verified(
             sampled=1,

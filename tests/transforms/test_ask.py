@@ -62,8 +62,8 @@ def test_the_process_holds_one_engine_and_lets_it_go(dofn):
         thread.start()
     for thread in threads:
         thread.join()
-    assert {id(other._engine) for other in others} == {id(dofn._engine)}
-    held = dofn._engine
+    assert {id(other.engine()) for other in others} == {id(dofn.engine())}
+    held = dofn.engine()
     for other in others:
         other.teardown()
     assert held.submit  # still open: dofn holds it

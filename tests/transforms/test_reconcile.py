@@ -11,7 +11,7 @@ from af3pipe.transforms.reconcile import Failed, settle
 KEYS = map(str, itertools.count())
 RECORDING = Recording("id", "a.wav")
 LEVELS = Levels(-3.0, -20.0, 0.0, False)
-LETTER = Failed("letter", "a.wav", "decode", "decode_error")
+LETTER = Failed("letter", "decode_error", "{}")
 
 
 def state(recording, covered, failed=()):

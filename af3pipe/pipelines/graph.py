@@ -1,0 +1,142 @@
+"""The graph of a job: recordings in, Parquet out. Needs neither torch nor the model's weights."""
+
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+
+from af3pipe.audio.guarded import DecoderLimits
+from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
+from af3pipe.pipelines.accounting import verified_uri, write_found, write_verified
+from af3pipe.pipelines.job import JobConfig
+from af3pipe.pipelines.plan import Chunk
+from af3pipe.schemas import DeadLetter, Recording
+from af3pipe.transforms import (
+    AnswerRecordings,
+    AskAudioFlamingo,
+    DecodeAudio,
+    Outcome,
+    ReadRecordings,
+    ReconcileRecordings,
+    ResumeRecordings,
+    VerifyAnswers,
+    WriteAnswers,
+    WriteDeadLetters,
+    WriteRecordings,
+)
+from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
+
+
+class Asking(NamedTuple):
+    """How a job's recordings are decoded and what is asked of them."""
+
+    decode: DecodeAudio
+    ask: AskAudioFlamingo
+
+
+def asking(job: JobConfig) -> Asking:
+    """The two transforms that do the work."""
+    decode = DecodeAudio(
+        model=job.model,
+        revision=job.revision,
+        over_length=job.over_length,
+        split_at=job.split_at,
+        split_tolerance_s=job.split_tolerance_s,
+        on_silent=job.on_silent,
+        silent_below_dbfs=job.silent_below,
+        threads=job.decode_threads,
+        guard=DecoderLimits(job.decode_timeout_s, job.decode_memory_mib) if job.decode_guard else None,
+    )
+    ask = AskAudioFlamingo(
+        model=job.model,
+        tasks=job.all_tasks(),
+        revision=job.revision,
+        engine=job.engine,
+        dtype=job.dtype,
+        device=job.device,
+        slots=job.slots,
+        queue_audio_s=job.queue_audio_s,
+        question_tokens=job.max_new_tokens or DEFAULT_QUESTION_TOKENS,
+        question_think=job.think,
+        attention=job.attention,
+        cuda_graphs=job.cuda_graphs,
+        adapter=job.adapter,
+        quantize=job.quantize,
+        verifiable=job.verify_sample > 0,
+    )
+    return Asking(decode, ask)
+
+
+def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> AnswerOutcome | VerifiableOutcome:
+    """Lays the whole job, from listing on.
+
+    Returns:
+        The outcome before it is written: answers, and all dead letters.
+    """
+    how = asking(job)
+    found = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs, channel=job.channel, stream=job.stream)
+    _ = found | "CountFound" >> _CountFound(job.output, run_id)
+    resume = ResumeRecordings(job.output if job.resume else None, how.decode, how.ask)
+    left = found | "ResumeRecordings" >> resume
+    return _answer(Outcome(left.good, left.dead_letters), left.skipped, how, job, run_id, chunk=0)
+
+
+def build_chunk(
+    pipeline: beam.Pipeline, job: JobConfig, run_id: str, chunk: Chunk, number: int
+) -> AnswerOutcome | VerifiableOutcome:
+    """Lays the job for recordings that are planned; `job.verify_sample` is this chunk's."""
+    # In one piece and not split by Beam: it pickles what it splits, and the rows have coders of their own.
+    recordings = pipeline | "Recordings" >> _create(chunk.recordings, Recording)
+    letters = pipeline | "DeadLetters" >> _create(chunk.dead_letters, DeadLetter)
+    return _answer(Outcome(recordings, letters), None, asking(job), job, run_id, chunk=number)
+
+
+def _create(rows: tuple[Any, ...], row_class: type) -> beam.PTransform:
+    return beam.Create(rows, reshuffle=False).with_output_types(row_class)
+
+
+def _answer(
+    recordings: Outcome, skipped: Any, how: Asking, job: JobConfig, run_id: str, *, chunk: int
+) -> AnswerOutcome | VerifiableOutcome:
+    answers: AnswerOutcome | VerifiableOutcome = recordings | "AnswerRecordings" >> AnswerRecordings(
+        how.decode, how.ask, accelerator=job.accelerator
+    )
+    results = {
+        "recordings": recordings.good,
+        "answers": answers.good,
+        "dead_letters": answers.dead_letters,
+        "kept": answers.kept,
+    } | "ReconcileRecordings" >> ReconcileRecordings(job.all_tasks())
+    if skipped is not None:
+        results = (results, skipped) | "AllResults" >> beam.Flatten()
+    told = answers.dead_letters | "NotYetTold" >> beam.Filter(lambda letter: not letter.run_id)
+    _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, run_id=run_id)
+    _ = told | "WriteDeadLetters" >> WriteDeadLetters(job.output, run_id=run_id)
+    _ = results | "WriteRecordings" >> WriteRecordings(job.output, run_id=run_id)
+    if job.verify_sample:
+        verify = VerifyAnswers(how.decode, how.ask, sample=job.verify_sample, accelerator=job.accelerator)
+        verified = answers | "VerifyAnswers" >> verify
+        _ = verified | "WriteVerified" >> beam.Map(write_verified, uri=verified_uri(job.output, run_id, chunk))
+    return answers
+
+
+class _CountFound(beam.PTransform):
+    """Leaves the number of recordings found beside the run's tables; those rejected already count too."""
+
+    def __init__(self, output: str, run_id: str) -> None:
+        super().__init__()
+        self._output = output
+        self._run_id = run_id
+
+    def expand(self, recordings: Any) -> Any:
+        ids = [
+            recordings.good | "FoundId" >> beam.Map(lambda found: found.recording_id).with_output_types(str),
+            recordings.dead_letters
+            | "RejectedId" >> beam.Map(lambda letter: letter.recording_id).with_output_types(str),
+        ]
+        return (
+            ids
+            | "AllIds" >> beam.Flatten()
+            | "DistinctIds" >> beam.Distinct()
+            | "CountIds" >> beam.combiners.Count.Globally()
+            | "WriteFound" >> beam.Map(write_found, output=self._output, run_id=self._run_id)
+        )

@@ -1,0 +1,151 @@
+"""What a run leaves of itself in `_runs/`: that it began, and in the end all that is to be known of it."""
+
+import json
+import os
+import platform
+import re
+import socket
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from af3pipe import storage
+from af3pipe.models.engine import ModelError
+from af3pipe.models.family import Checkpoint, model_revision
+from af3pipe.pipelines.accounting import RunCounts, run_files
+from af3pipe.pipelines.job import JobConfig
+from af3pipe.transforms.verify import Verified
+
+_PACKAGES = (
+    "apache-beam",
+    "torch",
+    "transformers",
+    "peft",
+    "torchao",
+    "pyarrow",
+    "soundfile",
+    "av",
+    "soxr",
+    "fsspec",
+)
+_STARTED = ".started.json"
+
+
+class RunReport(NamedTuple):
+    """What a run did; `verified` is None where nothing was to be verified."""
+
+    run_id: str
+    counts: RunCounts
+    wall_s: float
+    metrics: dict[str, int]
+    verified: Verified | None = None
+
+
+def record_uri(output: str, run_id: str) -> str:
+    """Where the record of a finished run is."""
+    return storage.join(output, "_runs", f"{run_id}.json")
+
+
+def started_uri(output: str, run_id: str) -> str:
+    """Where a run that has not finished says that it began."""
+    return storage.join(output, "_runs", f"{run_id}{_STARTED}")
+
+
+def write_started(job: JobConfig, run_id: str) -> None:
+    """Written before anything else of the run: whoever finds it alone knows that the run goes on, or was killed."""
+    record = {
+        "run_id": run_id,
+        "started_at": _now(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": _without_secrets(job.model_dump(mode="json")),
+    }
+    _write(started_uri(job.output, run_id), record)
+
+
+def unfinished_runs(output: str) -> Iterator[dict[str, Any]]:
+    """What runs that have not finished said when they began."""
+    for uri in storage.list_files(storage.join(output, "_runs")):
+        if uri.endswith(_STARTED):
+            yield json.loads(storage.read_bytes(uri))
+
+
+def write_record(
+    job: JobConfig, checkpoint: Checkpoint | None, runner: str | None, started_at: datetime, report: RunReport
+) -> None:
+    """The run's own record, written last: who finds it knows that the run is complete."""
+    counts = report.counts
+    record = {
+        "run_id": report.run_id,
+        "started_at": started_at.isoformat(timespec="seconds"),
+        "finished_at": _now(),
+        "wall_s": round(report.wall_s, 3),
+        "job": _without_secrets(job.model_dump(mode="json")),
+        "runner": runner,
+        "model": _model_record(job, checkpoint),
+        "versions": _versions(),
+        "recordings_found": counts.found,
+        "recordings": counts.states,
+        "answers": counts.answers,
+        "dead_letters": counts.dead_letters,
+        "audio_s": round(counts.audio_s, 3),
+        "reconciled": counts.reconciled,
+        "problems": list(counts.problems),
+        "verified": report.verified.to_dict() if report.verified else None,
+        "counters": report.metrics,
+        "files": run_files(job.output, report.run_id),
+    }
+    _write(record_uri(job.output, report.run_id), record)
+    storage.delete(started_uri(job.output, report.run_id))
+
+
+def _write(uri: str, record: dict[str, Any]) -> None:
+    storage.write_atomic(uri, json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, str | None]:
+    chosen = {"adapter": job.adapter, "quantize": job.quantize}
+    if checkpoint is None:  # the answers' own columns say which it was
+        return {"id": job.model, "revision": job.revision, "family": None, "licence": None, **chosen}
+    try:
+        revision: str | None = model_revision(checkpoint, job.adapter, job.quantize)
+    except ModelError:  # only the workers have the adapter
+        revision = None
+    return {
+        "id": checkpoint.model_id,
+        "revision": revision,
+        "family": checkpoint.family,
+        "licence": checkpoint.licence,
+        **chosen,
+    }
+
+
+_SECRET_NAME = re.compile(r"secret|token|password|credential|connection_string|access_key|api_key", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@|(?<=[?&])(?:[\w-]*(?:sig|token|key)[\w-]*)=[^&\s]+", re.IGNORECASE)
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    """The job as it is recorded: what is named like a secret, or stands in a URL like one, is not."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item, name) for item in value]
+    if isinstance(value, str):
+        is_secret = _SECRET_NAME.search(name)
+        return "***" if is_secret else _USER_IN_URL.sub("***", value)
+    return value
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "af3pipe": version("af3pipe")}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a launcher needs no torch
+            found[name] = "not installed"
+    return found

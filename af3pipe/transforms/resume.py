@@ -1,0 +1,280 @@
+"""What earlier runs left in the same output, held against what there is to do: nothing is paid for twice."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import pyarrow.parquet as pq
+from apache_beam.coders import registry
+
+from af3pipe import storage
+from af3pipe.models.tasks import ANSWER_TABLES
+from af3pipe.schemas import (
+    Covered,
+    DeadLetter,
+    Earlier,
+    Levels,
+    Reason,
+    Recording,
+    RecordingResult,
+    TerminalState,
+    task_key,
+    work_key,
+)
+from af3pipe.transforms import metrics
+from af3pipe.transforms.ask import AskAudioFlamingo, AskDoFn
+from af3pipe.transforms.coders import RowTupleCoder
+from af3pipe.transforms.decode import DecodeAudio, DecodeDoFn
+from af3pipe.transforms.outcome import DEAD_LETTERS, now_us, split_input
+
+_RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
+_COVERED_BY = ["start_s", "end_s", "segments", "duration_s", *Levels._fields]
+_BATCH_ROWS = 4096
+
+
+class Settled(NamedTuple):
+    """How an earlier run left a recording: what resuming needs of a row of `recordings/`."""
+
+    work_key: str | None
+    settled_state: TerminalState
+    duration_s: float | None
+    covered_s: float
+    answer_keys: tuple[str, ...]
+    dead_letter_keys: tuple[str, ...]
+    reasons: tuple[str, ...]
+    peak_dbfs: float | None
+    rms_dbfs: float | None
+    clipped_share: float | None
+    silent: bool | None
+    created_at: int
+
+
+class Told(NamedTuple):
+    """A dead letter that an earlier run wrote."""
+
+    dead_letter_key: str
+    run_id: str
+
+
+for _row_class in (Settled, Told):
+    registry.register_coder(_row_class, RowTupleCoder)
+
+
+def earlier_files(output: str) -> list[tuple[str, str]]:
+    """(table, URI) of each Parquet file that there is."""
+    tables = ("recordings", "dead_letters", *ANSWER_TABLES)
+    return [
+        (table, uri)
+        for table in tables
+        for uri in storage.list_files(storage.join(output, table))
+        if uri.endswith(".parquet")
+    ]
+
+
+def read_earlier(table: str, uri: str) -> Iterator[tuple[str, Settled | Covered | Told]]:
+    """What a Parquet file of an output says, by recording_id.
+
+    Raises:
+        Rejected: The file cannot be read.
+        pyarrow.ArrowInvalid: It is none that this version reads.
+    """
+    columns, make = _READERS.get(table, (["answer_key", "task", "question_id", *_COVERED_BY], _covered))
+    with storage.open_input(uri) as file:
+        for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=["recording_id", *columns]):
+            for row in batch.to_pylist():
+                yield row["recording_id"], make(row)
+
+
+def _settled(row: dict[str, Any]) -> Settled:
+    created: datetime = row["created_at"]
+    found = {name: row[name] for name in Settled._fields} | {"created_at": round(created.timestamp() * 1e6)}
+    for name in ("answer_keys", "dead_letter_keys", "reasons"):
+        found[name] = tuple(found[name])
+    return Settled(**found | {"settled_state": TerminalState(row["settled_state"])})
+
+
+def _covered(row: dict[str, Any]) -> Covered:
+    pieces = tuple((piece["start_s"], piece["end_s"]) for piece in row["segments"] or ())
+    return Covered(
+        row["answer_key"],
+        task_key(row["task"], row["question_id"]),
+        pieces or ((row["start_s"], row["end_s"]),),
+        row["duration_s"],
+        Levels(row["peak_dbfs"], row["rms_dbfs"], row["clipped_share"], row["silent"]),
+    )
+
+
+def _told(row: dict[str, Any]) -> Told:
+    return Told(row["dead_letter_key"], row["run_id"])
+
+
+_READERS: dict[str, tuple[Sequence[str], Callable[[dict[str, Any]], Settled | Covered | Told]]] = {
+    "recordings": (Settled._fields, _settled),
+    "dead_letters": (Told._fields, _told),
+}
+
+
+def resume(
+    recording: Recording, settled: Iterable[Settled], answers: Iterable[Covered], told: Iterable[Told]
+) -> Recording | RecordingResult:
+    """What is left to do for a recording: `skipped_done`, or the recording with what earlier runs left of it.
+
+    It is skipped when a run has settled this very work, all rows of it are still there, and no dead letter of it may
+    turn out otherwise another time. One that is not is opened again, but only what is missing is asked.
+
+    Args:
+        recording: With its `work_key`.
+        settled: What earlier runs made of it. So are `answers` and `told`.
+        answers: Of any model and prompt.
+        told: Their dead letters.
+    """
+    by_key = {found.answer_key: found for found in answers}
+    letters = dict(sorted(told, reverse=True))  # the first run to tell it counts
+    for row in sorted(settled, key=lambda row: row.created_at, reverse=True):
+        is_there = by_key.keys() >= set(row.answer_keys) and letters.keys() >= set(row.dead_letter_keys)
+        if row.work_key == recording.work_key and is_there and not _RETRYABLE & set(row.reasons):
+            return _skipped(recording, row)
+    earlier = Earlier(tuple(by_key[key] for key in sorted(by_key)), tuple(sorted(letters.items())))
+    return recording._replace(earlier=earlier)
+
+
+def _skipped(recording: Recording, row: Settled) -> RecordingResult:
+    return RecordingResult(
+        recording_id=recording.recording_id,
+        uri=recording.uri,
+        terminal_state=TerminalState.SKIPPED_DONE,
+        settled_state=row.settled_state,
+        duration_s=row.duration_s,
+        covered_s=row.covered_s,
+        answers=0,
+        kept_answers=len(row.answer_keys),
+        answer_keys=row.answer_keys,
+        dead_letters=0,
+        kept_dead_letters=len(row.dead_letter_keys),
+        dead_letter_keys=row.dead_letter_keys,
+        reasons=row.reasons,
+        work_key=recording.work_key,
+        peak_dbfs=row.peak_dbfs,
+        rms_dbfs=row.rms_dbfs,
+        clipped_share=row.clipped_share,
+        silent=row.silent,
+        size_bytes=recording.size_bytes,
+        etag=recording.etag,
+        mtime=recording.mtime,
+        offset_s=recording.offset_s,
+        channel=recording.channel,
+        stream=recording.stream,
+        metadata=recording.metadata,
+        run_id="",
+        created_at=now_us(),
+    )
+
+
+class WorkKeys:
+    """Gives recordings the key of all that is asked of them.
+
+    Args:
+        decode: How they are decoded.
+        ask: What is asked of them; set up.
+    """
+
+    def __init__(self, decode: DecodeDoFn, ask: AskDoFn) -> None:
+        self._policy = decode.policy
+        self._ask = ask
+
+    def add(self, recording: Recording) -> Recording:
+        """The recording with its `work_key`."""
+        tasks = self._ask.tasks_of(recording)
+        return recording._replace(work_key=work_key(recording, tasks, *self._ask.model, self._policy))
+
+
+class _ResumeDoFn(beam.DoFn):
+    """Emits `Recording` to ask about, `RecordingResult` of skipped ones, and `DeadLetter`, by tag."""
+
+    def __init__(self, decode: DecodeDoFn, ask: AskDoFn) -> None:
+        self._decode = decode
+        self._ask = ask
+
+    def setup(self) -> None:
+        self._ask.setup()
+        self._keys = WorkKeys(self._decode, self._ask)
+
+    def teardown(self) -> None:
+        self._ask.teardown()
+
+    def process(self, group: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[Any]:
+        found = group[1]
+        told = [row for row in found["earlier"] if isinstance(row, Told)]
+        letters = dict(sorted(told, reverse=True))
+        rejected = [
+            letter._replace(run_id=letters.get(letter.dead_letter_key, "")) for letter in found["dead_letters"]
+        ]
+        settled = [row for row in found["earlier"] if isinstance(row, Settled)]
+        answers = [row for row in found["earlier"] if isinstance(row, Covered)]
+        if any(not letter.run_id for letter in rejected):
+            settled = []
+        for recording in found["recordings"]:
+            left = resume(self._keys.add(recording), settled, answers, told)
+            if isinstance(left, RecordingResult):
+                metrics.count("recordings_skipped_done")
+                metrics.count("recordings_done")
+                yield beam.pvalue.TaggedOutput(_SKIPPED, left)
+                rejected = []  # that row names them
+            else:
+                yield left
+        for letter in rejected:
+            yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
+
+
+_SKIPPED = "skipped"
+
+
+class ResumeOutcome(NamedTuple):
+    """An `Outcome` of the recordings there is something to ask of, and the `RecordingResult` of all others."""
+
+    good: Any
+    dead_letters: Any
+    skipped: Any
+
+
+class ResumeRecordings(beam.PTransform):
+    """Holds recordings against what an output has of earlier runs.
+
+    Takes `Recording` (a PCollection, or the Outcome of `ReadRecordings`); gives a `ResumeOutcome`.
+
+    Args:
+        output: Folder with the tables of earlier runs; None where none is to be resumed.
+        decode: How recordings are decoded.
+        ask: What is asked.
+    """
+
+    def __init__(self, output: str | None, decode: DecodeAudio, ask: AskAudioFlamingo) -> None:
+        super().__init__()
+        self._output = output
+        self._dofn = _ResumeDoFn(decode.dofn, ask.dofn)
+
+    def expand(self, inputs: Any) -> Any:
+        recordings, before = split_input(inputs)
+        files = recordings.pipeline | "Outputs" >> beam.Create([self._output] if self._output else [])
+        earlier = (
+            files
+            | "EarlierFiles" >> beam.FlatMap(earlier_files).with_output_types(tuple[str, str])
+            | "SpreadFiles" >> beam.Reshuffle()
+            | "ReadEarlier" >> beam.FlatMapTuple(read_earlier)
+        )
+        letters = before[0] if before else recordings.pipeline | "NoLetters" >> beam.Create([])
+        by_id = {
+            "recordings": recordings | "RecordingId" >> beam.WithKeys(lambda found: found.recording_id),
+            "dead_letters": letters | "DeadLetterId" >> beam.WithKeys(lambda found: found.recording_id),
+            "earlier": earlier,
+        }
+        resumed = (
+            by_id
+            | "MeetById" >> beam.CoGroupByKey()
+            | "Resume"
+            >> beam.ParDo(self._dofn)
+            .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter, _SKIPPED: RecordingResult})
+            .with_outputs(DEAD_LETTERS, _SKIPPED, main="recordings")
+        )
+        return ResumeOutcome(resumed.recordings, resumed[DEAD_LETTERS], resumed[_SKIPPED])
