@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from af3pipe.models.engine import ENGINES, EngineFailed, EngineInfo, EngineOptions, EngineStats
+from af3pipe.models.family import open_checkpoint
 from af3pipe.models.scheduler import Job, JobQueue
 from af3pipe.schemas import Reply, Request
 
@@ -25,7 +26,12 @@ class ConstantEngine:
 
     def __init__(self, options: EngineOptions) -> None:
         self._slots = options.slots or 16
-        self.info = EngineInfo("constant", "1", "AudioFlamingo3", "none", "constant", "none", "none", self._slots)
+        model = open_checkpoint(
+            options.model, options.revision
+        )  # whose answers these are said to be, so that runs resume
+        self.info = EngineInfo(
+            model.model_id, model.revision, model.family, model.licence, "constant", "none", "none", self._slots
+        )
         self._queue = JobQueue(2 * self._slots, options.queue_audio_s)
         self._stats = EngineStats()
         self._lock = threading.Lock()

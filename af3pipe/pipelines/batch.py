@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -24,13 +24,15 @@ from af3pipe.pipelines.accounting import count_run, fill_empty_tables, take_foun
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.plan import Plan, Settlement
 from af3pipe.pipelines.record import RunReport, unfinished_runs, write_record, write_started
-from af3pipe.schemas import DeadLetter, Reason, Recording
+from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
 from af3pipe.transforms.read import list_recordings
 from af3pipe.transforms.resume import WorkKeys
 from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_rows
 
 T = TypeVar("T")
+Items: TypeAlias = Iterable[Recording | DeadLetter | RecordingResult]
+_CHUNK_ELSEWHERE = 100_000  # other runners keep on disk what they shuffle
 _log = logging.getLogger(__name__)
 _IN_PROCESS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
 
@@ -49,7 +51,7 @@ class Progress(NamedTuple):
     elapsed_s: float
 
 
-def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
+def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = True) -> Checkpoint | None:
     """What can be known to fail is found before a worker starts or a model is loaded.
 
     Returns:
@@ -60,7 +62,8 @@ def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
         ModelError: The checkpoint or the adapter cannot be found, the checkpoint is of a family that is not
             supported, or does not know a task.
     """
-    _check_inputs(job.inputs)
+    if check_inputs:
+        _check_inputs(job.inputs)
     try:
         storage.check_writable(job.output)
     except storage.StorageError as error:
@@ -113,6 +116,7 @@ def run(
     job: JobConfig,
     beam_flags: Iterable[str] = (),
     *,
+    again: Items | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     progress_every_s: float = 0.5,
 ) -> RunReport:
@@ -124,6 +128,8 @@ def run(
     Args:
         job: What to do.
         beam_flags: Options for Beam, as on its command line.
+        again: What there is to do instead of the job's inputs: recordings, which are not skipped where they ended as
+            dead letters, and results that are to be written as they are.
         on_progress: Called now and then on the calling thread, with what this process has counted.
         progress_every_s: How often.
 
@@ -133,7 +139,7 @@ def run(
         StorageError, Rejected: The pipeline is done, but its books cannot be written or read back.
     """
     options = beam_options(job, list(beam_flags))
-    checkpoint = preflight(job, options)
+    checkpoint = preflight(job, options, check_inputs=again is None)
     run_id = new_run_id()
     # A branch may move while the run lasts: every worker takes the commit that was looked at here.
     pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
@@ -147,9 +153,8 @@ def run(
     _tell_unfinished(job)
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     write_started(job, run_id)
-    work = _run_in_chunks if is_in_process(options) else _run_whole
     before = metrics.tally()
-    background = _Background(lambda: work(ran_job, options, run_id))
+    background = _Background(lambda: _run(ran_job, options, run_id, again))
     while not background.wait(progress_every_s):
         on_progress(_progress(metrics.tally() - before, time.monotonic() - started))
     found, counted, chunks = background.result()
@@ -182,6 +187,12 @@ class _Ran(NamedTuple):
     chunks: tuple[int, ...]
 
 
+def _run(job: JobConfig, options: PipelineOptions, run_id: str, again: Items | None) -> _Ran:
+    if again is not None or is_in_process(options):
+        return _run_in_chunks(job, options, run_id, again)
+    return _run_whole(job, options, run_id)
+
+
 def _run_whole(job: JobConfig, options: PipelineOptions, run_id: str) -> _Ran:
     """As one pipeline, on workers elsewhere."""
     pipeline = beam.Pipeline(options=options)
@@ -190,27 +201,30 @@ def _run_whole(job: JobConfig, options: PipelineOptions, run_id: str) -> _Ran:
     return _Ran(take_found(job.output, run_id), counters, (0,))
 
 
-def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str) -> _Ran:
-    """In this process: planned first, then asked chunk by chunk, with one engine and one set of decoders."""
+def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again: Items | None) -> _Ran:
+    """Planned in this process first, then asked chunk by chunk, with one engine and one set of decoders."""
+    is_here = is_in_process(options)
     how = graph.asking(job)
     counted: Counter[str] = Counter()
     chunks = []
     with Plan() as plan, ExitStack() as held:
-        for name in dict.fromkeys(job.inputs):
+        if again is not None:
+            plan.add_found(again)
+        for name in dict.fromkeys(job.inputs if again is None else ()):
             plan.add_found(list_recordings(name, channel=job.channel, stream=job.stream))
         if job.resume:
             plan.add_earlier(job.output)
         how.ask.dofn.setup()
-        settlements = plan.settle(WorkKeys(how.decode.dofn, how.ask.dofn))
+        settlements = plan.settle(WorkKeys(how.decode.dofn, how.ask.dofn), retry=again is not None)
         while batch := list(itertools.islice(settlements, ROWS_PER_SHARD)):
             counted += _write_settlements(batch, job.output, run_id)
         counted["recordings_found"] = plan.found
         metrics.count("recordings_found", plan.found)
         metrics.count("recordings_done", plan.found - plan.to_ask)
-        if plan.to_ask:
+        if plan.to_ask and is_here:
             _hold(how, held)
         asked = 0
-        for number, chunk in enumerate(plan.chunks(job.chunk_recordings)):
+        for number, chunk in enumerate(plan.chunks(job.chunk_recordings if is_here else _CHUNK_ELSEWHERE)):
             before, asked = asked, asked + len(chunk.recordings)
             # Of the sample, each chunk has the share that it has of the recordings.
             sample = job.verify_sample * asked // plan.to_ask - job.verify_sample * before // plan.to_ask

@@ -84,14 +84,11 @@ def build_chunk(
     pipeline: beam.Pipeline, job: JobConfig, run_id: str, chunk: Chunk, number: int
 ) -> AnswerOutcome | VerifiableOutcome:
     """Lays the job for recordings that are planned; `job.verify_sample` is this chunk's."""
-    # In one piece and not split by Beam: it pickles what it splits, and the rows have coders of their own.
-    recordings = pipeline | "Recordings" >> _create(chunk.recordings, Recording)
-    letters = pipeline | "DeadLetters" >> _create(chunk.dead_letters, DeadLetter)
+    recordings = pipeline | "Recordings" >> beam.Create(chunk.recordings, reshuffle=False).with_output_types(
+        Recording
+    )
+    letters = pipeline | "Rejected" >> beam.Create(chunk.dead_letters, reshuffle=False).with_output_types(DeadLetter)
     return _answer(Outcome(recordings, letters), None, asking(job), job, run_id, chunk=number)
-
-
-def _create(rows: tuple[Any, ...], row_class: type) -> beam.PTransform:
-    return beam.Create(rows, reshuffle=False).with_output_types(row_class)
 
 
 def _answer(

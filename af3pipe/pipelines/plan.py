@@ -69,7 +69,7 @@ class Plan:
         self._db.close()
         self._folder.cleanup()
 
-    def add_found(self, items: Iterable[Recording | DeadLetter]) -> None:
+    def add_found(self, items: Iterable[Recording | DeadLetter | RecordingResult]) -> None:
         """Takes what a listing gives, in any order, as often as it is given."""
         rows = ((item.recording_id, pickle.dumps(item)) for item in items)
         self._insert("INSERT INTO mention (id, item) VALUES (?, ?)", rows)
@@ -89,7 +89,7 @@ class Plan:
 
         Args:
             keys: Of the job.
-            retry: Whether recordings that ended as dead letters are asked again, whatever the reason.
+            retry: As of `resume`.
         """
         self._db.execute("CREATE INDEX mention_id ON mention (id, number)")
         self._db.execute("CREATE INDEX earlier_id ON earlier (id)")
@@ -126,7 +126,7 @@ class Plan:
         self._db.executemany(statement, rows)
         self._db.execute("COMMIT")
 
-    def _groups(self) -> Iterator[list[Recording | DeadLetter]]:
+    def _groups(self) -> Iterator[list[Recording | DeadLetter | RecordingResult]]:
         """All that was found of an id, merged, in the order in which ids were first found."""
         rows = self._db.execute(
             """
@@ -139,10 +139,15 @@ class Plan:
             items = [pickle.loads(item) for _, item in mentions]
             recordings = [item for item in items if isinstance(item, Recording)]
             letters = {item.dead_letter_key: item for item in items if isinstance(item, DeadLetter)}
-            yield [*(merge(recordings) if recordings else ()), *letters.values()]
+            results = [item for item in items if isinstance(item, RecordingResult)][:1]
+            yield [*(merge(recordings) if recordings else ()), *letters.values()] or results
 
-    def _outcome(self, items: list[Recording | DeadLetter], keys: WorkKeys, *, retry: bool) -> Settlement | Chunk:
+    def _outcome(
+        self, items: list[Recording | DeadLetter | RecordingResult], keys: WorkKeys, *, retry: bool
+    ) -> Settlement | Chunk:
         """Of one recording."""
+        if isinstance(items[0], RecordingResult):
+            return Settlement(items[0], ())
         earlier = self._earlier(items[0].recording_id)
         told = [row for row in earlier if isinstance(row, Told)]
         first_told = dict(sorted(told, reverse=True))
@@ -156,10 +161,10 @@ class Plan:
             result = settle(recording_of(letters[0].input), [], [failed_by(letter) for letter in letters])
             assert result is not None  # it has a dead letter
             return Settlement(result, letters)
-        settled = [row for row in earlier if isinstance(row, Settled) and not (retry and row.dead_letter_keys)]
+        settled = [row for row in earlier if isinstance(row, Settled)]
         answers = [row for row in earlier if isinstance(row, Covered)]
         is_new = any(not letter.run_id for letter in letters)
-        left = resume(keys.add(recordings[0]), [] if is_new else settled, answers, told)
+        left = resume(keys.add(recordings[0]), [] if is_new else settled, answers, told, retry=retry)
         return Settlement(left, ()) if isinstance(left, RecordingResult) else Chunk((left,), letters)
 
     def _earlier(self, found_id: str) -> list[Settled | Covered | Told]:

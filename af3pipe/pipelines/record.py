@@ -15,6 +15,7 @@ from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint, model_revision
 from af3pipe.pipelines.accounting import RunCounts, run_files
 from af3pipe.pipelines.job import JobConfig
+from af3pipe.schemas import Rejected
 from af3pipe.transforms.verify import Verified
 
 _PACKAGES = (
@@ -62,6 +63,20 @@ def write_started(job: JobConfig, run_id: str) -> None:
         "job": _without_secrets(job.model_dump(mode="json")),
     }
     _write(started_uri(job.output, run_id), record)
+
+
+def read_job(output: str, run_id: str) -> dict[str, Any]:
+    """What a run was asked: the keys of its job, without secrets.
+
+    Raises:
+        Rejected: Neither its record nor what it said when it began is there.
+    """
+    try:
+        record = storage.read_bytes(record_uri(output, run_id))
+    except Rejected:
+        record = storage.read_bytes(started_uri(output, run_id))
+    job: dict[str, Any] = json.loads(record)["job"]
+    return job
 
 
 def unfinished_runs(output: str) -> Iterator[dict[str, Any]]:

@@ -116,7 +116,12 @@ _READERS: dict[str, tuple[Sequence[str], Callable[[dict[str, Any]], Settled | Co
 
 
 def resume(
-    recording: Recording, settled: Iterable[Settled], answers: Iterable[Covered], told: Iterable[Told]
+    recording: Recording,
+    settled: Iterable[Settled],
+    answers: Iterable[Covered],
+    told: Iterable[Told],
+    *,
+    retry: bool = False,
 ) -> Recording | RecordingResult:
     """What is left to do for a recording: `skipped_done`, or the recording with what earlier runs left of it.
 
@@ -128,18 +133,21 @@ def resume(
         settled: What earlier runs made of it. So are `answers` and `told`.
         answers: Of any model and prompt.
         told: Their dead letters.
+        retry: Whether one that has dead letters is never skipped.
     """
     by_key = {found.answer_key: found for found in answers}
     letters = dict(sorted(told, reverse=True))  # the first run to tell it counts
     for row in sorted(settled, key=lambda row: row.created_at, reverse=True):
         is_there = by_key.keys() >= set(row.answer_keys) and letters.keys() >= set(row.dead_letter_keys)
-        if row.work_key == recording.work_key and is_there and not _RETRYABLE & set(row.reasons):
-            return _skipped(recording, row)
+        may_change = row.dead_letter_keys if retry else _RETRYABLE & set(row.reasons)
+        if row.work_key == recording.work_key and is_there and not may_change:
+            return skipped(recording, row)
     earlier = Earlier(tuple(by_key[key] for key in sorted(by_key)), tuple(sorted(letters.items())))
     return recording._replace(earlier=earlier)
 
 
-def _skipped(recording: Recording, row: Settled) -> RecordingResult:
+def skipped(recording: Recording, row: Settled) -> RecordingResult:
+    """The result of a recording that an earlier run has settled."""
     return RecordingResult(
         recording_id=recording.recording_id,
         uri=recording.uri,

@@ -33,7 +33,8 @@ def run_without_torch(code):
 def test_the_graph_builds_without_torch(tmp_path):
     done = run_without_torch(f"""
         import apache_beam as beam
-        from af3pipe.pipelines.batch import build, preflight
+        from af3pipe.pipelines.batch import preflight
+        from af3pipe.pipelines.graph import build
         from af3pipe.pipelines.job import make_job
         from af3pipe.models.family import open_checkpoint
 

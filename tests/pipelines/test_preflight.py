@@ -4,8 +4,9 @@ import pytest
 
 from af3pipe.models import ModelError, open_checkpoint
 from af3pipe.models.family import ADAPTER_CONFIG, adapter_revision
-from af3pipe.pipelines.batch import _model_record, preflight
+from af3pipe.pipelines.batch import preflight
 from af3pipe.pipelines.job import beam_options, make_job
+from af3pipe.pipelines.record import _model_record
 from tests import fixtures_audio as make
 
 

@@ -6,7 +6,7 @@ from apache_beam.pipeline import PipelineVisitor
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 
 from af3pipe.models import EngineOptions, answer, caption, prompt, transcript
-from af3pipe.pipelines.batch import build
+from af3pipe.pipelines.graph import build
 from af3pipe.pipelines.job import make_job
 from af3pipe.schemas import Segment
 from af3pipe.transforms import (

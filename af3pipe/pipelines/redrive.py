@@ -1,0 +1,109 @@
+"""Dead letters run again, from their own rows, into the same output."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from af3pipe.pipelines import batch
+from af3pipe.pipelines.job import JobConfig, JobError, make_job
+from af3pipe.pipelines.record import RunReport, read_job
+from af3pipe.pipelines.view import latest
+from af3pipe.schemas import DeadLetter, Recording, RecordingResult, Rejected, Stage, TerminalState
+from af3pipe.transforms.outcome import recording_of
+from af3pipe.transforms.read import list_recordings
+from af3pipe.transforms.resume import Settled, skipped
+
+_ROW = re.compile(r"#row=\d+$")  # of a manifest
+# What is no recording any more: its row was corrected, and has an id of its own.
+_GONE = Settled(None, TerminalState.OK, None, 0.0, (), (), (), None, None, None, None, 0)
+_COLUMNS = ["recording_id", "uri", "stage", "reason", "retryable", "input", "run_id"]
+
+
+class Chosen(NamedTuple):
+    """Which dead letters are run again: those that every one of these holds for; empty and None hold for all."""
+
+    reasons: Collection[str] = ()
+    stages: Collection[str] = ()
+    retryable: bool | None = None
+
+    def holds_for(self, row: Mapping[str, Any]) -> bool:
+        """Of a row of `dead_letters/`."""
+        return (
+            (not self.reasons or row["reason"] in self.reasons)
+            and (not self.stages or row["stage"] in self.stages)
+            and (self.retryable is None or row["retryable"] == self.retryable)
+        )
+
+
+ALL = Chosen()
+
+
+def redrive(
+    output: str,
+    chosen: Chosen = ALL,
+    changes: Mapping[str, Any] | None = None,
+    beam_flags: Iterable[str] = (),
+    *,
+    on_progress: Callable[[batch.Progress], None] = lambda progress: None,
+) -> Iterator[tuple[JobConfig, RunReport]]:
+    """Runs the dead letters that hold now again: a run for each job they come from, one after the other.
+
+    A recording is looked at afresh, so that a file that was repaired is read; what of it is answered already is not
+    asked again. What fails the same way is the same dead letter, and no new row.
+
+    Args:
+        output: Folder with the tables of earlier runs.
+        chosen: Which of them.
+        changes: Keys of the job that are to be other than they were, for example `{"over_length": "split"}`.
+        beam_flags: Options for Beam, as on its command line.
+        on_progress: As of `batch.run`.
+
+    Raises:
+        JobError: The job is not known any more, or a change is wrong.
+        Rejected: The output cannot be read.
+        ModelError, RunFailed, StorageError: As `batch.run`.
+    """
+    by_job: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    jobs: dict[str, str] = {}
+    rows = (row for table in latest(output).batches("dead_letters", _COLUMNS) for row in table.to_pylist())
+    for row in filter(chosen.holds_for, rows):
+        run_id = row["run_id"]
+        if run_id not in jobs:
+            jobs[run_id] = json.dumps(_job_of(output, run_id, changes or {}), sort_keys=True)
+        by_job[jobs[run_id]].append(row)
+    for values, letters in by_job.items():
+        job = make_job(json.loads(values), f"the job of run {letters[0]['run_id']}")
+        yield job, batch.run(job, beam_flags, again=list(_again(output, job, letters)), on_progress=on_progress)
+
+
+def _job_of(output: str, run_id: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        values = read_job(output, run_id)
+    except Rejected as rejected:
+        raise JobError(
+            f"what run {run_id} was asked is not known any more ({rejected.detail}); run the job itself again, which "
+            "asks what has no answer and may turn out otherwise"
+        ) from rejected
+    return {**values, "output": output, **changes}
+
+
+def _again(
+    output: str, job: JobConfig, letters: list[Mapping[str, Any]]
+) -> Iterator[Recording | DeadLetter | RecordingResult]:
+    """The recordings of dead letters, to be looked at afresh; what could not be listed is listed again."""
+    unlisted = [row for row in letters if row["stage"] == Stage.LIST.value]
+    for row in letters:
+        if row["stage"] != Stage.LIST.value:
+            yield recording_of(row["input"])._replace(size_bytes=None, etag=None, mtime=None)
+    if not unlisted:
+        return
+    known = set(latest(output).read("recordings", ["recording_id"])["recording_id"].to_pylist())
+    wanted = {row["recording_id"]: row for row in unlisted}
+    for source in dict.fromkeys(_ROW.sub("", row["uri"]) for row in unlisted):
+        for item in list_recordings(source, channel=job.channel, stream=job.stream):
+            if wanted.pop(item.recording_id, None) or item.recording_id not in known:
+                yield item
+    for row in wanted.values():
+        yield skipped(recording_of(row["input"]), _GONE)
