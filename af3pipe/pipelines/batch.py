@@ -180,7 +180,10 @@ def preflight(job: JobConfig, options: PipelineOptions) -> Checkpoint | None:
         ModelError: The checkpoint or the adapter cannot be found, the checkpoint is of a family that is not
             supported, or does not know a task.
     """
-    _check_inputs(job.inputs)
+    try:
+        _check_inputs(job.inputs)
+    except storage.StorageError as error:
+        raise JobError(f"input: {error}") from error
     try:
         storage.check_writable(job.output)
     except storage.StorageError as error:
@@ -307,7 +310,7 @@ class _Background:
         return self._result
 
 
-_FAULT = re.compile(r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError): (.+?)(?= \[while running|\n|$)")
+_FAULT = re.compile(r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError|CredentialsError): (.+?)(?= \[while running|\n|$)")
 
 
 def explain_failure(error: BaseException) -> str:
@@ -345,7 +348,7 @@ def _write_record(job: JobConfig, checkpoint: Checkpoint | None, options: Pipeli
         "run_id": report.run_id,
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "wall_s": round(report.wall_s, 3),
-        "job": _without_secrets(job.model_dump(mode="json")),
+        "job": storage.redact_values(job.model_dump(mode="json")),
         "runner": options.view_as(StandardOptions).runner,
         "model": _model_record(job, checkpoint),
         "versions": _versions(),
@@ -382,22 +385,6 @@ def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, st
         "licence": checkpoint.licence,
         **chosen,
     }
-
-
-_SECRET_NAME = re.compile(r"secret|token|password|credential|connection_string|access_key|api_key", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@|(?<=[?&])(?:[\w-]*(?:sig|token|key)[\w-]*)=[^&\s]+", re.IGNORECASE)
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    """The job as it is recorded: what is named like a secret, or stands in a URL like one, is not."""
-    if isinstance(value, dict):
-        return {key: _without_secrets(item, key) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(item, name) for item in value]
-    if isinstance(value, str):
-        is_secret = _SECRET_NAME.search(name)
-        return "***" if is_secret else _USER_IN_URL.sub("***", value)
-    return value
 
 
 def _versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.storage.listing import ObjectInfo, Wanted, has_wildcard, list_wanted, object_info
 from af3pipe.storage.options import check_options, set_options
-from af3pipe.storage.reading import BLOCK_BYTES, FIRST_BYTES, RetriedReads, open_raw
+from af3pipe.storage.reading import BLOCK_BYTES, FIRST_BYTES, RetriedReads, is_bucket, open_raw
 from af3pipe.storage.retry import (
     CredentialsError,
     StorageError,
@@ -124,6 +124,9 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises as `open_input`."""
     fs, path = _locate(uri)
+    if is_bucket(fs):  # by ranges, each tried again by itself
+        with open_input(uri) as file:
+            return file.read()
     return bytes(retried(lambda: fs.cat_file(path), uri, Stage.READ))
 
 

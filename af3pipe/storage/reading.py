@@ -9,29 +9,63 @@ from typing import Any
 
 from af3pipe.schemas import Stage
 from af3pipe.storage.retry import retried
-from af3pipe.storage.stores import info, is_local, protocols
+from af3pipe.storage.stores import info, is_local, not_missing, protocols
 
 BLOCK_BYTES = 1 << 20
 FIRST_BYTES = 1 << 16
 _MOST_AHEAD_BYTES = 1 << 22
 _STREAMS_IN_MEMORY_BYTES = 64 << 20
-# Stores whose files take a known size, which saves the request that would ask for it. A web server is asked all the
-# same: it may know no ranges.
-_SIZED_STORES = frozenset({"s3", "gs"})
+_BUCKETS = frozenset({"s3", "gs"})
 
 
 def open_raw(fs: Any, path: str, uri: str, size_bytes: int | None) -> Any:
     """A handle that can be sought and read, unbuffered, as the store's client has it. Raises as `retried`."""
     if is_local(fs):
         return retried(lambda: Path(path).open("rb", buffering=0), uri, Stage.READ)
-    known = {}
-    if _SIZED_STORES.intersection(protocols(fs)):
-        known = {"size": size_bytes or info(fs, path, uri, Stage.READ)["size"]}
-    return retried(lambda: _open(fs, path, size_bytes, known), uri, Stage.READ)
+    if is_bucket(fs):
+        return _Ranges(fs, path, size_bytes or int(info(fs, path, uri, Stage.READ)["size"]))
+    return retried(lambda: not_missing(fs, lambda: _open(fs, path, size_bytes)), uri, Stage.READ)
 
 
-def _open(fs: Any, path: str, size_bytes: int | None, known: dict[str, Any]) -> Any:
-    handle = fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="none", **known)
+def is_bucket(fs: Any) -> bool:
+    """Whether it is a store that is best read by ranges, by its own client's plainest call."""
+    return bool(_BUCKETS.intersection(protocols(fs)))
+
+
+class _Ranges:
+    """An object of known size, each read of which is one request. The clients' own files ask for the size again."""
+
+    def __init__(self, fs: Any, path: str, size: int) -> None:
+        self._fs = fs
+        self._path = path
+        self.size = size
+        self._position = 0
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            offset += self.size
+        if offset < 0:
+            raise ValueError(f"negative seek position {offset}")
+        self._position = offset
+        return offset
+
+    def read(self, size: int) -> bytes:
+        end = min(self._position + size, self.size)
+        if end <= self._position:
+            return b""
+        data = bytes(self._fs.cat_file(self._path, start=self._position, end=end))
+        self._position += len(data)
+        return data
+
+    def close(self) -> None:
+        pass
+
+
+def _open(fs: Any, path: str, size_bytes: int | None) -> Any:
+    handle = fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="none")
     if isinstance(handle, io.BytesIO):
         # The memory store hands out its own object, whose position all readers would share.
         return io.BytesIO(handle.getbuffer())

@@ -173,7 +173,7 @@ def _account_fault(error: BaseException, uri: str) -> str | None:
             return "the credentials have expired"
         if names & _INVALID:
             return "the credentials are not valid"
-    if _status(error) == 401 and uri.partition("://")[0] in _STORES_OF_ACCOUNTS:
+    if status_of(error) == 401 and uri.partition("://")[0] in _STORES_OF_ACCOUNTS:
         chosen = options_for(uri)
         # Who says that they are nobody is told so of each object that is not public.
         return None if chosen and chosen.options.get("token") == "anon" else "the credentials are absent or not valid"
@@ -192,7 +192,7 @@ def _reason(error: BaseException) -> Reason | None:
 def _is_denied(error: BaseException) -> bool:
     return (
         isinstance(error, PermissionError)
-        or _status(error) in (401, 403)
+        or status_of(error) in (401, 403)
         or (isinstance(error, OSError) and str(error).startswith("Forbidden"))  # gcsfs, of a 403
     )
 
@@ -202,12 +202,13 @@ def _is_transient(error: BaseException) -> bool:
         return False
     if _is_denied(error):
         return False
-    status = _status(error)
+    # Before the status: aiohttp says 400 of a body that was cut off.
+    if _TRANSIENT_NAMES & _class_names(error):
+        return True
+    status = status_of(error)
     if status is not None:
         return status in _TRANSIENT_STATUSES
-    if isinstance(error, OSError):
-        return error.errno not in _FINAL_ERRNOS
-    return isinstance(error, TimeoutError) or bool(_TRANSIENT_NAMES & _class_names(error))
+    return isinstance(error, OSError) and error.errno not in _FINAL_ERRNOS
 
 
 def _class_names(error: BaseException) -> set[str]:
@@ -227,7 +228,7 @@ def _code(error: BaseException) -> str:
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error, however its client states it (aiohttp, gcsfs, botocore; or their wrapper)."""
     for seen in _chain(error):
         for name in ("status", "code", "status_code"):

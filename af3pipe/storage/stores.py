@@ -2,16 +2,19 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from af3pipe.schemas import Stage
 from af3pipe.storage.options import Chosen, options_for
-from af3pipe.storage.retry import StorageError, cause, check_credentials, retried
+from af3pipe.storage.retry import StorageError, cause, check_credentials, retried, status_of
 from af3pipe.storage.secrets import redact
+
+_T = TypeVar("_T")
 
 _CONNECT_S = 10
 _READ_S = 30
@@ -69,12 +72,22 @@ def info(fs: Any, path: str, uri: str, stage: Stage) -> dict[str, Any]:
 
     def ask() -> dict[str, Any]:
         try:
-            return dict(fs.info(path))
+            return dict(not_missing(fs, lambda: fs.info(path)))
         except OSError as error:
             _ask_s3_again(fs, path, uri, error)
             raise
 
     return retried(ask, uri, stage)
+
+
+def not_missing(fs: Any, call: Callable[[], _T]) -> _T:
+    """What `call` gives. Whatever keeps fsspec's web client from an object, it says that there is none."""
+    try:
+        return call()
+    except FileNotFoundError as error:
+        if "http" in protocols(fs) and error.__cause__ is not None and status_of(error.__cause__) not in (404, 410):
+            raise error.__cause__ from None
+        raise
 
 
 def _ask_s3_again(fs: Any, path: str, uri: str, error: OSError) -> None:
@@ -106,7 +119,6 @@ def _client_defaults(protocol: str, chosen: Chosen | None) -> dict[str, Any]:
     return {}
 
 
-@functools.cache
 def _aiohttp_timeout() -> Any:
     try:
         import aiohttp
