@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import io
 import math
+import queue
 import threading
 import wave
 from bisect import bisect_left
@@ -88,6 +89,7 @@ class Server:
 
     def __init__(self, bucket: Bucket, delay_s: float = 0.0) -> None:
         self.requests = {"list": 0, "get": 0, "head": 0}
+        self.is_there = True
         self._bucket = bucket
         self._delay_s = delay_s
 
@@ -112,6 +114,13 @@ class Server:
         url = urlsplit(target)
         _, _, key = unquote(url.path).lstrip("/").partition("/")
         query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
+        if not self.is_there:
+            body = (
+                b""
+                if method == "HEAD"
+                else b"<Error><Code>NoSuchBucket</Code><Message>no such bucket</Message></Error>"
+            )
+            return _http("404 Not Found", body)
         if method == "HEAD":
             self.requests["head"] += 1
             if not key:
@@ -123,7 +132,9 @@ class Server:
             self.requests["list"] += 1
             most = min(int(query.get("max-keys", _PAGE)), _PAGE)
             start = int(query.get("continuation-token", 0))
-            return _http("200 OK", self._bucket.page(query.get("prefix", ""), query.get("delimiter", ""), start, most))
+            return _http(
+                "200 OK", self._bucket.page(query.get("prefix", ""), query.get("delimiter", ""), start, most)
+            )
         self.requests["get"] += 1
         if not self._bucket.has(key):
             return _http("404 Not Found", b"<Error><Code>NoSuchKey</Code><Message>no such key</Message></Error>")
@@ -152,26 +163,27 @@ def _http(status: str, body: bytes, more: str = "", *, is_head: bool = False) ->
 @contextmanager
 def serving(bucket: Bucket, delay_s: float = 0.0) -> Iterator[tuple[str, Server]]:
     """Its URL, and the server, on a thread of this process."""
-    server, loop, started = Server(bucket, delay_s), asyncio.new_event_loop(), threading.Event()
-    ports: list[int] = []
+    server, loop, stop = Server(bucket, delay_s), asyncio.new_event_loop(), asyncio.Event()
+    port: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     async def run() -> None:
         listening = await server.serve(0)
-        ports.append(listening.sockets[0].getsockname()[1])
-        started.set()
+        port.put(listening.sockets[0].getsockname()[1])
+        await stop.wait()
+        listening.close()
+        connections = asyncio.all_tasks() - {asyncio.current_task()}
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
 
-    def work() -> None:
-        loop.run_until_complete(run())
-        loop.run_forever()
-
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),), daemon=True)
     thread.start()
-    started.wait()
     try:
-        yield f"http://127.0.0.1:{ports[0]}", server
+        yield f"http://127.0.0.1:{port.get()}", server
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(stop.set)
         thread.join()
+        loop.close()
 
 
 def main() -> None:

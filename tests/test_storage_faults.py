@@ -1,11 +1,12 @@
-"""Stores that fail, hang, cut off and no longer know who asks: real clients, a real server, answers as stores give them."""
+"""Stores that fail, hang, cut off, or no longer know who asks: real clients, and a server that answers as they do."""
 
 import random
 
 import pytest
 
 from af3pipe import storage
-from af3pipe.pipelines.batch import explain_failure
+from af3pipe.pipelines import batch
+from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.storage import retry, stores
 from af3pipe.transforms.read import list_recordings
@@ -131,8 +132,24 @@ def test_bad_credentials_end_the_job_at_once_and_say_what_to_do(store, status, c
             call()
         assert "run `aws sso login`" in str(caught.value)
         assert "AKIAEXAMPLE" not in str(caught.value)
-        assert explain_failure(caught.value) == str(caught.value)
+        assert batch.explain_failure(caught.value) == str(caught.value)
     assert storage.take_retries() == 0
+
+
+def test_credentials_that_expire_while_a_job_runs_end_it(store, tmp_path):
+    store.for_all = (400, "ExpiredToken", "The provided token has expired.")
+    (tmp_path / "list.jsonl").write_text('{"uri": "s3://bucket/a.wav"}\n{"uri": "s3://bucket/b.wav"}\n')
+    job = make_job({"inputs": str(tmp_path / "list.jsonl"), "output": str(tmp_path / "out"), "model": "demo"})
+    with pytest.raises(batch.RunFailed, match=r"the credentials have expired .*: run `aws sso login`"):
+        batch.run(job)
+    assert not list(tmp_path.rglob("dead_letters/*.parquet"))
+
+
+def test_credentials_that_have_expired_before_do_not_start_a_job(store, tmp_path):
+    store.for_all = (400, "ExpiredToken", "The provided token has expired.")
+    job = make_job({"inputs": "s3://bucket/*.wav", "output": str(tmp_path / "out"), "model": "demo"})
+    with pytest.raises(JobError, match=r"input: s3://bucket/\*\.wav cannot be used: the credentials have expired"):
+        batch.run(job)
 
 
 def test_one_object_that_is_forbidden_is_no_matter_of_the_job(store):

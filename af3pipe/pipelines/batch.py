@@ -310,7 +310,9 @@ class _Background:
         return self._result
 
 
-_FAULT = re.compile(r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError|CredentialsError): (.+?)(?= \[while running|\n|$)")
+_FAULT = re.compile(
+    r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError|CredentialsError): (.+?)(?= \[while running|\n|$)"
+)
 
 
 def explain_failure(error: BaseException) -> str:

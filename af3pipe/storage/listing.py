@@ -178,9 +178,7 @@ def list_wanted(fs: Any, wanted: Wanted, uri: str) -> Iterator[ObjectInfo]:
         fs.invalidate_cache()
         first = _folder_of(wanted.stem) + ("/" if "http" in protocols(fs) else "")
         return iter(_Walk(first, lambda task: _other_pages(fs, wanted, uri, task)))
-    bucket, slash, stem = wanted.stem.partition("/")
-    if not slash or not bucket:
-        raise Rejected(Stage.LIST, Reason.UNREADABLE, f"{uri} is a glob over all buckets; name the bucket.")
+    bucket, _, stem = wanted.stem.partition("/")
 
     def page(stem: str, by_folder: bool, token: str | None) -> _Told:
         return retried(lambda: flat(fs, bucket, stem, "/" if by_folder else "", token), uri, Stage.LIST)

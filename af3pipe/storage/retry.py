@@ -186,7 +186,8 @@ def _reason(error: BaseException) -> Reason | None:
         return Reason.NOT_FOUND
     if _is_denied(error):
         return Reason.PERMISSION_DENIED
-    return Reason.UNREADABLE if isinstance(error, OSError) or _is_transient(error) else None
+    is_refused = "ParamValidationError" in _class_names(error)  # botocore, of a name that no bucket can have
+    return Reason.UNREADABLE if is_refused or isinstance(error, OSError) or _is_transient(error) else None
 
 
 def _is_denied(error: BaseException) -> bool:

@@ -57,7 +57,7 @@ def redact(text: str) -> str:
 def redact_values(value: Any, name: str = "") -> Any:
     """JSON-like values as they may be recorded: whatever is named like a secret is masked, and all text redacted."""
     if value is not None and not isinstance(value, bool) and is_secret_name(name):
-        return value if value in _NO_SECRETS else _MASK
+        return value if isinstance(value, str) and value in _NO_SECRETS else _MASK
     if isinstance(value, Mapping):
         return {redact(str(key)): redact_values(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -33,8 +33,7 @@ def locate(uri: str) -> tuple[Any, str]:
     """
     # Without "://" it is a path, whatever else is in it: fsspec would take "::" for a chain of stores.
     if "://" not in uri:
-        # Without "..", as fsspec has it: one file has one name.
-        return LocalFileSystem(), str(LocalFileSystem._strip_protocol(str(Path(uri).expanduser().absolute())))
+        return LocalFileSystem(), str(Path(uri).expanduser().absolute())
     chosen = options_for(uri)
     defaults = _client_defaults(uri.partition("://")[0], chosen)
     if chosen is None:
