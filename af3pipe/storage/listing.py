@@ -251,7 +251,7 @@ def _other_pages(fs: Any, wanted: Wanted, uri: str, folder: str) -> Iterator[_Pa
         if rejected.reason is not Reason.NOT_FOUND:  # it has gone meanwhile, or a glob names none
             raise
         return
-    fs.invalidate_cache(folder)  # or everything that was ever listed stays in memory
+    fs.dircache.pop(folder, None)  # or everything that was ever listed stays in memory
     if "http" in protocols(fs):  # a page may link to anything
         told = [found for found in told if found["name"].startswith(folder)]
     names = [found["name"] for found in told if found["type"] == "directory" and found["name"] != folder]
@@ -315,7 +315,7 @@ def object_info(fs: Any, info: dict[str, Any]) -> ObjectInfo:
     """What fsspec's file systems tell of a file, each in its own words."""
     name = info["name"]
     uri = name if is_local(fs) else fs.unstrip_protocol(name)
-    etag = next((info[key] for key in ("etag", "ETag", "e_tag") if info.get(key)), None)
+    etag = next((info[key] for key in ("etag", "ETag", "e_tag", "blob_id") if info.get(key)), None)
     size = info.get("size")
     return ObjectInfo(
         uri=uri,
