@@ -148,6 +148,20 @@ def test_who_stops_early_stops_the_listing(s3):
     assert not threads()
 
 
+def test_a_folder_that_is_named_on_two_pages_is_listed_once(s3, monkeypatch):
+    bucket = Keys([f"a/{number}.wav" for number in range(900)] + [f"b{number}.wav" for number in range(2000)])
+    fill(s3, bucket)
+    page = bucket.page
+
+    def repeating(prefix, delimiter, start, most):
+        answer = page(prefix, delimiter, start, most)
+        again = b"<CommonPrefixes><Prefix>a/</Prefix></CommonPrefixes></ListBucketResult>"
+        return answer.replace(b"</ListBucketResult>", again) if delimiter and start else answer
+
+    monkeypatch.setattr(bucket, "page", repeating)
+    assert len(list(storage.list_objects("s3://bucket"))) == 2900
+
+
 def test_only_what_may_match_is_listed(s3):
     fill(s3, synthetic_s3.Bucket(60_000, 600, seconds=0.01))
     assert len(list(storage.list_objects("s3://bucket/00001*/*.wav"))) == 1000

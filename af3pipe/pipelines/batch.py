@@ -320,7 +320,7 @@ def explain_failure(error: BaseException) -> str:
     faults: list[tuple[str, str]] = _FAULT.findall(f"{type(error).__name__}: {error}")
     if faults:
         return faults[-1][1].strip()
-    return f"{type(error).__name__}: {error}"
+    return storage.redact(f"{type(error).__name__}: {error}")
 
 
 def _progress(counted: Counter[str], elapsed_s: float) -> Progress:

@@ -229,10 +229,13 @@ def _bucket_pages(
         if len(below) * _THREADS <= _PAGE:
             by_folder = True
             told = page(stem, by_folder, None)
+    seen: set[str] = set()
     while True:
         named = [{**found, "name": f"{bucket}/{found['name']}"} for found in told.objects]
         files = [object_info(fs, found) for found in named if _is_meant(wanted, found["name"])]
-        folders = [name for name in told.folders if wanted.goes_into(f"{bucket}/{name[:-1]}")]
+        # Some servers name a folder on each page that its objects would be on.
+        folders = [name for name in told.folders if name not in seen and wanted.goes_into(f"{bucket}/{name[:-1]}")]
+        seen.update(folders)
         yield files, folders
         if told.token is None:
             return

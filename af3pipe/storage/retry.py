@@ -48,6 +48,7 @@ _EXPIRED = frozenset(
 _INVALID = frozenset(
     {
         "InvalidAccessKeyId",
+        "XAdminUserNotFound",  # versitygw
         "InvalidClientTokenId",
         "InvalidToken",
         "SignatureDoesNotMatch",
