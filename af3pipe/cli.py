@@ -299,7 +299,7 @@ def _question_file(name: str) -> list[dict[str, Any]]:
     try:
         lines = [line for line in storage.read_bytes(name).decode("utf-8-sig").split("\n") if line.strip()]
         return [json.loads(line) if name.endswith(".jsonl") else _question(line) for line in lines]
-    except (Rejected, ValueError) as error:
+    except (Rejected, storage.StorageError, ValueError) as error:
         _stop(f"--questions {name}: {error}", EXIT_WRONG_JOB)
 
 

@@ -26,9 +26,8 @@ class ConstantEngine:
 
     def __init__(self, options: EngineOptions) -> None:
         self._slots = options.slots or 16
-        model = open_checkpoint(
-            options.model, options.revision
-        )  # whose answers these are said to be, so that runs resume
+        # Whose answers these are said to be: as those of a real engine, so that runs can be resumed.
+        model = open_checkpoint(options.model, options.revision)
         self.info = EngineInfo(
             model.model_id, model.revision, model.family, model.licence, "constant", "none", "none", self._slots
         )

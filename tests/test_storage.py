@@ -14,7 +14,7 @@ import pytest
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
-from af3pipe.storage import retry
+from af3pipe.storage import listing, retry
 
 NOBODY = 65534
 ODD_NAMES = [
@@ -77,7 +77,7 @@ def folder(tmp_path):
 
 
 def uris(pattern):
-    return [found.uri for found in storage.list_objects(str(pattern))]
+    return sorted(found.uri for found in storage.list_objects(str(pattern)))
 
 
 def rejection(call):
@@ -196,7 +196,7 @@ class TestListing:
     ids=["s3", "gcs", "local", "naive", "nothing"],
 )
 def test_every_store_names_tag_and_time_its_own_way(info, etag, mtime):
-    found = storage._object_info(fsspec.filesystem("memory"), {"name": "/b/a.wav", "size": 1, "type": "file", **info})
+    found = listing.object_info(fsspec.filesystem("memory"), {"name": "/b/a.wav", "size": 1, "type": "file", **info})
     assert found == storage.ObjectInfo("memory:///b/a.wav", 1, etag, mtime)
 
 
@@ -319,7 +319,6 @@ FINAL = {
     "gcsfs 403": (lambda: OSError("Forbidden: bucket/a\nno access"), Reason.PERMISSION_DENIED),
     "s3 400": (lambda: client_error(400), Reason.UNREADABLE),
     "name too long": (lambda: OSError(errno.ENAMETOOLONG, "long"), Reason.UNREADABLE),
-    "no credentials": (lambda: type("NoCredentialsError", (Exception,), {})("none"), Reason.PERMISSION_DENIED),
 }
 
 

@@ -62,8 +62,11 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
         ModelError: The checkpoint or the adapter cannot be found, the checkpoint is of a family that is not
             supported, or does not know a task.
     """
-    if check_inputs:
-        _check_inputs(job.inputs)
+    try:
+        if check_inputs:
+            _check_inputs(job.inputs)
+    except storage.StorageError as error:
+        raise JobError(f"input: {error}") from error
     try:
         storage.check_writable(job.output)
     except storage.StorageError as error:
@@ -296,7 +299,9 @@ class _Background(Generic[T]):
         return self._result[0]
 
 
-_FAULT = re.compile(r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError): (.+?)(?= \[while running|\n|$)")
+_FAULT = re.compile(
+    r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError|CredentialsError): (.+?)(?= \[while running|\n|$)"
+)
 
 
 def explain_failure(error: BaseException) -> str:
@@ -304,7 +309,7 @@ def explain_failure(error: BaseException) -> str:
     faults: list[tuple[str, str]] = _FAULT.findall(f"{type(error).__name__}: {error}")
     if faults:
         return faults[-1][1].strip()
-    return f"{type(error).__name__}: {error}"
+    return storage.redact(f"{type(error).__name__}: {error}")
 
 
 def _progress(counted: Counter[str], elapsed_s: float) -> Progress:

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from af3pipe import storage
 from af3pipe.audio.guard import DEFAULT_LIMITS, LEAST_MEMORY_MIB, MOST_MEMORY_MIB, MOST_TIMEOUT_S
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength
@@ -151,6 +152,11 @@ def _question_configs(value: Any) -> Any:
     return [{"question": item} if isinstance(item, str) else item for item in _as_list(value)]
 
 
+def _are_storage_options(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    storage.check_options(value)
+    return value
+
+
 class JobConfig(_Strict):
     """All of a job but Beam's own options.
 
@@ -184,6 +190,9 @@ class JobConfig(_Strict):
             otherwise write nothing before all is asked.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
         verify_sample: How many requests, drawn at random, are asked again one at a time by plain `generate`.
+        storage_options: URL prefix (`s3://archive/`) to fsspec's options for what is below it: `endpoint_url`,
+            `profile`, `anon`, `requester_pays`, ...; the longest prefix holds. What none covers has its credentials
+            from the environment, where secrets are better kept.
         beam: Beam's pipeline options.
     """
 
@@ -220,6 +229,7 @@ class JobConfig(_Strict):
     chunk_recordings: Annotated[int, Field(gt=0)] = 1000
     fail_on_dead_letters: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$")] | None = None
     verify_sample: Annotated[int, Field(ge=0)] = 0
+    storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(_are_storage_options)] = {}
     beam: dict[str, Any] = {}
 
     @model_validator(mode="before")

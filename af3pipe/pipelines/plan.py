@@ -140,7 +140,8 @@ class Plan:
             recordings = [item for item in items if isinstance(item, Recording)]
             letters = {item.dead_letter_key: item for item in items if isinstance(item, DeadLetter)}
             results = [item for item in items if isinstance(item, RecordingResult)][:1]
-            yield [*(merge(recordings) if recordings else ()), *letters.values()] or results
+            merged: list[Recording | DeadLetter] = [*(merge(recordings) if recordings else ()), *letters.values()]
+            yield [*merged] or [*results]
 
     def _outcome(
         self, items: list[Recording | DeadLetter | RecordingResult], keys: WorkKeys, *, retry: bool

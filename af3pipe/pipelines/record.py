@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 import socket
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -60,7 +59,7 @@ def write_started(job: JobConfig, run_id: str) -> None:
         "started_at": _now(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "job": _without_secrets(job.model_dump(mode="json")),
+        "job": storage.redact_values(job.model_dump(mode="json")),
     }
     _write(started_uri(job.output, run_id), record)
 
@@ -96,7 +95,7 @@ def write_record(
         "started_at": started_at.isoformat(timespec="seconds"),
         "finished_at": _now(),
         "wall_s": round(report.wall_s, 3),
-        "job": _without_secrets(job.model_dump(mode="json")),
+        "job": storage.redact_values(job.model_dump(mode="json")),
         "runner": runner,
         "model": _model_record(job, checkpoint),
         "versions": _versions(),
@@ -138,22 +137,6 @@ def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, st
         "licence": checkpoint.licence,
         **chosen,
     }
-
-
-_SECRET_NAME = re.compile(r"secret|token|password|credential|connection_string|access_key|api_key", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@|(?<=[?&])(?:[\w-]*(?:sig|token|key)[\w-]*)=[^&\s]+", re.IGNORECASE)
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    """The job as it is recorded: what is named like a secret, or stands in a URL like one, is not."""
-    if isinstance(value, dict):
-        return {key: _without_secrets(item, key) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(item, name) for item in value]
-    if isinstance(value, str):
-        is_secret = _SECRET_NAME.search(name)
-        return "***" if is_secret else _USER_IN_URL.sub("***", value)
-    return value
 
 
 def _versions() -> dict[str, str]:

@@ -6,19 +6,53 @@ names with spaces, umlauts, `#`, `?` or `[` are what the store calls them.
 
 import io
 import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
-
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from typing import BinaryIO, cast
 
 from af3pipe.schemas import Reason, Rejected, Stage
-from af3pipe.storage.retry import advice, cause, retried, tries
+from af3pipe.storage.listing import ObjectInfo, Wanted, has_wildcard, list_wanted, object_info
+from af3pipe.storage.options import check_options, set_options
+from af3pipe.storage.reading import BLOCK_BYTES, FIRST_BYTES, RetriedReads, is_bucket, open_raw
+from af3pipe.storage.retry import (
+    CredentialsError,
+    StorageError,
+    advice,
+    cause,
+    check_credentials,
+    retried,
+    take_retries,
+    tries,
+)
+from af3pipe.storage.secrets import redact, redact_values
+from af3pipe.storage.stores import info as _info
+from af3pipe.storage.stores import is_local as _is_local
+from af3pipe.storage.stores import locate as _locate
+
+__all__ = [
+    "AUDIO_EXTENSIONS",
+    "CredentialsError",
+    "ObjectInfo",
+    "StorageError",
+    "check_options",
+    "check_writable",
+    "delete",
+    "join",
+    "list_files",
+    "list_objects",
+    "name",
+    "open_input",
+    "parent",
+    "read_bytes",
+    "redact",
+    "redact_values",
+    "resolve",
+    "set_options",
+    "stat",
+    "take_retries",
+    "write_atomic",
+]
 
 _EXTENSIONS = (
     "3g2 3gp aac ac3 aif aifc aiff alac amr ape asf au avi awb bwf caf dff dsf dts eac3 f4v flac flv gsm m2ts m4a "
@@ -30,53 +64,41 @@ _EXTENSIONS = (
 AUDIO_EXTENSIONS = frozenset(_EXTENSIONS.split())
 """Lower-case extensions, without the dot, by which audio and video are told from the rest of a folder."""
 
-_BLOCK_BYTES = 1 << 20
-_FIRST_BYTES = 1 << 16
-_MOST_AHEAD_BYTES = 1 << 22
-_STREAMS_IN_MEMORY_BYTES = 64 << 20
-# Stores whose files take a known size, which saves the request that would ask for it.
-_SIZED_STORES = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
-
-
-class StorageError(Exception):
-    """The output cannot be written: where, why, and what to do. Ends the job, unlike `Rejected`."""
-
-
-class ObjectInfo(NamedTuple):
-    """What a listing says of one object.
-
-    Attributes:
-        uri: Full URL; a plain absolute path for a local file.
-        size_bytes: None where the store does not state it.
-        etag: The store's content tag, without quotes; None for local files.
-        mtime: Of the last modification, ISO 8601 in UTC; None where the store has none.
-    """
-
-    uri: str
-    size_bytes: int | None
-    etag: str | None
-    mtime: str | None
-
 
 def list_objects(pattern: str) -> Iterator[ObjectInfo]:
-    """Lists what `pattern` names, sorted by URI, with one listing request (and one to see what it is).
+    """Lists what `pattern` names, in no order, while the store still tells it.
+
+    Folders are listed side by side, and only a few thousand objects are held at a time. Whoever stops early stops
+    the listing. Links to folders are followed, unless they lead back to a folder that they are in.
 
     Args:
         pattern: A file; a folder, searched through for names with one of `AUDIO_EXTENSIONS`; or a glob (`*`, `?`,
             `[ab]`, `**`), which matches files of any name. What exists under this very name is no glob.
 
     Raises:
-        Rejected: not_found for a file or folder that does not exist, permission_denied, or unreadable. A glob that
-            matches nothing yields nothing.
+        Rejected: not_found for a file, a folder or a bucket that does not exist, permission_denied, or unreadable;
+            after what was told so far, where it happens in the middle. A glob that matches nothing yields nothing.
+        CredentialsError: The store does not know who asks.
     """
     fs, path = _locate(pattern)
-    return iter(retried(lambda: _list(fs, path, pattern), pattern, Stage.LIST))
+    try:
+        found = _info(fs, path, pattern, Stage.LIST)
+    except Rejected as rejected:
+        if rejected.reason is not Reason.NOT_FOUND or not has_wildcard(path):
+            raise
+        yield from list_wanted(fs, Wanted(path, is_glob=True), pattern)
+        return
+    if found["type"] != "directory":
+        yield object_info(fs, found)
+        return
+    below = list_wanted(fs, Wanted(path, is_glob=False), pattern)
+    yield from (info for info in below if _extension(info.uri) in AUDIO_EXTENSIONS)
 
 
 def stat(uri: str) -> ObjectInfo:
     """What the store says of one object. Raises Rejected: not_found, permission_denied or unreadable."""
     fs, path = _locate(uri)
-    return _object_info(fs, retried(lambda: fs.info(path), uri, Stage.READ))
+    return object_info(fs, _info(fs, path, uri, Stage.READ))
 
 
 def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
@@ -91,16 +113,20 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
 
     Raises:
         Rejected: not_found, permission_denied or unreadable; from every read, too.
+        CredentialsError: The store does not know who asks; from every read, too.
     """
     fs, path = _locate(uri)
-    raw = retried(lambda: _open(fs, path, size_bytes), uri, Stage.READ)
-    block_bytes = _BLOCK_BYTES if _is_local(fs) else _FIRST_BYTES
-    return cast(BinaryIO, io.BufferedReader(_RetriedReads(raw, uri), block_bytes))
+    raw = open_raw(fs, path, uri, size_bytes)
+    block_bytes = BLOCK_BYTES if _is_local(fs) else FIRST_BYTES
+    return cast(BinaryIO, io.BufferedReader(RetriedReads(raw, uri), block_bytes))
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises as `open_input`."""
     fs, path = _locate(uri)
+    if is_bucket(fs):  # by ranges, each tried again by itself
+        with open_input(uri) as file:
+            return file.read()
     return bytes(retried(lambda: fs.cat_file(path), uri, Stage.READ))
 
 
@@ -114,27 +140,34 @@ def write_atomic(uri: str, data: bytes) -> None:
     """
     fs, path = _locate(uri)
     try:
-        tries()(_write_local if _is_local(fs) else fs.pipe_file, path, data)
+        tries(uri)(_write_local if _is_local(fs) else fs.pipe_file, path, data)
     except Exception as error:
-        raise StorageError(f"{uri} cannot be written: {cause(error)}. {advice(error)}") from error
+        raise _unusable(error, uri, "written") from error
 
 
 def delete(uri: str) -> None:
     """Deletes one object; one that is not there is no error. Raises as `write_atomic`."""
     fs, path = _locate(uri)
     try:
-        tries()(fs.rm_file, path)
+        tries(uri)(fs.rm_file, path)
     except FileNotFoundError:
         return
     except Exception as error:
-        raise StorageError(f"{uri} cannot be deleted: {cause(error)}. {advice(error)}") from error
+        raise _unusable(error, uri, "deleted") from error
+
+
+def _unusable(error: Exception, uri: str, done: str) -> StorageError:
+    check_credentials(error, uri)
+    return StorageError(redact(f"{uri} cannot be {done}: {cause(error)}. {advice(error)}"))
 
 
 def list_files(folder: str) -> list[str]:
     """URIs of all files below `folder`, sorted; none where there is no such folder."""
     fs, path = _locate(folder)
     try:
-        return [info.uri for info in retried(lambda: _find(fs, path), folder, Stage.LIST)]
+        if _info(fs, path, folder, Stage.LIST)["type"] != "directory":
+            return []
+        return sorted(found.uri for found in list_wanted(fs, Wanted(path, is_glob=False), folder))
     except Rejected as rejected:
         if rejected.reason is Reason.NOT_FOUND:
             return []
@@ -151,9 +184,11 @@ def check_writable(folder: str) -> None:
         marker = join(folder, f".af3pipe-{uuid.uuid4().hex}")
         write_atomic(marker, b"af3pipe was here\n")
         delete(marker)
+    except CredentialsError:
+        raise
     except Exception as error:
         first = error.__cause__ or error
-        raise StorageError(f"The folder {folder} is not writable: {cause(first)}. {advice(first)}") from error
+        raise StorageError(redact(f"The folder {folder} is not writable: {cause(first)}. {advice(first)}")) from error
 
 
 def join(base: str, *parts: str) -> str:
@@ -179,177 +214,8 @@ def resolve(named: str, folder: str) -> str:
     return str(Path(folder, Path(named).expanduser()).absolute())
 
 
-def _is_local(fs: Any) -> bool:
-    return "file" in _protocols(fs)
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def _locate(uri: str) -> tuple[Any, str]:
-    # Without "://" it is a path, whatever else is in it: fsspec would take "::" for a chain of stores.
-    if "://" not in uri:
-        return _LocalFiles(), str(Path(uri).expanduser().absolute())
-    fs, path = fsspec.core.url_to_fs(uri)
-    return (_LocalFiles() if _is_local(fs) else fs), path
-
-
-class _LocalFiles(LocalFileSystem):
-    """Local files, with nothing passed over in silence.
-
-    fsspec takes a link to a file for no file, leaves broken links out, and leaves out folders that may not be read,
-    below the first level even where it is asked not to. Links to folders are not followed: they may lead in circles.
-    """
-
-    def walk(self, path: str, maxdepth: int | None = None, topdown: bool = True, **kwargs: Any) -> Any:
-        return super().walk(path, maxdepth, topdown, **{**kwargs, "on_error": self._raise_unless_gone})
-
-    @staticmethod
-    def _raise_unless_gone(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
-        found: dict[str, Any] = super().info(path, **kwargs)
-        if found["islink"] and isinstance(path, os.DirEntry):
-            try:
-                target = super().info(path.path, **kwargs)
-            except FileNotFoundError:
-                return {**found, "type": "file"}  # broken: a dead letter will name it
-            return {**target, "type": "other" if target["type"] == "directory" else target["type"]}
-        return found
-
-
-def _list(fs: Any, path: str, pattern: str) -> list[ObjectInfo]:
-    fs.invalidate_cache()
-    try:
-        info = fs.info(path)
-    except FileNotFoundError:
-        if not any(character in path for character in "*?["):
-            raise
-        matches = fs.glob(path, detail=True)
-        return _sorted_files(fs, matches.values())
-    if info["type"] != "directory":
-        return [_object_info(fs, info)]
-    return [found for found in _find(fs, path) if _extension(found.uri) in AUDIO_EXTENSIONS]
-
-
-def _find(fs: Any, path: str) -> list[ObjectInfo]:
-    fs.invalidate_cache()
-    return _sorted_files(fs, fs.find(path, detail=True).values())
-
-
-def _sorted_files(fs: Any, infos: Any) -> list[ObjectInfo]:
-    # Neither are pipes and sockets, which would block, nor the empty objects that stand for folders in a store.
-    files = [info for info in infos if info["type"] == "file" and not info["name"].endswith("/")]
-    return sorted(_object_info(fs, info) for info in files)
-
-
 def _extension(uri: str) -> str:
     return Path(uri).suffix[1:].lower()
-
-
-def _object_info(fs: Any, info: dict[str, Any]) -> ObjectInfo:
-    name = info["name"]
-    uri = name if _is_local(fs) else fs.unstrip_protocol(name)
-    etag = next((info[key] for key in ("etag", "ETag", "e_tag") if info.get(key)), None)
-    size = info.get("size")
-    return ObjectInfo(
-        uri=uri,
-        size_bytes=None if size is None else int(size),
-        etag=None if etag is None else str(etag).strip('"'),
-        mtime=_mtime(info),
-    )
-
-
-def _mtime(info: dict[str, Any]) -> str | None:
-    keys = ("mtime", "LastModified", "last_modified", "updated", "created")
-    value = next((info[key] for key in keys if info.get(key) is not None), None)
-    if isinstance(value, (int, float)):
-        value = datetime.fromtimestamp(value, timezone.utc)
-    if isinstance(value, str):
-        value = datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 knows no Z
-    if not isinstance(value, datetime):
-        return None
-    aware = value if value.tzinfo else value.replace(tzinfo=timezone.utc)
-    return aware.astimezone(timezone.utc).isoformat()
-
-
-def _open(fs: Any, path: str, size_bytes: int | None) -> Any:
-    if _is_local(fs):
-        return Path(path).open("rb", buffering=0)
-    known = {"size": size_bytes} if size_bytes and _SIZED_STORES.intersection(_protocols(fs)) else {}
-    handle = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="none", **known)
-    if isinstance(handle, io.BytesIO):
-        # The memory store hands out its own object, whose position all readers would share.
-        return io.BytesIO(handle.getbuffer())
-    if handle.seekable():
-        return handle
-    copy = tempfile.SpooledTemporaryFile(_STREAMS_IN_MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
-    with handle:  # a web server that knows no ranges
-        shutil.copyfileobj(handle, copy, _BLOCK_BYTES)
-    copy.seek(0)
-    return copy
-
-
-class _RetriedReads(io.RawIOBase):
-    """A file whose reads are tried again, each from where it began, and which reads ahead."""
-
-    def __init__(self, handle: Any, uri: str) -> None:
-        self._handle = handle
-        self._uri = uri
-        self._position = 0
-        self._held = b""
-        self._held_from = 0
-        self._ahead_bytes = _FIRST_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        if not isinstance(self._handle, io.FileIO):  # asking others may have them write to a disk what is in memory
-            raise io.UnsupportedOperation("fileno")
-        return self._handle.fileno()
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_CUR:  # the handle stands elsewhere: it has read ahead
-            offset, whence = self._position + offset, io.SEEK_SET
-        self._position = int(self._handle.seek(offset, whence))
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._held_from <= self._position < self._held_from + len(self._held):
-            self._fetch(len(buffer))
-        start = self._position - self._held_from
-        data = self._held[start : start + len(buffer)]
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def _fetch(self, wanted: int) -> None:
-        goes_on = self._held and self._position == self._held_from + len(self._held)
-        self._ahead_bytes = min(4 * self._ahead_bytes, _MOST_AHEAD_BYTES) if goes_on else _FIRST_BYTES
-        size = max(wanted, self._ahead_bytes)
-        self._held = retried(lambda: self._read(size), self._uri, Stage.READ)
-        self._held_from = self._position
-
-    def _read(self, size: int) -> bytes:
-        # After a failed read the handle may stand anywhere.
-        if self._handle.tell() != self._position:
-            self._handle.seek(self._position)
-        return bytes(self._handle.read(size))
-
-    def close(self) -> None:
-        if not self.closed:
-            self._handle.close()
-        super().close()
 
 
 def _write_local(path: str, data: bytes) -> None:

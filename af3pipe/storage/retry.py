@@ -1,12 +1,15 @@
 """Which errors of a store may pass, the tries they get, and what is said of those that do not."""
 
 import errno
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import tenacity
 
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.options import options_for
+from af3pipe.storage.secrets import redact
 
 _TRIES = 5
 _FIRST_WAIT_S = 0.5
@@ -21,41 +24,161 @@ _TRANSIENT_NAMES = frozenset(
         "ClientConnectionError",
         "ClientPayloadError",
         "HTTPClientError",
+        "IncompleteRead",
+        "IncompleteReadError",
+        "ResponseParserError",
+        "TimeoutError",  # asyncio's own, in Python 3.10
         "TransportError",
         "RequestException",
     }
 )
-_CREDENTIALS_NAMES = frozenset(
-    {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"}
+_ABSENT = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"})
+_EXPIRED = frozenset(
+    {
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "RequestExpired",
+        "TokenRefreshRequired",
+        "UnauthorizedSSOTokenError",
+        "SSOTokenLoadError",
+        "TokenRetrievalError",
+        "RefreshError",
+    }
 )
+_INVALID = frozenset(
+    {
+        "InvalidAccessKeyId",
+        "XAdminUserNotFound",  # versitygw
+        "InvalidClientTokenId",
+        "InvalidToken",
+        "SignatureDoesNotMatch",
+        "UnrecognizedClientException",
+        "CredentialRetrievalError",
+        "ClientAuthenticationError",
+    }
+)
+# What a 401 of theirs is about is the account. One web server's says nothing of the next, and Hugging Face's hub
+# answers so for a repository that does not exist.
+_STORES_OF_ACCOUNTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
+_REMEDIES = {
+    "s3": "run `aws sso login`, or renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, "
+    "and start again",
+    "gs": "run `gcloud auth application-default login`, or renew the file that GOOGLE_APPLICATION_CREDENTIALS names, "
+    "and start again",
+    "az": "run `az login`, or renew what storage_options give, and start again",
+}
+_ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 _T = TypeVar("_T")
 
 
-def tries() -> tenacity.Retrying:
+class StorageError(Exception):
+    """A store cannot be used: where, why, and what to do. Ends the job, unlike `Rejected`."""
+
+
+class CredentialsError(StorageError):
+    """A store does not know who asks: nothing else on it can be read either, so no single recording is to blame."""
+
+
+class _Retries:
+    """How many retries this process has done since somebody last asked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def add(self, _: tenacity.RetryCallState) -> None:
+        with self._lock:
+            self._count += 1
+
+    def take(self) -> int:
+        with self._lock:
+            count, self._count = self._count, 0
+        return count
+
+
+_retries = _Retries()
+
+
+def take_retries() -> int:
+    """How often this process has tried a store again since the last call."""
+    return _retries.take()
+
+
+def tries(uri: str) -> tenacity.Retrying:
     """Calls a function up to five times, waiting longer each time, while its error may pass; raises the last one."""
     return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_transient),
+        retry=tenacity.retry_if_exception(lambda error: _is_transient(error) and not _account_fault(error, uri)),
         wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20),
         stop=tenacity.stop_after_attempt(_TRIES),
+        before_sleep=_retries.add,
         reraise=True,
     )
 
 
 def retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
-    """Runs `call`, again where its error may pass, and says what is wrong with `uri` where it does not."""
+    """Runs `call`, again where its error may pass, and says what is wrong with `uri` where it does not.
+
+    Raises:
+        Rejected: The object, folder or bucket is to blame.
+        CredentialsError: The account is.
+    """
     try:
-        return tries()(call)
+        return tries(uri)(call)
+    except (Rejected, StorageError):
+        raise
     except Exception as error:
-        reason = _reason(error)
-        if reason is None:
-            raise
         tried = f" in {_TRIES} tries" if _is_transient(error) else ""
-        detail = {
-            Reason.NOT_FOUND: f"There is no object {uri}.",
-            Reason.PERMISSION_DENIED: f"{uri} may not be read: {cause(error)}.",
-        }.get(reason, f"{uri} could not be read{tried}: {cause(error)}.")
-        raise Rejected(stage, reason, detail) from error
+        rejected = explained(error, uri, stage, tried)
+        if rejected is None:
+            raise
+        raise rejected from error
+
+
+def explained(error: Exception, uri: str, stage: Stage, tried: str = "") -> Rejected | None:
+    """What `retried` raises for an error; None where it says nothing about `uri`.
+
+    Raises:
+        CredentialsError: It is about the account.
+    """
+    check_credentials(error, uri)
+    reason = _reason(error)
+    if reason is None:
+        return None
+    detail = {
+        Reason.NOT_FOUND: f"There is no object {uri}.",
+        Reason.PERMISSION_DENIED: f"{uri} may not be read: {cause(error)}.",
+    }.get(reason, f"{uri} could not be read{tried}: {cause(error)}.")
+    return Rejected(stage, reason, redact(detail))
+
+
+def check_credentials(error: BaseException, uri: str) -> None:
+    """Raises CredentialsError where `error` says that the account is at fault and not what was asked for."""
+    fault = _account_fault(error, uri)
+    if fault is None:
+        return
+    protocol = uri.partition("://")[0]
+    remedy = _REMEDIES.get(_ALIASES.get(protocol, protocol), "renew them and start again")
+    chosen = options_for(uri)
+    given = f" Look at storage_options, too: {chosen.prefix} has its own." if chosen else ""
+    detail = redact(f"{uri} cannot be used: {fault} ({cause(error)}): {remedy}.{given}")
+    raise CredentialsError(detail) from error
+
+
+def _account_fault(error: BaseException, uri: str) -> str | None:
+    for found in _chain(error):
+        names = _class_names(found) | {_code(found)}
+        if names & _ABSENT:
+            return "there are no credentials for it"
+        if names & _EXPIRED or "invalid_grant" in str(found):
+            return "the credentials have expired"
+        if names & _INVALID:
+            return "the credentials are not valid"
+    if status_of(error) == 401 and uri.partition("://")[0] in _STORES_OF_ACCOUNTS:
+        chosen = options_for(uri)
+        # Who says that they are nobody is told so of each object that is not public.
+        return None if chosen and chosen.options.get("token") == "anon" else "the credentials are absent or not valid"
+    return None
 
 
 def _reason(error: BaseException) -> Reason | None:
@@ -64,14 +187,14 @@ def _reason(error: BaseException) -> Reason | None:
         return Reason.NOT_FOUND
     if _is_denied(error):
         return Reason.PERMISSION_DENIED
-    return Reason.UNREADABLE if isinstance(error, OSError) or _is_transient(error) else None
+    is_refused = "ParamValidationError" in _class_names(error)  # botocore, of a name that no bucket can have
+    return Reason.UNREADABLE if is_refused or isinstance(error, OSError) or _is_transient(error) else None
 
 
 def _is_denied(error: BaseException) -> bool:
     return (
         isinstance(error, PermissionError)
-        or _status(error) in (401, 403)
-        or bool(_CREDENTIALS_NAMES & _class_names(error))
+        or status_of(error) in (401, 403)
         or (isinstance(error, OSError) and str(error).startswith("Forbidden"))  # gcsfs, of a 403
     )
 
@@ -81,22 +204,35 @@ def _is_transient(error: BaseException) -> bool:
         return False
     if _is_denied(error):
         return False
-    status = _status(error)
+    # Before the status: aiohttp says 400 of a body that was cut off.
+    if _TRANSIENT_NAMES & _class_names(error):
+        return True
+    status = status_of(error)
     if status is not None:
         return status in _TRANSIENT_STATUSES
-    if isinstance(error, OSError):
-        return error.errno not in _FINAL_ERRNOS
-    return isinstance(error, TimeoutError) or bool(_TRANSIENT_NAMES & _class_names(error))
+    return isinstance(error, OSError) and error.errno not in _FINAL_ERRNOS
 
 
 def _class_names(error: BaseException) -> set[str]:
     return {parent.__name__ for parent in type(error).__mro__}
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, however its client states it (aiohttp, gcsfs, botocore; or their wrapper)."""
+def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _code(error: BaseException) -> str:
+    """The store's own word for what is wrong, as botocore has it."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, however its client states it (aiohttp, gcsfs, botocore; or their wrapper)."""
+    for seen in _chain(error):
         for name in ("status", "code", "status_code"):
             value = getattr(seen, name, None)
             if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
@@ -106,14 +242,13 @@ def _status(error: BaseException) -> int | None:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if isinstance(status, int):
                 return status
-        seen = seen.__cause__
     return None
 
 
 def cause(error: BaseException) -> str:
-    """What an error says, in one line without a full stop."""
+    """What an error says, in one line without a full stop and without secrets."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split()).rstrip(".")
+    return redact(" ".join(str(text).split()).rstrip("."))
 
 
 def advice(error: BaseException) -> str:

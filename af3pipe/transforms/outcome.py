@@ -12,13 +12,14 @@ import apache_beam as beam
 from af3pipe.audio.decoder_process import GuardError
 from af3pipe.models.engine import EngineFailed, ModelError
 from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage, Task, dead_letter_key
+from af3pipe.storage import StorageError
 
 T = TypeVar("T")
 DEAD_LETTERS = "dead_letters"
 """Tag of the output that carries dead letters, in every transform here."""
 
-_FATAL = (ModelError, EngineFailed, GuardError)
-"""These say that the worker is unfit, not the recording: the runner has to see them."""
+_FATAL = (ModelError, EngineFailed, GuardError, StorageError)
+"""These say that the worker or its account is unfit, not the recording: the runner has to see them."""
 
 
 _UNEXPECTED = {
@@ -63,7 +64,7 @@ def outcomes(
         catch: What may become one; anything else is raised as it is.
 
     Raises:
-        ModelError, EngineFailed, GuardError: As they are: no recording is to blame.
+        ModelError, EngineFailed, GuardError, StorageError: As they are: no recording is to blame.
     """
     try:
         yield from items

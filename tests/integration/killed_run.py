@@ -43,7 +43,7 @@ def killed_at(step):
 
 
 def run(job, kill):
-    """Exit status of a run in a fork; `kill` is {"step": n}, {"after_s": s} or empty. Tells how many steps it took."""
+    """Exit status of a run in a fork, and what it tells; `kill` is {"step": n}, {"after_s": s} or empty."""
     told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -103,6 +103,8 @@ def test_a_limit_for_all_tasks():
         ),
         ({"dtype": "int3"}, ["dtype is 'int3'", "'float32'"]),
         ({"fail_on_dead_letters": "many"}, ["fail_on_dead_letters is 'many'"]),
+        ({"storage_options": {"archive": {}}}, ["storage_options: 'archive' is no URL; name a store, a bucket"]),
+        ({"storage_options": {"s3://a/": "x"}}, ["storage_options.s3://a/ is 'x': input should be a valid dict"]),
     ],
     ids=lambda found: next(iter(found)) if isinstance(found, dict) else "",
 )
