@@ -4,7 +4,7 @@
 
 What is spoiled follows from the seed, the method, the path and how often it was asked for, not from who comes first.
 No path is spoiled more than `--most-in-a-row` times in a row, so that a client that tries again gets through; but for
-those that contain an `--always-fail` text, which never get an answer. Requests pass as they are, the Host header
+those that contain the TEXT of an `--always-fail TEXT=KIND`, which are spoiled every time. Requests pass as they are, the Host header
 too: signatures cover it. `GET /_faults` tells, in JSON, of all requests so far: `requests`, `injected` by kind of
 fault, and `calls` (how often) by method and path.
 """
@@ -21,7 +21,7 @@ import yarl
 from aiohttp import web
 
 STATUSES = {"500": "InternalError", "503": "SlowDown", "429": "TooManyRequests"}
-# Instead of the answer. The first four of them spoil the call before the server has heard of it.
+# Instead of an answer: the server never hears of the call.
 INSTEAD = (*STATUSES, "reset", "stall")
 AFTER_THE_WORK = "reset_after_work"
 """Of a write: the server has done it, and the client does not get to know."""
@@ -31,7 +31,6 @@ KINDS = {
     "HEAD": INSTEAD,
     **dict.fromkeys(("PUT", "POST", "DELETE", "PATCH"), (*INSTEAD, AFTER_THE_WORK)),
 }
-QUICK = ("500", "503", "reset")
 # What belongs to one connection; and Expect, which has been answered here.
 _NOT_PASSED_ON = ("Connection", "Keep-Alive", "Transfer-Encoding", "Expect", "TE", "Upgrade")
 _SLOW_PIECES = 10
@@ -77,15 +76,19 @@ class FaultProxy:
         key = f"{request.method} {request.raw_path.partition('?')[0]}"
         self._calls[key] += 1
         draw = random.Random(f"{self._options.seed} {key} {self._calls[key]}")
-        if key.startswith("PUT ") and self._calls[key] == 1 and _any_in(self._options.lose_first_answer, key):
+        if key.startswith("PUT ") and self._calls[key] == 1 and self._loses_first_answer(key):
             return AFTER_THE_WORK
-        if _any_in(self._options.always_fail, key):
-            return draw.choice(QUICK)
+        for text, kind in self._options.always_fail:
+            if text in key:
+                return kind
         if draw.random() >= self._options.share or self._in_a_row[key] >= self._options.most_in_a_row:
             self._in_a_row[key] = 0
             return None
         self._in_a_row[key] += 1
         return draw.choice(KINDS[request.method])
+
+    def _loses_first_answer(self, key):
+        return any(text in key for text in self._options.lose_first_answer)
 
     async def _ask(self, request):
         url = yarl.URL(f"http://127.0.0.1:{self._upstream}{request.raw_path}", encoded=True)
@@ -137,10 +140,6 @@ class FaultProxy:
         return response
 
 
-def _any_in(texts, key):
-    return any(text in key for text in texts)
-
-
 def _passed_on(headers):
     kept = headers.copy()
     for name in _NOT_PASSED_ON:
@@ -163,6 +162,13 @@ async def serve(options):
         await asyncio.Event().wait()
 
 
+def _text_and_kind(value):
+    text, _, kind = value.rpartition("=")
+    if not text or kind not in {kind for kinds in KINDS.values() for kind in kinds}:
+        raise argparse.ArgumentTypeError(f"{value} is not TEXT=KIND, with a kind of fault behind the last =")
+    return text, kind
+
+
 def _options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("listen_port", type=int)
@@ -170,7 +176,7 @@ def _options():
     parser.add_argument("--share", type=float, default=0.1, help="of the calls, from 0 to 1")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--most-in-a-row", type=int, default=2, help="faults of one path")
-    parser.add_argument("--always-fail", action="append", default=[], help="text of paths that never get an answer")
+    parser.add_argument("--always-fail", type=_text_and_kind, action="append", default=[], metavar="TEXT=KIND")
     parser.add_argument(
         "--lose-first-answer", action="append", default=[], help="text of paths whose first PUT is done, but reset"
     )
