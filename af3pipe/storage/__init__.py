@@ -344,7 +344,13 @@ class _RetriedReads(io.RawIOBase):
         # After a failed read the handle may stand anywhere.
         if self._handle.tell() != self._position:
             self._handle.seek(self._position)
-        return bytes(self._handle.read(size))
+        try:
+            return bytes(self._handle.read(size))
+        except IndexError as error:
+            # s3fs looks into the arguments of an error, and that of a body that stalls has none.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
     def close(self) -> None:
         if not self.closed:

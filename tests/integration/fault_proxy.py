@@ -4,9 +4,9 @@
 
 What is spoiled follows from the seed, the method, the path and how often it was asked for, not from who comes first.
 No path is spoiled more than `--most-in-a-row` times in a row, so that a client that tries again gets through; but for
-those that contain the TEXT of an `--always-fail TEXT=KIND`, which are spoiled every time. Requests pass as they are, the Host header
-too: signatures cover it. `GET /_faults` tells, in JSON, of all requests so far: `requests`, `injected` by kind of
-fault, and `calls` (how often) by method and path.
+those that contain the TEXT of an `--always-fail TEXT=KIND`, which are spoiled every time. What is not spoiled passes
+as it is, the Host header too: signatures cover it. `GET /_faults` tells, in JSON, of all requests so far: `requests`,
+`injected` by kind of fault, and `calls` (how often) by method and path.
 """
 
 import argparse
@@ -102,7 +102,9 @@ class FaultProxy:
     def _refuse(self, kind):
         self._injected[kind] += 1
         code = STATUSES[kind]
-        text = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>Injected.</Message></Error>'
+        text = (
+            f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>Injected.</Message></Error>'
+        )
         return web.Response(status=int(kind), body=text.encode(), content_type="application/xml")
 
     def _reset(self, request, kind):

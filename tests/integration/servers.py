@@ -99,7 +99,7 @@ def store_server(name, folder):
 def _versitygw(folder, port):
     binary = shutil.which("versitygw")
     if binary is None:
-        pytest.skip("versitygw is not on the path: go install github.com/versity/versitygw/cmd/versitygw@latest")
+        pytest.skip("versitygw is not on the path: go install github.com/versity/versitygw/cmd/versitygw@v1.8.0")
     store = _s3(port)
     keys = {"ROOT_ACCESS_KEY": store.options["key"], "ROOT_SECRET_KEY": store.options["secret"]}
     command = [binary, "--port", f"127.0.0.1:{port}", "posix", str(folder / "data")]

@@ -1,4 +1,4 @@
-"""A thousand recordings through a store that spoils a tenth of all calls: nothing lost, nothing twice, tries bounded."""
+"""A thousand recordings by a store that spoils a tenth of all calls: nothing lost, nothing twice, tries bounded."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import make_job
 from benchmarks import constant_engine
 from tests import fixtures_audio as make
-from tests.integration.fault_proxy import AFTER_THE_WORK, KINDS
+from tests.integration.fault_proxy import KINDS
 from tests.integration.servers import S3, free_port, python_module, serving, store_server, using
 
 pytestmark = pytest.mark.integration
@@ -34,7 +34,7 @@ def server(tmp_path_factory):
 
 @contextlib.contextmanager
 def spoiled(server, log, *options, patience_s=1):
-    """Has s3:// mean the server behind a proxy. botocore's tries within those of s3fs would make 125 of a read."""
+    """Has s3:// mean the server behind a proxy. botocore would try again within each try of s3fs."""
     port = free_port()
     proxy = python_module("tests.integration.fault_proxy", port, server.port, *options)
     client = {"config_kwargs": {"read_timeout": patience_s, "retries": {"total_max_attempts": 1}}}
@@ -75,7 +75,12 @@ def test_a_thousand_recordings_through_faults(server, tmp_path, monkeypatch):
     with spoiled(server, tmp_path / "proxy.log", *options) as faulty:
         # Only writes in this number meet every fault of a write.
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda item: storage.write_atomic(faulty.url(f"archive/in/{item[0]}"), item[1]), recordings.items()))
+            list(
+                pool.map(
+                    lambda item: storage.write_atomic(faulty.url(f"archive/in/{item[0]}"), item[1]),
+                    recordings.items(),
+                )
+            )
         report = run(faulty.url("archive/in"), faulty.url("labels/out"), monkeypatch)
         told = tally(faulty)
 

@@ -2,87 +2,73 @@
 
 import json
 import subprocess
-from collections import Counter, defaultdict
-from pathlib import Path
+from collections import Counter
+from io import BytesIO
 
 import pyarrow.parquet as pq
 import pytest
 
+from af3pipe import storage
 from tests import fixtures_audio as make
-from tests.integration.servers import BUCKETS, STORES, python_module, store_server, using
+from tests.integration.servers import S3, python_module, store_server, using
 
 pytestmark = pytest.mark.integration
+PARTS = {"first": range(40), "second": range(20, 60)}
+"""What each is asked for: twenty recordings of its own, twenty that the other is asked for too, and a broken one."""
 RECORDINGS = [f"{number:03}.wav" for number in range(60)]
-SHARED = RECORDINGS[20:40]
-"""What both runs are asked for."""
 TABLES = ("captions", "transcripts", "recordings", "dead_letters")
-PROGRAM = """
-import sys, time
-from pathlib import Path
-from af3pipe.pipelines import batch
-from af3pipe.pipelines.job import make_job
-from benchmarks import constant_engine
-
-archive, output, first, last, ready, go = sys.argv[1:]
-constant_engine.window_s = 0.02
-inputs = [f"{archive}/{number:03}.wav" for number in range(int(first), int(last))]
-job = make_job(
-    {
-        "inputs": [*inputs, f"{archive}/broken.wav"],
-        "output": output,
-        "model": "demo",
-        "tasks": ["caption", "transcript"],
-        "engine": constant_engine.register(),
-        "device": "cpu",
-    }
-)
-Path(ready).touch()
-while not Path(go).exists():
-    time.sleep(0.01)
-report = batch.run(job)
-assert report.counts.reconciled, report.counts.problems
-assert report.counts.states == {"ok": len(inputs), "dead_letter": 1}, report.counts.states
-print(report.run_id)
-"""
-"""One run, which waits for the other so that both begin together."""
 
 
-@pytest.fixture(params=["local", *STORES])
-def place(request, tmp_path):
-    """A folder for the archive and one for the output, and how to list and read what is in the latter."""
+@pytest.fixture(params=["local", S3])
+def base(request, tmp_path):
+    """Where the archive and the output are: a local folder, or a server."""
     if request.param == "local":
-        for bucket in BUCKETS:
-            (tmp_path / bucket).mkdir()
-        yield LocalPlace(str(tmp_path))
+        yield str(tmp_path)
         return
     with store_server(request.param, tmp_path) as store, using(store):
-        yield StorePlace(store)
+        yield "s3:/"
 
 
-class LocalPlace:
-    def __init__(self, folder):
-        self.base = folder
-
-    def put(self, path, data):
-        Path(self.base, path).write_bytes(data)
-
-    def files(self, folder):
-        return [path for path in Path(self.base, folder).rglob("*") if path.is_file()]
-
-    def read(self, path):
-        return path.read_bytes()
+def start(base, part):
+    program = python_module("tests.integration.one_of_two_runs", base, part.start, part.stop)
+    return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-class StorePlace:
-    def __init__(self, store):
-        self.base = store.url("").rstrip("/") + "/"
-        self._store = store
+def test_two_runs_into_one_folder(base):
+    for name in RECORDINGS:
+        storage.write_atomic(f"{base}/archive/{name}", make.wav(make.sound(0.3, 16_000), 16_000))
+    storage.write_atomic(f"{base}/archive/broken.wav", b"no audio at all")
 
-    def put(self, path, data):
-        self._store.fs.pipe_file(path, data)
+    runs = [start(base, part) for part in PARTS.values()]
+    try:
+        assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
+        for run in runs:  # both have all that they need: they go side by side
+            run.stdin.write("go\n")
+            run.stdin.flush()
+        told = [json.loads(run.communicate(timeout=120)[0].splitlines()[-1]) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
 
-    def files(self, folder):
-        return self._store.fs.find(folder)
-
-    def read(self, path):
-        return self._store.fs.cat_file(path)
+    parts = zip(told, PARTS.values(), strict=True)
+    asked = {found["run_id"]: [f"{number:03}.wav" for number in part] for found, part in parts}
+    assert len(asked) == 2
+    assert all(found["problems"] == [] for found in told)
+    files = storage.list_files(f"{base}/labels/out")
+    assert sorted(storage.name(uri) for uri in files if "/_runs/" in uri) == sorted(f"{name}.json" for name in asked)
+    assert all(uri.endswith((".json", ".parquet")) for uri in files)
+    rows = {table: [] for table in TABLES}
+    for uri in files:
+        if uri.endswith(".parquet"):
+            rows[storage.name(storage.parent(uri))] += pq.read_table(BytesIO(storage.read_bytes(uri))).to_pylist()
+    for table in ("captions", "transcripts", "recordings"):
+        found = Counter((row["run_id"], storage.name(row["uri"])) for row in rows[table])
+        assert max(found.values()) == 1
+        broken = {"broken.wav"} if table == "recordings" else set()
+        assert {name for _, name in found} == {*RECORDINGS, *broken}
+        for run_id, names in asked.items():  # what only one of them was asked for is in its own rows
+            alone = set(names).difference(*(others for other, others in asked.items() if other != run_id))
+            assert {(run_id, name) for name in alone} <= found.keys()
+    assert {row["uri"].rpartition("/")[2] for row in rows["dead_letters"]} == {"broken.wav"}
+    assert {row["run_id"] for row in rows["dead_letters"]} == asked.keys()
