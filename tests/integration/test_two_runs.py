@@ -54,7 +54,7 @@ def test_two_runs_into_one_folder(base):
     parts = zip(told, PARTS.values(), strict=True)
     asked = {found["run_id"]: [f"{number:03}.wav" for number in part] for found, part in parts}
     assert len(asked) == 2
-    assert all(found["problems"] == [] for found in told)
+    assert [found["problems"] for found in told] == [[], []]
     files = storage.list_files(f"{base}/labels/out")
     assert sorted(storage.name(uri) for uri in files if "/_runs/" in uri) == sorted(f"{name}.json" for name in asked)
     assert all(uri.endswith((".json", ".parquet")) for uri in files)
