@@ -96,7 +96,8 @@ def _class_names(error: BaseException) -> set[str]:
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error, however its client states it (aiohttp, gcsfs, botocore; or their wrapper)."""
     seen: BaseException | None = error
-    while seen is not None:
+    # aiohttp says 400, of its own, of a body that is cut off.
+    while seen is not None and "PayloadEncodingError" not in _class_names(seen):
         for name in ("status", "code", "status_code"):
             value = getattr(seen, name, None)
             if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):

@@ -111,11 +111,12 @@ def test_a_thousand_recordings_through_faults(server, tmp_path, monkeypatch):
     assert max(objects) <= TRIES
 
 
-def test_a_store_that_hangs_is_unreadable_for_now(server, tmp_path, monkeypatch):
-    server.fs.pipe_file("archive/hangs/a.wav", make.wav(make.sound(0.3, 16_000), 16_000))
-    options = ["--share", 0, "--stall-s", 1, "--always-fail", "GET /archive/hangs/a.wav=stall_in_body"]
-    with spoiled(server, tmp_path / "proxy.log", *options, patience_s=0.2) as hanging:
-        report = run(hanging.url("archive/hangs"), str(tmp_path / "out"), monkeypatch)
+@pytest.mark.parametrize("kind", ["truncated", "stall_in_body"])
+def test_a_body_that_never_comes_whole_is_unreadable_for_now(server, tmp_path, monkeypatch, kind):
+    server.fs.pipe_file("archive/half/a.wav", make.wav(make.sound(0.3, 16_000), 16_000))
+    options = ["--share", 0, "--stall-s", 1, "--always-fail", f"GET /archive/half/a.wav={kind}"]
+    with spoiled(server, tmp_path / "proxy.log", *options, patience_s=0.2) as halving:
+        report = run(halving.url("archive/half"), str(tmp_path / "out"), monkeypatch)
     assert report.counts.reconciled, report.counts.problems
     (letter,) = ds.dataset(tmp_path / "out" / "dead_letters", format="parquet").to_table().to_pylist()
     assert (letter["stage"], letter["reason"], letter["retryable"]) == ("read", "unreadable", True)
