@@ -13,7 +13,7 @@ import pytest
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import JobError, make_job
 from tests import fixtures_audio as make
-from tests.integration.runners import free_port, serving
+from tests.integration.servers import free_port, python_module, serving
 
 pytestmark = pytest.mark.integration
 
@@ -28,7 +28,8 @@ def s3(tmp_path_factory):
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    with pytest.MonkeyPatch.context() as patch, serving("tests.integration.counting_s3", port, str(port), log=log):
+    server = python_module("tests.integration.counting_s3", port)
+    with pytest.MonkeyPatch.context() as patch, serving(server, port, log=log):
         for name, value in environment.items():
             patch.setenv(name, value)
         fsspec.filesystem("s3").clear_instance_cache()
