@@ -22,8 +22,8 @@ NAMES = [f"{number:04}.wav" for number in range(1000)]
 LOST = {"0123.wav": "503", "0777.wav": "reset"}
 """Recordings that cannot be read, and what happens whenever they are."""
 TABLES = ("captions", "transcripts")
-TRIES, CLIENT_TRIES = 5, 5
-"""Ours of a read, and s3fs's own within each of them."""
+TRIES, CLIENT_TRIES = 5, 2
+"""Ours of a read, and the HTTP client's own, of a connection that is reset, within each of them."""
 
 
 @pytest.fixture(scope="module")
