@@ -126,7 +126,9 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome | Ver
         quantize=job.quantize,
         verifiable=job.verify_sample > 0,
     )
-    recordings = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs, channel=job.channel, stream=job.stream)
+    recordings = pipeline | "ReadRecordings" >> ReadRecordings(
+        job.inputs, channel=job.channel, stream=job.stream, allow_prefixes=job.allow_prefixes
+    )
     answers: Outcome | VerifiableOutcome = recordings | "AnswerRecordings" >> AnswerRecordings(
         decode, ask, accelerator=job.accelerator
     )

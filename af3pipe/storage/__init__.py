@@ -18,6 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage import members
 from af3pipe.storage.retry import advice, cause, retried, tries
 
 _EXTENSIONS = (
@@ -75,6 +76,8 @@ def list_objects(pattern: str) -> Iterator[ObjectInfo]:
 
 def stat(uri: str) -> ObjectInfo:
     """What the store says of one object. Raises Rejected: not_found, permission_denied or unreadable."""
+    if (member := members.find(uri)) is not None:
+        return members.stat(member)
     fs, path = _locate(uri)
     return _object_info(fs, retried(lambda: fs.info(path), uri, Stage.READ))
 
@@ -92,6 +95,8 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
     Raises:
         Rejected: not_found, permission_denied or unreadable; from every read, too.
     """
+    if (member := members.find(uri)) is not None:
+        return members.open_member(member)
     fs, path = _locate(uri)
     raw = retried(lambda: _open(fs, path, size_bytes), uri, Stage.READ)
     block_bytes = _BLOCK_BYTES if _is_local(fs) else _FIRST_BYTES
@@ -100,6 +105,9 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises as `open_input`."""
+    if members.find(uri) is not None:
+        with open_input(uri) as file:
+            return file.read()
     fs, path = _locate(uri)
     return bytes(retried(lambda: fs.cat_file(path), uri, Stage.READ))
 
