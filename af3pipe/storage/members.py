@@ -156,7 +156,8 @@ def _check_tar_header(file: BinaryIO, member: Span) -> None:
     file.seek(max(member.offset - _TAR_BLOCK_BYTES, 0))
     try:
         info = tarfile.TarInfo.frombuf(file.read(_TAR_BLOCK_BYTES), "utf-8", "surrogateescape")
-        is_there = info.isreg() and (info.size == member.size_bytes or member.size_bytes >= _TAR_SIZE_FIELD)
+        has_size = info.size == member.size_bytes or member.size_bytes >= _TAR_SIZE_FIELD
+        is_there = info.isreg() and has_size and member.offset >= _TAR_BLOCK_BYTES
     except tarfile.TarError:
         is_there = False
     if not is_there:
@@ -273,7 +274,7 @@ _cells = _Cells()
 def _read_run(cell: Cell, etag: str | None) -> _Run:
     try:
         with storage.open_input(cell.container) as file:
-            return _run(pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20), cell, etag)
+            return _run(pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20), cell, etag)
     except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError to pyarrow
         detail = f"Row {cell.row} of {cell.container} cannot be read: {error}."
         raise Rejected(Stage.READ, Reason.DECODE_ERROR, detail) from error

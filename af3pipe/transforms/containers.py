@@ -251,7 +251,7 @@ def _parquet_rows(found: storage.ObjectInfo) -> Iterator[Row]:
     number = 0
     try:
         with storage.open_input(found.uri, size_bytes=found.size_bytes) as file:
-            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)
+            parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
             schema = parquet.schema_arrow
             audio = _audio_column(schema)
             if audio is not None:

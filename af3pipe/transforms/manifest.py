@@ -207,15 +207,17 @@ def _check_columns(uri: str, names: Sequence[str]) -> None:
 
 
 def _parquet_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
-    parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)  # or a column chunk is read whole
+    # Or column chunks would be read whole.
+    parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
     _check_columns(uri, columns)
     number = 0
     try:
-        for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
-            for row in batch.to_pylist():
-                number += 1
-                yield Row(f"row {number} of {uri}", f"{uri}#row={number}", row)
+        for group in range(parquet.metadata.num_row_groups):  # a damaged one costs none before it
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"row {number} of {uri}", f"{uri}#row={number}", row)
     except (pa.ArrowException, OSError) as error:
         raise _bad(f"manifest {uri} cannot be read beyond row {number}: {error}") from error
 

@@ -49,7 +49,7 @@ def own_prefix(uri: str) -> str:
     """The bucket of an object, or the folder where it is on no object store."""
     scheme, _, rest = uri.partition("://")
     if _scheme(uri) in _BUCKET_STORES:
-        return f"{scheme}://{rest.partition('/')[0]}"
+        return f"{scheme}://{rest.lstrip('/').partition('/')[0]}"
     return storage.parent(uri)
 
 
@@ -74,6 +74,8 @@ def _canonical(url: str) -> str:
     if _scheme(url) in ("http", "https"):  # names of hosts, unlike those of buckets, are the same in any case
         host, slash, path = rest.partition("/")
         rest = host.lower() + slash + path
+    else:
+        rest = rest.lstrip("/")  # the memory store's listing writes three slashes
     return f"{_scheme(url)}://{rest}"
 
 
