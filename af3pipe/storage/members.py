@@ -9,6 +9,7 @@ Anything that differs from this in one character is an ordinary name with a `#` 
 
 import functools
 import io
+import os
 import re
 import tarfile
 import threading
@@ -21,6 +22,7 @@ import pyarrow.parquet
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.retry import retried
 
 _SPAN = re.compile(r"(.+\.(?:tar|arrow))#offset=(\d{1,19})&size=(\d{1,19})(?:&name=([^/#&]+))?", re.I | re.S)
 _CELL = re.compile(r"(.+\.parquet)#row=(\d{1,19})&column=([^/#&]+)(?:&name=([^/#&]+))?", re.I | re.S)
@@ -106,7 +108,7 @@ def find(uri: str) -> Span | Cell | None:
     if member is None:
         return None
     if "://" not in uri:
-        return None if Path(uri).expanduser().exists() else member
+        return None if os.path.lexists(Path(uri).expanduser()) else member  # False of a name too long for a file
     try:
         _check_exists(member.container)
     except Rejected as rejected:
@@ -140,27 +142,36 @@ def open_member(member: Span | Cell) -> BinaryIO:
     """
     if isinstance(member, Cell):
         return io.BytesIO(_cells.read(member).to_pybytes())
-    # As if the shard ended with the member: nothing is read ahead beyond it.
-    file = storage.open_input(member.container, size_bytes=member.offset + member.size_bytes)
+    is_tar = member.container.lower().endswith(".tar")
+    # A member's header is the block before it, and comes with the same request.
+    file = _open_range(member, _TAR_BLOCK_BYTES if is_tar and member.offset >= _TAR_BLOCK_BYTES else 0)
+    if not is_tar:
+        return file
     try:
-        if member.container.lower().endswith(".tar"):
-            _check_tar_header(file, member)
+        _check_tar_header(file.read(_TAR_BLOCK_BYTES), member)
     except BaseException:
         file.close()
         raise
-    return cast(BinaryIO, io.BufferedReader(_Part(file, member.offset, member.size_bytes)))
+    return cast(BinaryIO, io.BufferedReader(_Part(file, _TAR_BLOCK_BYTES, member.size_bytes)))
 
 
-def _check_tar_header(file: BinaryIO, member: Span) -> None:
-    """A member's header is the block before it. A shard written anew would be heard somewhere in the middle."""
-    file.seek(max(member.offset - _TAR_BLOCK_BYTES, 0))
+def _open_range(member: Span, before: int) -> BinaryIO:
+    """The member, with some bytes before it. Nothing is read ahead beyond its end."""
+    fs, path = storage._locate(member.container)
+    end = member.offset + member.size_bytes
+    raw = retried(lambda: storage._open(fs, path, end), member.container, Stage.READ)
+    part = _Part(raw, member.offset - before, member.size_bytes + before)
+    return cast(BinaryIO, io.BufferedReader(storage._RetriedReads(part, member.container), storage._FIRST_BYTES))
+
+
+def _check_tar_header(block: bytes, member: Span) -> None:
+    """A shard that was written anew would be heard somewhere in the middle."""
     try:
-        info = tarfile.TarInfo.frombuf(file.read(_TAR_BLOCK_BYTES), "utf-8", "surrogateescape")
-        has_size = info.size == member.size_bytes or member.size_bytes >= _TAR_SIZE_FIELD
-        is_there = info.isreg() and has_size and member.offset >= _TAR_BLOCK_BYTES
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        is_there = info.isreg() and (info.size == member.size_bytes or member.size_bytes >= _TAR_SIZE_FIELD)
     except tarfile.TarError:
         is_there = False
-    if not is_there:
+    if not is_there or member.offset < _TAR_BLOCK_BYTES:
         raise _not_found(
             f"{member.container} holds no member of {member.size_bytes} bytes at byte {member.offset}. "
             "Was it written anew? Then list it again."

@@ -243,7 +243,7 @@ def _has_bytes(kind: Any) -> bool:
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
         return False
     child = kind.field("bytes").type
-    return bool(pa.types.is_binary(child) or pa.types.is_large_binary(child))
+    return bool(pa.types.is_binary(child) or pa.types.is_large_binary(child) or pa.types.is_null(child))
 
 
 def _parquet_rows(found: storage.ObjectInfo) -> Iterator[Row]:
@@ -388,4 +388,4 @@ def _base(name: str | None) -> str:
 
 
 def _bad(detail: str) -> Rejected:
-    return Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{detail}.")
+    return Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail)

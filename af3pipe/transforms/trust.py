@@ -37,7 +37,7 @@ def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[s
         return
     else:
         why = f"which is outside {own_prefix(source)}; if you trust it, allow it: --allow-prefix {own_prefix(url)}"
-    raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}.")
+    raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}")
 
 
 def is_remote(uri: str) -> bool:

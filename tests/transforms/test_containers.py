@@ -142,11 +142,7 @@ def damaged(data, kind):
 def test_of_a_damaged_shard_what_could_be_listed_is_kept(tmp_path, kind, says):
     path = write_tar(tmp_path / "1.tar", MANY)
     write_tar(tmp_path / "2.tar", {"z.wav": b"z"})
-    with open(path, "r+b") as file:
-        data = damaged(file.read(), kind)
-        file.seek(0)
-        file.truncate()
-        file.write(data)
+    (tmp_path / "1.tar").write_bytes(damaged((tmp_path / "1.tar").read_bytes(), kind))
     good, (bad,) = split(list_recordings(str(tmp_path / "*.tar")))
     assert [parse(row.uri).name for row in good] == ["0.wav", "1.wav", "z.wav"]
     assert (bad.uri, bad.stage.value, bad.reason) == (path, "list", Reason.UNSUPPORTED_FORMAT)

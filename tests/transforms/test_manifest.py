@@ -214,7 +214,7 @@ def test_a_parquet_manifest_that_is_damaged_midway_keeps_what_was_before(tmp_pat
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_manifest_is_not_held_in_memory(tmp_path, kind):
     path, rows = tmp_path / f"m.{kind}", 60_000
-    note = "n" * 450
+    note = "n" * 1000
     if kind == "parquet":
         table = pa.table({"uri": [f"/{i}.wav" for i in range(rows)], "note": [f"{i} {note}" for i in range(rows)]})
         pq.write_table(table, path, row_group_size=rows, compression="none", use_dictionary=False)
@@ -229,7 +229,7 @@ def test_a_manifest_is_not_held_in_memory(tmp_path, kind):
                     else json.dumps({"uri": f"/{i}.wav", "note": f"{i} {note}"})
                 )
                 file.write(row + "\n")
-    assert path.stat().st_size > 24 << 20
+    assert path.stat().st_size > 56 << 20
     next(read_manifest(str(path)))  # what is imported and cached counts once
     before = pa.total_allocated_bytes()
     tracemalloc.start()
@@ -240,7 +240,7 @@ def test_a_manifest_is_not_held_in_memory(tmp_path, kind):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found == rows
-    assert peak + most < 8 << 20
+    assert peak + most < 20 << 20  # of which 8 MiB are what storage reads ahead
 
 
 @pytest.fixture

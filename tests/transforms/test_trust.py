@@ -12,9 +12,10 @@ def is_allowed(url, source, *prefixes):
     try:
         check_named(url, source=source, where="line 7 of m", allow_prefixes=prefixes)
     except Rejected as rejected:
-        assert rejected.reason is Reason.PERMISSION_DENIED
-        assert rejected.detail.startswith(f"line 7 of m names {url}, ")
-        return False
+        return (rejected.reason, rejected.detail[: len(url) + 20]) != (
+            Reason.PERMISSION_DENIED,
+            f"line 7 of m names {url}, ",
+        )
     return True
 
 
@@ -97,7 +98,7 @@ def test_a_local_file_is_never_named_from_elsewhere_whatever_is_allowed(url):
 
 
 def test_a_refusal_says_what_to_allow():
-    with pytest.raises(Rejected, match=r"outside s3://own; if you trust it, allow it: --allow-prefix s3://friend\."):
+    with pytest.raises(Rejected, match=r"outside s3://own; if you trust it, allow it: --allow-prefix s3://friend$"):
         check_named("s3://friend/in/a.wav", source=S3, where="row 1 of m")
 
 
