@@ -104,7 +104,9 @@ def test_a_clip_has_the_same_text_wherever_it_lies(where, clips, tmp_path, reque
     report = batch.run(make_job(values | {"device": "cpu"}))
     assert report.counts.states == {"ok": 5 * len(clips)}, report.counts
     assert report.counts.reconciled, report.counts.problems
-    rows = read_rows(run_files(output, report.run_id)["transcripts"], ["uri", "text", "duration_s", "codec", "etag"])
+    rows = list(
+        read_rows(run_files(output, report.run_id)["transcripts"], ["uri", "text", "duration_s", "codec", "etag"])
+    )
     heard = {}
     for row in rows:
         member = parse(row["uri"])
@@ -189,7 +191,7 @@ def test_a_conversation_in_a_manifest_is_asked_in_order(clips, tmp_path):
     report = batch.run(make_job(values | {"questions": asked[:1], "max_new_tokens": 8}))
     assert report.counts.states == {"ok": 1}, report.counts
     assert report.counts.reconciled, report.counts.problems
-    rows = read_rows(run_files(values["output"], report.run_id)["answers"], ["question", "history"])
+    rows = list(read_rows(run_files(values["output"], report.run_id)["answers"], ["question", "history"]))
     assert {(row["question"], tuple(row["history"])) for row in rows} == {
         ("Say it.", ()),
         (asked[0], ()),

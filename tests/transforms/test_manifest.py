@@ -213,8 +213,8 @@ def test_a_parquet_manifest_that_is_damaged_midway_keeps_what_was_before(tmp_pat
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_manifest_is_not_held_in_memory(tmp_path, kind):
-    path, rows = tmp_path / f"m.{kind}", 60_000
-    note = "n" * 1000
+    path, rows = tmp_path / f"m.{kind}", 15_000
+    note = "n" * 4000
     if kind == "parquet":
         table = pa.table({"uri": [f"/{i}.wav" for i in range(rows)], "note": [f"{i} {note}" for i in range(rows)]})
         pq.write_table(table, path, row_group_size=rows, compression="none", use_dictionary=False)
@@ -240,7 +240,7 @@ def test_a_manifest_is_not_held_in_memory(tmp_path, kind):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found == rows
-    assert peak + most < 20 << 20  # of which 8 MiB are what storage reads ahead
+    assert peak + most < 28 << 20  # it reads ahead, and takes a thousand rows of Parquet at a time
 
 
 @pytest.fixture
