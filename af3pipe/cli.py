@@ -117,8 +117,8 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="INPUT...",
-            help="Files, folders, globs or manifests (.jsonl, .csv, .tsv, .parquet), local or on any fsspec URL; or "
-            "one job file (.yaml).",
+            help="Files, folders, globs, manifests (.jsonl, .csv, .tsv, .parquet), tar shards or Hugging Face data "
+            "sets, local or on any fsspec URL; or one job file (.yaml).",
             show_default=False,
         ),
     ] = None,
@@ -173,6 +173,12 @@ def run(
     ] = None,
     stream: Annotated[
         str | None, typer.Option(help="Which audio stream of a video, from 0; the default is its main one.")
+    ] = None,
+    allow_prefix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URL below which a manifest from elsewhere may name audio, beside its own bucket or folder."
+        ),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for every task.")] = None,
     engine: Annotated[str | None, typer.Option(help="What runs the model: transformers.")] = None,
@@ -244,6 +250,7 @@ def run(
         "silent_below": silent_below,
         "channel": channel,
         "stream": stream,
+        "allow_prefixes": allow_prefix,
         "max_new_tokens": max_new_tokens,
         "engine": engine,
         "dtype": dtype,

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -26,7 +26,6 @@ from af3pipe.pipelines.plan import Plan, Settlement
 from af3pipe.pipelines.record import RunReport, unfinished_runs, write_record, write_started
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
-from af3pipe.transforms.read import list_recordings
 from af3pipe.transforms.resume import WorkKeys
 from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_rows
 
@@ -64,7 +63,7 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
     """
     try:
         if check_inputs:
-            _check_inputs(job.inputs)
+            _check_inputs(job)
     except storage.StorageError as error:
         raise JobError(f"input: {error}") from error
     try:
@@ -91,18 +90,18 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
     return checkpoint
 
 
-def _check_inputs(inputs: Sequence[str]) -> None:
+def _check_inputs(job: JobConfig) -> None:
     """Each input is looked at as far as its first recording.
 
     An audio file that is missing beside others is a dead letter of the run; a folder, glob or manifest that is
     missing or cannot be read would be any number of recordings, so the job does not start. An empty one is no error.
     """
     found: list[Recording | DeadLetter] = []
-    for name in inputs:
-        first = next(list_recordings(name), None)
+    for name in job.inputs:
+        first = next(graph.found_by(job, name), None)
         if isinstance(first, DeadLetter) and first.uri == name:  # the input itself, not a row of it
             is_audio_file = storage.name(name).rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
-            if first.reason is not Reason.NOT_FOUND or (not is_audio_file and len(inputs) > 1):
+            if first.reason is not Reason.NOT_FOUND or (not is_audio_file and len(job.inputs) > 1):
                 raise JobError(f"input {name}: {first.detail}")
         elif first is not None:
             found.append(first)
@@ -110,7 +109,7 @@ def _check_inputs(inputs: Sequence[str]) -> None:
             _log.warning("input %s matches nothing", name)
     if not found:
         raise JobError(
-            f"no input matched: {', '.join(inputs)}. Check the spelling; quote globs, so that the shell "
+            f"no input matched: {', '.join(job.inputs)}. Check the spelling; quote globs, so that the shell "
             "leaves them alone; a folder is searched for audio files only"
         )
 
@@ -142,6 +141,7 @@ def run(
         StorageError, Rejected: The pipeline is done, but its books cannot be written or read back.
     """
     options = beam_options(job, list(beam_flags))
+    storage.set_options(job.storage_options)
     checkpoint = preflight(job, options, check_inputs=again is None)
     run_id = new_run_id()
     # A branch may move while the run lasts: every worker takes the commit that was looked at here.
@@ -214,7 +214,7 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
         if again is not None:
             plan.add_found(again)
         for name in dict.fromkeys(job.inputs if again is None else ()):
-            plan.add_found(list_recordings(name, channel=job.channel, stream=job.stream))
+            plan.add_found(graph.found_by(job, name))
         if job.resume:
             plan.add_earlier(job.output)
         how.ask.dofn.setup()
@@ -236,6 +236,7 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
             counted += _run_pipeline(pipeline)
             if sample:
                 chunks.append(number)
+        counted["storage_retries"] += storage.take_retries()
         return _Ran(plan.found, counted, tuple(chunks))
 
 

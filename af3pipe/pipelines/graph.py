@@ -1,5 +1,6 @@
 """The graph of a job: recordings in, Parquet out. Needs neither torch nor the model's weights."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -24,6 +25,7 @@ from af3pipe.transforms import (
     WriteRecordings,
 )
 from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
+from af3pipe.transforms.read import list_recordings
 
 
 class Asking(NamedTuple):
@@ -45,6 +47,7 @@ def asking(job: JobConfig) -> Asking:
         silent_below_dbfs=job.silent_below,
         threads=job.decode_threads,
         guard=DecoderLimits(job.decode_timeout_s, job.decode_memory_mib) if job.decode_guard else None,
+        storage_options=job.storage_options,
     )
     ask = AskAudioFlamingo(
         model=job.model,
@@ -66,6 +69,11 @@ def asking(job: JobConfig) -> Asking:
     return Asking(decode, ask)
 
 
+def found_by(job: JobConfig, name: str) -> Iterator[Recording | DeadLetter]:
+    """What the job finds under a name."""
+    return list_recordings(name, channel=job.channel, stream=job.stream, allow_prefixes=job.allow_prefixes)
+
+
 def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> AnswerOutcome | VerifiableOutcome:
     """Lays the whole job, from listing on.
 
@@ -73,9 +81,17 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> AnswerOutcome
         The outcome before it is written: answers, and all dead letters.
     """
     how = asking(job)
-    found = pipeline | "ReadRecordings" >> ReadRecordings(job.inputs, channel=job.channel, stream=job.stream)
+    found = pipeline | "ReadRecordings" >> ReadRecordings(
+        job.inputs,
+        channel=job.channel,
+        stream=job.stream,
+        allow_prefixes=job.allow_prefixes,
+        storage_options=job.storage_options,
+    )
     _ = found | "CountFound" >> _CountFound(job.output, run_id)
-    resume = ResumeRecordings(job.output if job.resume else None, how.decode, how.ask)
+    resume = ResumeRecordings(
+        job.output if job.resume else None, how.decode, how.ask, storage_options=job.storage_options
+    )
     left = found | "ResumeRecordings" >> resume
     return _answer(Outcome(left.good, left.dead_letters), left.skipped, how, job, run_id, chunk=0)
 

@@ -161,7 +161,8 @@ class JobConfig(_Strict):
     """All of a job but Beam's own options.
 
     Attributes:
-        inputs: Files, folders, globs or manifests, on any fsspec URL.
+        inputs: Files, folders, globs, manifests, tar shards, or data sets of Parquet or Arrow, on any fsspec URL.
+        allow_prefixes: URLs below which a manifest from elsewhere may name audio, beside its own bucket or folder.
         output: Folder for the Parquet tables.
         model: Hub id, local directory, or `demo`. NVIDIA's released weights are for non-commercial use, and an
             adapter made from them inherits that.
@@ -197,6 +198,7 @@ class JobConfig(_Strict):
     """
 
     inputs: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    allow_prefixes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)] = ()
     output: Annotated[str, Field(min_length=1)]
     model: str = DEFAULT_MODEL
     revision: str | None = None
@@ -394,7 +396,12 @@ def _beam_parser() -> _Parser:
 def _check_beam_name(name: str, as_written: str) -> None:
     names = {known for action in _beam_parser()._actions for known in action.option_strings}
     if name not in names:
-        own = {f"--{key.replace('_', '-')}" for key in JobConfig.model_fields} | {"--task", "--question", "--prompt"}
+        own = {f"--{key.replace('_', '-')}" for key in JobConfig.model_fields} | {
+            "--task",
+            "--question",
+            "--prompt",
+            "--allow-prefix",
+        }
         near = difflib.get_close_matches(name, sorted(names | own), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise JobError(f"{as_written} is neither an option of af3pipe nor of Beam{hint}")

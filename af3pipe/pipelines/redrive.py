@@ -7,15 +7,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from af3pipe.pipelines import batch
+from af3pipe.pipelines.graph import found_by
 from af3pipe.pipelines.job import JobConfig, JobError, make_job
 from af3pipe.pipelines.record import RunReport, read_job
 from af3pipe.pipelines.view import latest
 from af3pipe.schemas import DeadLetter, Recording, RecordingResult, Rejected, Stage, TerminalState
 from af3pipe.transforms.outcome import recording_of
-from af3pipe.transforms.read import list_recordings
 from af3pipe.transforms.resume import Settled, skipped
 
-_ROW = re.compile(r"#row=\d+$")  # of a manifest
+_ROW = re.compile(r"#(?:line|row|sample)=[^#]*$")  # of a manifest or a container
 # What is no recording any more: its row was corrected, and has an id of its own.
 _GONE = Settled(None, TerminalState.OK, None, 0.0, (), (), (), None, None, None, None, 0)
 _COLUMNS = ["recording_id", "uri", "stage", "reason", "retryable", "input", "run_id"]
@@ -102,7 +102,7 @@ def _again(
     known = set(latest(output).read("recordings", ["recording_id"])["recording_id"].to_pylist())
     wanted = {row["recording_id"]: row for row in unlisted}
     for source in dict.fromkeys(_ROW.sub("", row["uri"]) for row in unlisted):
-        for item in list_recordings(source, channel=job.channel, stream=job.stream):
+        for item in found_by(job, source):
             if wanted.pop(item.recording_id, None) or item.recording_id not in known:
                 yield item
     for row in wanted.values():

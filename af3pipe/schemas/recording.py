@@ -66,11 +66,21 @@ def _index(value: Any) -> int | None:
 
 
 class Question(NamedTuple):
-    """A question about one recording, as a manifest row states it; without an id it is named by its text."""
+    """A question about one recording, as a manifest row states it; without an id it is named by its text.
+
+    Attributes:
+        question_id: Names the question across runs.
+        text: In words.
+        choices: What the answer must name one of; empty for free text.
+        prompt: Given to the model as it stands, instead of what is made of text and choices.
+        after: Id of the question that this one follows up: one of the same recording, before it.
+    """
 
     question_id: str | None
     text: str
     choices: tuple[str, ...] = ()
+    prompt: str | None = None
+    after: str | None = None
 
 
 class Levels(NamedTuple):

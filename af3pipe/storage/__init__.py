@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage import members
 from af3pipe.storage.listing import ObjectInfo, Wanted, has_wildcard, list_wanted, object_info
-from af3pipe.storage.options import check_options, set_options
+from af3pipe.storage.options import StorageOptions, check_options, set_options
 from af3pipe.storage.reading import BLOCK_BYTES, FIRST_BYTES, RetriedReads, is_bucket, open_raw
 from af3pipe.storage.retry import (
     CredentialsError,
@@ -35,6 +36,7 @@ __all__ = [
     "CredentialsError",
     "ObjectInfo",
     "StorageError",
+    "StorageOptions",
     "check_options",
     "check_writable",
     "delete",
@@ -97,6 +99,8 @@ def list_objects(pattern: str) -> Iterator[ObjectInfo]:
 
 def stat(uri: str) -> ObjectInfo:
     """What the store says of one object. Raises Rejected: not_found, permission_denied or unreadable."""
+    if (member := members.find(uri)) is not None:
+        return members.stat(member)
     fs, path = _locate(uri)
     return object_info(fs, _info(fs, path, uri, Stage.READ))
 
@@ -115,6 +119,8 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
         Rejected: not_found, permission_denied or unreadable; from every read, too.
         CredentialsError: The store does not know who asks; from every read, too.
     """
+    if (member := members.find(uri)) is not None:
+        return members.open_member(member)
     fs, path = _locate(uri)
     raw = open_raw(fs, path, uri, size_bytes)
     block_bytes = BLOCK_BYTES if _is_local(fs) else FIRST_BYTES
@@ -123,6 +129,9 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises as `open_input`."""
+    if members.find(uri) is not None:
+        with open_input(uri) as file:
+            return file.read()
     fs, path = _locate(uri)
     if is_bucket(fs):  # by ranges, each tried again by itself
         with open_input(uri) as file:

@@ -21,7 +21,7 @@ from af3pipe.models.engine import (
     release_engine,
 )
 from af3pipe.models.family import DEFAULT_MODEL, model_revision, open_checkpoint
-from af3pipe.models.tasks import answer, parse, resolve, stitch, thinking
+from af3pipe.models.tasks import ANSWER, answer, parse, resolve, stitch, thinking
 from af3pipe.schemas import (
     ROUNDING_S,
     Answer,
@@ -47,6 +47,7 @@ from af3pipe.transforms.outcome import (
     join_dead_letters,
     now_us,
     outcomes,
+    public_uri,
     split_input,
     to_dead_letter,
 )
@@ -135,7 +136,7 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
     prompt = task.prompt or ""
     return Answer(
         recording_id=recording.recording_id,
-        uri=recording.uri,
+        uri=public_uri(recording),
         size_bytes=recording.size_bytes,
         etag=recording.etag,
         mtime=recording.mtime,
@@ -271,13 +272,21 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         return segment.audio_s
 
     def tasks_of(self, recording: Recording) -> tuple[Task, ...]:
-        """The job's tasks and the recording's own questions, each once."""
-        limit, think = self._question_tokens, self._question_think
-        own = (
-            answer(q.text, q.choices, q.question_id, max_new_tokens=limit, think=think) for q in recording.questions
-        )
-        tasks = (*self._tasks, *(resolve(task, self._family) for task in own))
-        return tuple({(task.name, task.question_id): task for task in reversed(tasks)}.values())[::-1]
+        """The job's tasks and the recording's own questions, each once, a follow-up behind what it follows."""
+        tasks = {(task.name, task.question_id): task for task in self._tasks}
+        for asked in recording.questions:
+            task = answer(
+                asked.text,
+                asked.choices,
+                asked.question_id,
+                prompt=asked.prompt,
+                max_new_tokens=self._question_tokens,
+                think=self._question_think,
+                # As it is asked here, which may be the job's way.
+                after=None if asked.after is None else tasks[ANSWER, asked.after],
+            )
+            tasks.setdefault((task.name, task.question_id), resolve(task, self._family))
+        return tuple(tasks.values())
 
     def request_of(self, segment: Segment) -> Request:
         """What is asked of a segment, however often it is asked; without tasks where there is nothing left to ask."""

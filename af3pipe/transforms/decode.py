@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import apache_beam as beam
@@ -26,6 +27,7 @@ from af3pipe.transforms.outcome import (
     to_dead_letter,
 )
 from af3pipe.transforms.overlap import OverlapDoFn
+from af3pipe.transforms.stores import count_retries, set_storage
 
 SplitAt: TypeAlias = Literal["cap", "silence"]
 OnSilent: TypeAlias = Literal["flag", "dead-letter"]
@@ -120,6 +122,7 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
         silent_below_dbfs: float,
         threads: int,
         guard: DecoderLimits | None,
+        storage_options: storage.StorageOptions,
     ) -> None:
         # Each pending recording holds at most one segment of PCM: 38 MB at a cap of 600 s.
         super().__init__(max_pending=2 * threads)
@@ -131,8 +134,10 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
         self._silent_below_dbfs = silent_below_dbfs
         self._threads = threads
         self._guard = guard
+        self._storage_options = storage_options
 
     def setup(self) -> None:
+        set_storage(self._storage_options)
         self._limits = open_checkpoint(self._model, self._revision).limits
         self._open_decoding: OpenDecoding = open_decoding
         if self._guard is not None:
@@ -165,6 +170,10 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
             silent_below_dbfs=self._silent_below_dbfs,
             open_decoding=self._open_decoding,
         )
+
+    def finish_bundle(self) -> Iterator[Any]:
+        yield from super().finish_bundle()
+        count_retries()
 
     def submit(self, recording: Recording) -> "Future[_Ahead]":
         return self._pool.submit(_decode_ahead, self.segments_of(recording))
@@ -228,6 +237,7 @@ class DecodeAudio(beam.PTransform):
             waits for the store, and 8 at most, since each holds a segment.
         guard: What decoders may take. They run in processes of their own, where a crash or a hang costs one
             recording; None decodes in the worker's own process, and so does Windows.
+        storage_options: As of `ReadRecordings`.
 
     Raises:
         ValueError: An argument is none of the values allowed, or two do not go together.
@@ -245,6 +255,7 @@ class DecodeAudio(beam.PTransform):
         silent_below_dbfs: float = SILENT_BELOW_DBFS,
         threads: int | None = None,
         guard: DecoderLimits | None = DEFAULT_LIMITS,
+        storage_options: storage.StorageOptions = MappingProxyType({}),
     ) -> None:
         super().__init__()
         _check_choice("over_length", over_length, OverLength)
@@ -264,6 +275,7 @@ class DecodeAudio(beam.PTransform):
             silent_below_dbfs=silent_below_dbfs,
             threads=threads or min((os.cpu_count() or 1) + 4, 8),
             guard=guard if IS_SUPPORTED else None,
+            storage_options=dict(storage_options),
         )
 
     def expand(self, inputs: Any) -> Any:

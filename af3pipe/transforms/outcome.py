@@ -12,7 +12,7 @@ import apache_beam as beam
 from af3pipe.audio.decoder_process import GuardError
 from af3pipe.models.engine import EngineFailed, ModelError
 from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage, Task, dead_letter_key
-from af3pipe.storage import StorageError
+from af3pipe.storage import StorageError, redact
 
 T = TypeVar("T")
 DEAD_LETTERS = "dead_letters"
@@ -109,25 +109,30 @@ def to_dead_letter(
     if segment is not None:
         decoder = decoder or segment.info.decoder
         position_s = segment.start_s if position_s is None else position_s
-    input_json = _input_json(recording, segment, tasks)
+    input_json = redact(_input_json(recording, segment, tasks))
     key = dead_letter_key(recording.recording_id, stage, reason, input_json)
     return DeadLetter(
         recording_id=recording.recording_id,
-        uri=recording.uri,
+        uri=public_uri(recording),
         stage=stage,
         reason=reason,
-        detail=detail,
+        detail=redact(detail),
         retryable=reason.retryable,
         size_bytes=recording.size_bytes,
         decoder=decoder,
         position_s=position_s,
         attempts=attempts,
-        traceback=trace,
+        traceback=None if trace is None else redact(trace),
         input=input_json,
         dead_letter_key=key,
         run_id=dict(recording.earlier.dead_letters).get(key, ""),
         created_at=now_us(),
     )
+
+
+def public_uri(recording: Recording) -> str:
+    """The recording's URI as rows may have it: a signed URL without its signature."""
+    return redact(recording.uri) if "?" in recording.uri or "@" in recording.uri else recording.uri
 
 
 def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task, ...]) -> str:

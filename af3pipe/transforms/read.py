@@ -1,7 +1,9 @@
 """Names of files, folders, globs and manifests to recordings: listed, each once, spread over the workers."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import apache_beam as beam
@@ -10,6 +12,7 @@ from af3pipe import storage
 from af3pipe.schemas import (
     MIX,
     DeadLetter,
+    Question,
     Reason,
     Recording,
     Rejected,
@@ -19,9 +22,11 @@ from af3pipe.schemas import (
     stream_index,
 )
 from af3pipe.transforms import metrics
-from af3pipe.transforms.manifest import is_manifest, is_text, manifest_row_uri, read_manifest
+from af3pipe.transforms.containers import arrow_rows, container_rows, dataset_files
+from af3pipe.transforms.manifest import Row, is_manifest, is_text, manifest_rows, read_row
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, join_dead_letters, outcomes, to_dead_letter
 from af3pipe.transforms.overlap import OverlapDoFn
+from af3pipe.transforms.stores import count_retries, set_storage
 
 STAT_THREADS = 32
 
@@ -32,28 +37,57 @@ class _Chosen(TypedDict):
 
 
 def list_recordings(
-    name: str, *, channel: str | int = MIX, stream: int | None = None
+    name: str, *, channel: str | int = MIX, stream: int | None = None, allow_prefixes: Sequence[str] = ()
 ) -> Iterator[Recording | DeadLetter]:
-    """What a file, a folder, a glob or a manifest names: what ReadRecordings does for one input, without Beam.
+    """What an input names: what ReadRecordings does for one of its inputs, without Beam.
+
+    A file, folder or glob of audio; a manifest; a container (a tar shard, Parquet with audio in it, the `.arrow`
+    files of a Hugging Face data set, or the folder of one). A glob may name several of any one kind.
 
     Raises:
         ValueError: As ReadRecordings.
     """
     chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
-
-    def rejected(error: Exception) -> DeadLetter:
-        return to_dead_letter(error, Recording(make_recording_id(name), name), stage=Stage.LIST)
-
-    listed = _manifests(name, chosen) if is_manifest(name) else _objects(name, chosen)
     # Only what says that the input is bad: a listing that ends in surprise would lose all that it has not told.
-    yield from outcomes(listed, rejected, catch=Rejected)
+    yield from outcomes(_listed(name, chosen, allow_prefixes), functools.partial(_rejected, name), catch=Rejected)
 
 
-def _objects(name: str, chosen: _Chosen) -> Iterator[Recording | DeadLetter]:
+def _rejected(name: str, error: Exception) -> DeadLetter:
+    """Of an input itself: whatever it was that could not be read, it was to be listed."""
+    if isinstance(error, Rejected):
+        error = Rejected(Stage.LIST, error.reason, error.detail)
+    return to_dead_letter(error, Recording(make_recording_id(name), name), stage=Stage.LIST)
+
+
+def _listed(name: str, chosen: _Chosen, allow_prefixes: Sequence[str]) -> Iterator[Recording | DeadLetter]:
+    def contained(uri: str, rows: Iterator[Row]) -> Iterator[Recording | DeadLetter]:
+        read = (read_row(row, uri, allow_prefixes=allow_prefixes, **chosen) for row in rows)
+        # Of several, a damaged one costs no other.
+        return outcomes(read, functools.partial(_rejected, uri), catch=Rejected)
+
+    if not _is_file(name) and (files := dataset_files(name)) is not None:
+        for uri in files:
+            yield from contained(uri, arrow_rows(uri))
+        return
+    are_manifests = is_manifest(name)
     for found in storage.list_objects(name):
-        own_id = make_recording_id(found.uri, **chosen)
-        recording = Recording(own_id, found.uri, found.size_bytes, found.etag, found.mtime, **chosen)
-        yield recording if is_text(found.uri) else _misnamed(recording)
+        list_container = container_rows(found.uri)
+        if not is_text(found.uri) or not (list_container or are_manifests):
+            yield _recording(found, chosen)
+        else:
+            yield from contained(found.uri, list_container(found) if list_container else manifest_rows(found.uri))
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name cannot be that of a data set's folder, so that nobody has to ask."""
+    is_audio = name.rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
+    return is_audio or is_manifest(name) or container_rows(name) is not None or any(c in name for c in "*?[")
+
+
+def _recording(found: storage.ObjectInfo, chosen: _Chosen) -> Recording | DeadLetter:
+    own_id = make_recording_id(found.uri, **chosen)
+    recording = Recording(own_id, found.uri, found.size_bytes, found.etag, found.mtime, **chosen)
+    return recording if is_text(found.uri) else _misnamed(recording)
 
 
 def _misnamed(recording: Recording) -> DeadLetter:
@@ -61,20 +95,6 @@ def _misnamed(recording: Recording) -> DeadLetter:
     shown = recording.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
     rejected = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"the name {shown} is not UTF-8; rename the file")
     return to_dead_letter(rejected, recording._replace(uri=shown), stage=Stage.LIST)
-
-
-def _manifests(name: str, chosen: _Chosen) -> Iterator[Recording | DeadLetter]:
-    for found in storage.list_objects(name):
-        yield from _manifest(found.uri, chosen)
-
-
-def _manifest(name: str, chosen: _Chosen) -> Iterator[Recording | DeadLetter]:
-    for number, row in enumerate(read_manifest(name, **chosen), start=1):
-        if isinstance(row, Rejected):
-            uri = manifest_row_uri(name, number)
-            yield to_dead_letter(row, Recording(make_recording_id(uri), uri), stage=Stage.LIST)
-        else:
-            yield row
 
 
 def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
@@ -88,9 +108,19 @@ def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
         audio = (found.uri, found.offset_s, found.duration_s, found.channel, found.stream)
         by_audio.setdefault(audio, []).append(found)
     first, *others = by_audio.values()
-    questions = tuple(dict.fromkeys(question for found in first for question in found.questions))
-    metadata = tuple(sorted(dict(pair for found in first for pair in found.metadata).items()))
-    yield first[0]._replace(questions=questions, metadata=metadata)
+    asked: dict[str, Question] = {}
+    kept = []
+    for found in first:
+        clash = next((q for q in found.questions if q.question_id and asked.get(q.question_id, q) != q), None)
+        if clash is not None:
+            detail = f"question id {clash.question_id!r} is also that of another question about this recording"
+            error = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{detail}; ids must differ")
+            yield to_dead_letter(error, found, stage=Stage.LIST)
+            continue
+        kept.append(found)
+        asked |= {question.question_id or repr(question): question for question in found.questions}
+    metadata = tuple(sorted(dict(pair for found in kept for pair in found.metadata).items()))
+    yield first[0]._replace(questions=tuple(asked.values()), metadata=metadata)
     for other in others:
         detail = f"id {first[0].recording_id!r} also names {first[0].uri}; ids must be unique"
         # An id that neither the first has, nor this audio where it is named without an id.
@@ -119,10 +149,12 @@ def stat_recording(recording: Recording) -> Recording | DeadLetter:
 class _StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
     """What a store takes to answer is waited for by many threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage_options: storage.StorageOptions) -> None:
         super().__init__(max_pending=2 * STAT_THREADS)
+        self._storage_options = storage_options
 
     def setup(self) -> None:
+        set_storage(self._storage_options)
         self._pool = ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="af3pipe-stat")
 
     def teardown(self) -> None:
@@ -131,6 +163,10 @@ class _StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
 
     def submit(self, recording: Recording) -> "Future[Recording | DeadLetter]":
         return self._pool.submit(stat_recording, recording)
+
+    def finish_bundle(self) -> Iterator[Any]:
+        yield from super().finish_bundle()
+        count_retries()
 
     def emit(self, recording: Recording, future: "Future[Recording | DeadLetter]") -> Iterator[Any]:
         found = future.result()
@@ -143,11 +179,21 @@ class _StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
 
 
 class _ListDoFn(beam.DoFn):
-    def __init__(self, chosen: _Chosen) -> None:
+    def __init__(
+        self, chosen: _Chosen, allow_prefixes: Sequence[str], storage_options: storage.StorageOptions
+    ) -> None:
         self._chosen = chosen
+        self._allow_prefixes = tuple(allow_prefixes)
+        self._storage_options = storage_options
+
+    def setup(self) -> None:
+        set_storage(self._storage_options)
+
+    def finish_bundle(self) -> None:
+        count_retries()
 
     def process(self, name: str) -> Iterator[Any]:
-        return _tagged(list_recordings(name, **self._chosen))
+        return _tagged(list_recordings(name, allow_prefixes=self._allow_prefixes, **self._chosen))
 
 
 class _MergeDoFn(beam.DoFn):
@@ -174,20 +220,33 @@ class ReadRecordings(beam.PTransform):
     The audio itself is not read here: what is shuffled to the workers is the recording's name.
 
     Args:
-        inputs: Files, folders (audio in them, recursively), globs or manifests (`.jsonl`, `.csv`, `.tsv`,
-            `.parquet`), local or on any fsspec URL.
+        inputs: Files, folders (audio in them, recursively), globs, manifests (`.jsonl`, `.csv`, `.tsv`,
+            `.parquet`), tar shards, Parquet files with audio in them, or Hugging Face data sets on disk, local or on
+            any fsspec URL.
         channel: What is heard of each recording: `mix`, the mean over its channels; `left`, `right`, or an index
             from 0. A manifest's `channel` column goes before it. So does `stream`.
         stream: Index among the audio streams of a container; None takes its main one.
+        allow_prefixes: URLs below which a manifest that is not local may name audio, beside its own bucket (on an
+            object store) or folder. Local files it may never name.
+        storage_options: URL prefix to fsspec's options for it, as `storage.set_options` takes them; of all transforms
+            in a process those set last hold.
 
     Raises:
         ValueError: No input, or no such channel or stream.
     """
 
     def __init__(
-        self, inputs: str | Sequence[str] = (), *, channel: str | int = MIX, stream: int | None = None
+        self,
+        inputs: str | Sequence[str] = (),
+        *,
+        channel: str | int = MIX,
+        stream: int | None = None,
+        allow_prefixes: Sequence[str] = (),
+        storage_options: storage.StorageOptions = MappingProxyType({}),
     ) -> None:
         super().__init__()
+        self._allow_prefixes = allow_prefixes
+        self._storage_options = dict(storage_options)
         self._chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
         self._inputs = [inputs] if isinstance(inputs, str) else list(dict.fromkeys(inputs))
 
@@ -197,7 +256,8 @@ class ReadRecordings(beam.PTransform):
             if not self._inputs:
                 raise ValueError("inputs is empty; name at least one file, folder, glob or manifest")
             names = pipeline_or_names | "Inputs" >> beam.Create(self._inputs, reshuffle=True)
-        listed = names | "List" >> beam.ParDo(_ListDoFn(self._chosen)).with_output_types(
+        list_all = _ListDoFn(self._chosen, self._allow_prefixes, self._storage_options)
+        listed = names | "List" >> beam.ParDo(list_all).with_output_types(
             Recording, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="recordings")
         merged = (
@@ -209,7 +269,7 @@ class ReadRecordings(beam.PTransform):
             .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
             .with_outputs(DEAD_LETTERS, main="recordings")
         )
-        found = merged.recordings | "Stat" >> beam.ParDo(_StatDoFn()).with_output_types(
+        found = merged.recordings | "Stat" >> beam.ParDo(_StatDoFn(self._storage_options)).with_output_types(
             Recording, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="recordings")
         rejected = (listed[DEAD_LETTERS], merged[DEAD_LETTERS])

@@ -24,7 +24,7 @@ from af3pipe.schemas import (
 )
 from af3pipe.transforms import metrics
 from af3pipe.transforms.coders import RowTupleCoder
-from af3pipe.transforms.outcome import now_us, recording_of
+from af3pipe.transforms.outcome import now_us, public_uri, recording_of
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def settle(
     told_before = sum(1 for found in failed if found.run_id)
     return RecordingResult(
         recording_id=recording.recording_id,
-        uri=recording.uri,
+        uri=public_uri(recording),
         terminal_state=state,
         settled_state=state,
         duration_s=duration_s,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -26,7 +27,8 @@ from af3pipe.transforms import metrics
 from af3pipe.transforms.ask import AskAudioFlamingo, AskDoFn
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.decode import DecodeAudio, DecodeDoFn
-from af3pipe.transforms.outcome import DEAD_LETTERS, now_us, split_input
+from af3pipe.transforms.outcome import DEAD_LETTERS, now_us, public_uri, split_input
+from af3pipe.transforms.stores import set_storage
 
 _RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
 _COVERED_BY = ["start_s", "end_s", "segments", "duration_s", *Levels._fields]
@@ -150,7 +152,7 @@ def skipped(recording: Recording, row: Settled) -> RecordingResult:
     """The result of a recording that an earlier run has settled."""
     return RecordingResult(
         recording_id=recording.recording_id,
-        uri=recording.uri,
+        uri=public_uri(recording),
         terminal_state=TerminalState.SKIPPED_DONE,
         settled_state=row.settled_state,
         duration_s=row.duration_s,
@@ -195,6 +197,26 @@ class WorkKeys:
         """The recording with its `work_key`."""
         tasks = self._ask.tasks_of(recording)
         return recording._replace(work_key=work_key(recording, tasks, *self._ask.model, self._policy))
+
+
+class _EarlierDoFn(beam.DoFn):
+    """Reads an output, in a worker that may have to be told how."""
+
+    def __init__(self, storage_options: storage.StorageOptions) -> None:
+        self._storage_options = storage_options
+
+    def setup(self) -> None:
+        set_storage(self._storage_options)
+
+
+class _FilesDoFn(_EarlierDoFn):
+    def process(self, output: str) -> list[tuple[str, str]]:
+        return earlier_files(output)
+
+
+class _RowsDoFn(_EarlierDoFn):
+    def process(self, file: tuple[str, str]) -> Iterator[tuple[str, Settled | Covered | Told]]:
+        return read_earlier(*file)
 
 
 class _ResumeDoFn(beam.DoFn):
@@ -255,11 +277,20 @@ class ResumeRecordings(beam.PTransform):
         output: Folder with the tables of earlier runs; None where none is to be resumed.
         decode: How recordings are decoded.
         ask: What is asked.
+        storage_options: As of `ReadRecordings`.
     """
 
-    def __init__(self, output: str | None, decode: DecodeAudio, ask: AskAudioFlamingo) -> None:
+    def __init__(
+        self,
+        output: str | None,
+        decode: DecodeAudio,
+        ask: AskAudioFlamingo,
+        *,
+        storage_options: storage.StorageOptions = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self._output = output
+        self._storage_options = dict(storage_options)
         self._dofn = _ResumeDoFn(decode.dofn, ask.dofn)
 
     def expand(self, inputs: Any) -> Any:
@@ -267,9 +298,9 @@ class ResumeRecordings(beam.PTransform):
         files = recordings.pipeline | "Outputs" >> beam.Create([self._output] if self._output else [])
         earlier = (
             files
-            | "EarlierFiles" >> beam.FlatMap(earlier_files).with_output_types(tuple[str, str])
+            | "EarlierFiles" >> beam.ParDo(_FilesDoFn(self._storage_options)).with_output_types(tuple[str, str])
             | "SpreadFiles" >> beam.Reshuffle()
-            | "ReadEarlier" >> beam.FlatMapTuple(read_earlier)
+            | "ReadEarlier" >> beam.ParDo(_RowsDoFn(self._storage_options))
         )
         letters = before[0] if before else recordings.pipeline | "NoLetters" >> beam.Create([])
         by_id = {

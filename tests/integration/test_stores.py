@@ -21,7 +21,10 @@ CLIPS = {
     "command_go_back_home_stereo.flac": "a b/100% go%20home + more?&[1].flac",
 }
 # They name the place, or come from it.
-OF_THE_PLACE = ("recording_id", "answer_key", "etag", "mtime", "run_id", "created_at")
+OF_THE_PLACE = (
+    *("recording_id", "answer_key", "answer_keys", "work_key", "dead_letter_key", "dead_letter_keys"),
+    *("etag", "mtime", "run_id", "created_at"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,22 @@ def test_a_question_asked_by_the_job_and_by_the_manifest_is_asked_once(dofn):
     ]
 
 
+def test_a_manifest_s_conversation_goes_on_from_the_job_s_own_question():
+    worded = answer("Who speaks?", prompt="Who speaks? One word.", think=True)
+    dofn = AskDoFn(OPTIONS, [worded])
+    dofn.setup()
+    first = Question(worded.question_id, "Who speaks?")
+    second = Question("how", "How can you tell?", after=first.question_id)
+    third = Question("sure", "Sure?", prompt="Sure? Yes or no.", after="how")
+    tasks = dofn.tasks_of(Recording("id", "a.wav", questions=(first, second, third)))
+    dofn.teardown()
+    check_tasks(tasks)
+    assert [task.question_id for task in tasks] == [worded.question_id, "how", "sure"]
+    assert tasks[1].history == tasks[0].turns
+    assert tasks[1].history[0].prompt.startswith("Who speaks? One word.")
+    assert (tasks[2].prompt, tasks[2].history) == ("Sure? Yes or no.", tasks[1].turns)
+
+
 def test_the_process_holds_one_engine_and_lets_it_go(dofn):
     others = [AskDoFn(OPTIONS, [caption()]) for _ in range(4)]
     threads = [threading.Thread(target=other.setup) for other in others]

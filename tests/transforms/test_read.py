@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
-from af3pipe.schemas import DeadLetter, Question, Recording, Rejected
+from af3pipe.schemas import DeadLetter, Question, Recording
 from af3pipe.transforms import ReadRecordings
 from af3pipe.transforms.manifest import is_manifest, read_manifest
 from af3pipe.transforms.read import list_recordings, merge
@@ -113,8 +113,9 @@ def test_an_id_of_its_own_is_kept(tmp_path):
 def test_a_bad_row_says_which_and_why_and_the_next_is_read(tmp_path, line, says):
     first, bad, last = read(tmp_path, "m.jsonl", f'{{"uri": "/a"}}\n{line}\n{{"uri": "/b"}}')
     assert (first.uri, last.uri) == ("/a", "/b")
-    assert isinstance(bad, Rejected)
-    assert bad.detail.startswith("row 2 of ")
+    assert isinstance(bad, DeadLetter)
+    assert bad.uri.endswith("m.jsonl#line=2")
+    assert bad.detail.startswith("line 2 of ")
     assert says in bad.detail
 
 
@@ -190,6 +191,20 @@ def test_an_id_given_to_two_recordings_loses_neither():
     assert (letter.uri, letter.reason.value) == ("b.wav", "unsupported_format")
     assert "id '7' also names a.wav" in letter.detail
     assert letter.recording_id != "7"
+
+
+def test_one_question_id_for_two_questions_of_a_recording_loses_neither():
+    first = Recording("7", "a.wav", questions=(Question("q", "Who?"), Question("r", "Where?")))
+    second = Recording("7", "a.wav", questions=(Question("q", "When?"),))
+    letter, kept = merge([second, first])
+    assert {letter.recording_id, kept.recording_id} == {"7"}
+    asked = {question.text for question in kept.questions}
+    assert asked | {q["text"] for q in json.loads(letter.input)["recording"]["questions"]} == {
+        "Who?",
+        "Where?",
+        "When?",
+    }
+    assert "question id 'q'" in letter.detail
 
 
 def test_listing_in_a_pipeline_gives_each_recording_once(tmp_path):

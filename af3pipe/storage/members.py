@@ -1,0 +1,324 @@
+"""Audio inside other objects, under a URI of its own: what `storage.open_input` and `storage.stat` open it by.
+
+    s3://b/shard-000.tar#offset=1536&size=99&name=clip%201.flac      bytes of a tar shard or an Arrow stream
+    data/train-00000.parquet#row=17&column=audio&name=clip.flac      a cell of a Parquet file
+
+The name comes last, quoted, so that such a URI ends like the file's: decoders tell headerless formats by that.
+Anything that differs from this in one character is an ordinary name with a `#` in it.
+"""
+
+import functools
+import io
+import os
+import re
+import tarfile
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import quote, unquote
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from af3pipe import storage
+from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.reading import FIRST_BYTES, RetriedReads, open_raw
+from af3pipe.storage.stores import locate
+
+_SPAN = re.compile(r"(.+\.(?:tar|arrow))#offset=(\d{1,19})&size=(\d{1,19})(?:&name=([^/#&]+))?", re.I | re.S)
+_CELL = re.compile(r"(.+\.parquet)#row=(\d{1,19})&column=([^/#&]+)(?:&name=([^/#&]+))?", re.I | re.S)
+_TAR_BLOCK_BYTES = 512
+_TAR_SIZE_FIELD = 8 << 30  # from here on the size stands elsewhere, too
+_RUN_BYTES = 128 << 20
+_HELD_BYTES = 256 << 20
+_MOST_RUNS = 64
+_ROWS_AT_ONCE = 16
+
+
+class Span(NamedTuple):
+    """Bytes of a tar shard or an Arrow stream.
+
+    Attributes:
+        container: URI of the shard.
+        offset: Of the first byte, from the shard's beginning.
+        size_bytes: Of the member.
+        name: What the member is called there; may be empty, and may hold folders.
+    """
+
+    container: str
+    offset: int
+    size_bytes: int
+    name: str = ""
+
+    @property
+    def uri(self) -> str:
+        """The URI that opens it."""
+        return f"{self.container}#offset={self.offset}&size={self.size_bytes}{_name(self.name)}"
+
+
+class Cell(NamedTuple):
+    """The audio in a row of a Parquet file.
+
+    Attributes:
+        container: URI of the file.
+        row: From 0, over the whole file.
+        column: A struct with a child `bytes`.
+        name: What its child `path` says; may be empty.
+    """
+
+    container: str
+    row: int
+    column: str
+    name: str = ""
+
+    @property
+    def uri(self) -> str:
+        """The URI that opens it."""
+        return f"{self.container}#row={self.row}&column={_quoted(self.column)}{_name(self.name)}"
+
+
+def _name(name: str) -> str:
+    return f"&name={_quoted(name)}" if name else ""
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="", errors="surrogateescape")
+
+
+def _unquoted(name: str | None) -> str:
+    return unquote(name or "", errors="surrogateescape")
+
+
+def parse(uri: str) -> Span | Cell | None:
+    """What a URI names inside another object; None for any other URI."""
+    found: Span | Cell | None = None
+    if match := _SPAN.fullmatch(uri):
+        found = Span(match[1], int(match[2]), int(match[3]), _unquoted(match[4]))
+    elif match := _CELL.fullmatch(uri):
+        found = Cell(match[1], int(match[2]), _unquoted(match[3]), _unquoted(match[4]))
+    return found if found is not None and found.uri == uri else None
+
+
+def find(uri: str) -> Span | Cell | None:
+    """As `parse`, but None where the URI is the name of an object.
+
+    A local file of this very name goes first. On a store, where to ask for each would double the requests, it does
+    so only where there is no such shard; that is asked once per shard and process.
+    """
+    member = parse(uri)
+    if member is None:
+        return None
+    if "://" not in uri:
+        return None if os.path.lexists(Path(uri).expanduser()) else member  # False of a name too long for a file
+    try:
+        _check_exists(member.container)
+    except Rejected as rejected:
+        return None if rejected.reason is Reason.NOT_FOUND else member  # who may not ask may yet read
+    return member
+
+
+@functools.lru_cache(1024)
+def _check_exists(container: str) -> None:
+    storage.stat(container)
+
+
+def identity(container: "storage.ObjectInfo") -> str:  # storage imports this module, too
+    """The `etag` of all that is in a shard: the shard's, or its size and modification time where it has none."""
+    return container.etag or f"{container.size_bytes}:{container.mtime}"
+
+
+def stat(member: Span | Cell) -> "storage.ObjectInfo":
+    """Size of the member; etag and time of its shard. Raises as `open_member`."""
+    info = storage.stat(member.container)
+    etag = identity(info)
+    size_bytes = member.size_bytes if isinstance(member, Span) else _cells.read(member, etag).size
+    return storage.ObjectInfo(member.uri, size_bytes, etag, info.mtime)
+
+
+def open_member(member: Span | Cell) -> BinaryIO:
+    """Opens a member for reading: a span by reading its range, a cell out of the rows around it, which are held.
+
+    Raises:
+        Rejected: As `storage.open_input` of the shard; not_found where the shard holds no such member.
+    """
+    if isinstance(member, Cell):
+        return io.BytesIO(_cells.read(member).to_pybytes())
+    is_tar = member.container.lower().endswith(".tar")
+    # A member's header is the block before it, and comes with the same request.
+    file = _open_range(member, _TAR_BLOCK_BYTES if is_tar and member.offset >= _TAR_BLOCK_BYTES else 0)
+    if not is_tar:
+        return file
+    try:
+        _check_tar_header(file.read(_TAR_BLOCK_BYTES), member)
+    except BaseException:
+        file.close()
+        raise
+    return cast(BinaryIO, io.BufferedReader(_Part(file, _TAR_BLOCK_BYTES, member.size_bytes)))
+
+
+def _open_range(member: Span, before: int) -> BinaryIO:
+    """The member, with some bytes before it. Nothing is read ahead beyond its end."""
+    fs, path = locate(member.container)
+    raw = open_raw(fs, path, member.container, member.offset + member.size_bytes)
+    part = _Part(raw, member.offset - before, member.size_bytes + before)
+    return cast(BinaryIO, io.BufferedReader(RetriedReads(part, member.container), FIRST_BYTES))
+
+
+def _check_tar_header(block: bytes, member: Span) -> None:
+    """A shard that was written anew would be heard somewhere in the middle."""
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        is_there = info.isreg() and (info.size == member.size_bytes or member.size_bytes >= _TAR_SIZE_FIELD)
+    except tarfile.TarError:
+        is_there = False
+    if not is_there or member.offset < _TAR_BLOCK_BYTES:
+        raise _not_found(
+            f"{member.container} holds no member of {member.size_bytes} bytes at byte {member.offset}. "
+            "Was it written anew? Then list it again."
+        )
+
+
+class _Part(io.RawIOBase):
+    """A range of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size_bytes: int) -> None:
+        self._file = file
+        self._start = start
+        self._size_bytes = self.size = size_bytes  # by this name what ends early is seen to
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
+        if base + offset < 0:
+            raise ValueError(f"cannot seek to {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(self._size_bytes - self._position, 0))
+        self._file.seek(self._start + self._position)
+        data = self._file.read(wanted)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class _Run(NamedTuple):
+    """Consecutive cells of a column, held in memory."""
+
+    container: str
+    etag: str | None
+    column: str
+    first: int
+    cells: list[Any]  # pa.Buffer, or None
+    size_bytes: int
+
+    def holds(self, cell: Cell) -> bool:
+        is_its_column = (self.container, self.column) == (cell.container, cell.column)
+        return is_its_column and self.first <= cell.row < self.first + len(self.cells)
+
+
+class _Cells:
+    """Cells of Parquet files, with the rows around them: a page can only be read from its row group's beginning.
+
+    Threads share what was read last, up to 256 MiB, so that rows read in order cost each row group one read; of a
+    row group beyond 128 MiB, one read each 128 MiB. One is read at a time, or memory would know no bound.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[_Run] = []  # the one used last at the end
+        self._lock = threading.Lock()
+        self._reading = threading.Lock()
+
+    def read(self, cell: Cell, etag: str | None = None) -> Any:
+        """A cell's bytes as a `pa.Buffer`; with an etag, only of the file as it is under that.
+
+        Raises:
+            Rejected: not_found, decode_error; and as reading the file.
+        """
+        run = self._held(cell, etag)
+        if run is None:
+            with self._reading:
+                run = self._held(cell, etag)  # by now another thread may have read it
+                if run is None:
+                    run = _read_run(cell, etag)
+                    self._hold(run)
+        found = run.cells[cell.row - run.first]
+        if found is None:
+            raise _not_found(f"Row {cell.row} of {cell.container} holds no bytes in column {cell.column!r}.")
+        return found
+
+    def _held(self, cell: Cell, etag: str | None) -> _Run | None:
+        with self._lock:
+            run = next((run for run in self._runs if run.holds(cell)), None)
+            if run is None:
+                return None
+            self._runs.remove(run)
+            if etag not in (None, run.etag):  # the file has changed
+                return None
+            self._runs.append(run)
+            return run
+
+    def _hold(self, run: _Run) -> None:
+        with self._lock:
+            self._runs.append(run)
+            while len(self._runs) > 1 and (
+                len(self._runs) > _MOST_RUNS or sum(held.size_bytes for held in self._runs) > _HELD_BYTES
+            ):
+                del self._runs[0]
+
+
+_cells = _Cells()
+
+
+def _read_run(cell: Cell, etag: str | None) -> _Run:
+    try:
+        with storage.open_input(cell.container) as file:
+            return _run(pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20), cell, etag)
+    except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError to pyarrow
+        detail = f"Row {cell.row} of {cell.container} cannot be read: {error}."
+        raise Rejected(Stage.READ, Reason.DECODE_ERROR, detail) from error
+
+
+def _run(parquet: Any, cell: Cell, etag: str | None) -> _Run:
+    """The rest of a row group from its beginning, or of a large one from the row that is wanted."""
+    leaf = f"{cell.column}.bytes"
+    paths = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
+    if leaf not in paths:
+        raise _not_found(f"{cell.container} has no column {cell.column!r} with bytes in it.")
+    first = 0
+    for index in range(parquet.metadata.num_row_groups):
+        group = parquet.metadata.row_group(index)
+        if cell.row < first + group.num_rows:
+            break
+        first += group.num_rows
+    else:
+        raise _not_found(f"{cell.container} has {first} rows, and none with the number {cell.row}, from 0.")
+    is_large = group.column(paths.index(leaf)).total_uncompressed_size > _RUN_BYTES
+    cells: list[Any] = []
+    size_bytes = 0
+    for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[index], columns=[leaf], use_threads=False):
+        if is_large and first + len(batch) <= cell.row:
+            first += len(batch)
+            continue
+        values = batch.column(0).field("bytes")
+        cells += [value.as_buffer() for value in values]
+        size_bytes += values.nbytes
+        if is_large and size_bytes > _RUN_BYTES:
+            break
+    return _Run(cell.container, etag, cell.column, first, cells, size_bytes)
+
+
+def _not_found(detail: str) -> Rejected:
+    return Rejected(Stage.READ, Reason.NOT_FOUND, detail)

@@ -1,0 +1,86 @@
+"""What a manifest may name: one that comes from elsewhere must not have this machine read what it likes."""
+
+import re
+from collections.abc import Sequence
+from urllib.parse import unquote
+
+from af3pipe import storage
+from af3pipe.schemas import Reason, Rejected, Stage
+
+_LOCAL = ("file", "local")
+# Where all that is below the first slash belongs to one owner. On other servers only a folder does.
+_BUCKET_STORES = ("s3", "gs", "az", "abfs", "abfss", "adl", "oss", "oci", "cos", "obs", "tos")
+_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "local": "file"}
+
+
+def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[str] = ()) -> None:
+    """Whether a manifest may name `url`: a local one anything, another one what is in its own bucket or folder.
+
+    Beside that, what is below one of `allow_prefixes`. Files of this machine are never named from elsewhere.
+
+    Args:
+        url: As it would be opened.
+        source: URI of the manifest, shard or data set that names it.
+        where: Names the row to the user.
+        allow_prefixes: URLs that stand for all that is below them.
+
+    Raises:
+        Rejected: permission_denied; says which row, which URL and what to do.
+    """
+    if not is_remote(source):
+        return
+    if any(_is_local(link) for link in url.split("::")):
+        why = "a file of this machine, which only a local manifest may name"
+    elif ".." in re.split(r"[/\\]", unquote(url)) or not url.isprintable():
+        why = "which may lead elsewhere; write it without '..' and control characters"
+    elif any(is_below(url, prefix) for prefix in (own_prefix(source), *allow_prefixes)):
+        return
+    else:
+        why = f"which is outside {own_prefix(source)}; if you trust it, allow it: --allow-prefix {own_prefix(url)}"
+    raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}")
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a URI names no file of this machine."""
+    return "://" in uri and _scheme(uri) not in _LOCAL
+
+
+def own_prefix(uri: str) -> str:
+    """The bucket of an object, or the folder where it is on no object store."""
+    scheme, _, rest = uri.partition("://")
+    if _scheme(uri) in _BUCKET_STORES:
+        return f"{scheme}://{rest.lstrip('/').partition('/')[0]}"
+    return storage.parent(uri)
+
+
+def is_below(url: str, prefix: str) -> bool:
+    """Whether whole parts of `url`, from its beginning, are `prefix`: `s3://b` is no prefix of `s3://b-evil/a`."""
+    found, wanted = _canonical(url), _canonical(prefix).rstrip("/")
+    # A chain (`simplecache::s3://b/a`) goes on to another store behind each "::".
+    if not wanted or found.count("::") != wanted.count("::"):
+        return False
+    return found == wanted or found.startswith(wanted + "/")
+
+
+def _scheme(uri: str) -> str:
+    scheme = uri.partition("://")[0].lower()
+    return _ALIASES.get(scheme, scheme)
+
+
+def _canonical(url: str) -> str:
+    _, found, rest = url.partition("://")
+    if not found:
+        return url
+    if _scheme(url) in ("http", "https"):  # names of hosts, unlike those of buckets, are the same in any case
+        host, slash, path = rest.partition("/")
+        rest = host.lower() + slash + path
+    else:
+        rest = rest.lstrip("/")  # the memory store's listing writes three slashes
+    return f"{_scheme(url)}://{rest}"
+
+
+def _is_local(link: str) -> bool:
+    """In a chain, a link of nothing but letters is a store's name, and any other without `://` a path."""
+    if "://" in link:
+        return _scheme(link) in _LOCAL
+    return re.fullmatch("[a-z]+", link) is None
