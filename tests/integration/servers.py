@@ -22,11 +22,9 @@ import pytest
 # Read when gcsfs is imported: it would ask Google over gRPC, for 60 s, of what kind each bucket of a test server is.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-# Without Go there is no building it: in CI (AF3PIPE_REQUIRE_ALL) its tests are then left out instead of failing, and
+# Not everywhere can it be built: in CI (AF3PIPE_REQUIRE_ALL) its tests are then left out instead of failing, and
 # moto's server alone stands for S3; elsewhere they are skipped, so that the reason is seen.
-_WITHOUT_VERSITYGW = (
-    os.environ.get("AF3PIPE_REQUIRE_ALL") and not shutil.which("go") and not shutil.which("versitygw")
-)
+_WITHOUT_VERSITYGW = os.environ.get("AF3PIPE_REQUIRE_ALL") and not shutil.which("versitygw")
 S3_SERVERS = ("moto",) if _WITHOUT_VERSITYGW else ("versitygw", "moto")
 S3 = "versitygw" if shutil.which("versitygw") else "moto"
 """The better S3 server of those that are here, for tests that need one and not each."""
