@@ -201,7 +201,9 @@ def test_secrets_are_not_recorded(archive, tmp_path):
 def test_counts_that_do_not_reconcile_exit_1_and_name_the_gap(archive, tmp_path, monkeypatch):
     settle = reconcile.settle
     monkeypatch.setattr(
-        reconcile, "settle", lambda found, *what: None if found.uri.endswith("fine.wav") else settle(found, *what)
+        reconcile,
+        "settle",
+        lambda found, *what, **kept: None if found.uri.endswith("fine.wav") else settle(found, *what, **kept),
     )
     done = quick(archive, tmp_path / "out")
     assert done.exit_code == 1

@@ -144,7 +144,7 @@ def test_of_a_damaged_shard_what_could_be_listed_is_kept(tmp_path, kind, says):
     write_tar(tmp_path / "2.tar", {"z.wav": b"z"})
     (tmp_path / "1.tar").write_bytes(damaged((tmp_path / "1.tar").read_bytes(), kind))
     good, (bad,) = split(list_recordings(str(tmp_path / "*.tar")))
-    assert [parse(row.uri).name for row in good] == ["0.wav", "1.wav", "z.wav"]
+    assert sorted(parse(row.uri).name for row in good) == ["0.wav", "1.wav", "z.wav"]
     assert (bad.uri, bad.stage.value, bad.reason) == (path, "list", Reason.UNSUPPORTED_FORMAT)
     assert says in bad.detail
 
@@ -381,7 +381,7 @@ def test_a_glob_opens_each_as_what_it_is(tmp_path):
     pq.write_table(pa.table({"audio": AUDIO[:1]}), tmp_path / "2.parquet")
     pq.write_table(pa.table({"uri": ["b.wav"]}), tmp_path / "3.parquet")
     names = [(parse(row.uri) or row).uri for row in list_recordings(str(tmp_path / "*"))]
-    assert [name.rpartition("/")[2].partition("#")[0] for name in names] == ["1.tar", "2.parquet", "b.wav"]
+    assert sorted(name.rpartition("/")[2].partition("#")[0] for name in names) == ["1.tar", "2.parquet", "b.wav"]
 
 
 def test_paths_in_a_container_from_elsewhere_are_held_to_the_same_rule(request):

@@ -177,6 +177,6 @@ def test_a_segment_that_is_no_longer_there_is_counted(dofn, recording):
 
 def test_a_lost_engine_ends_the_bundle(dofn, recording):
     requests = answered(dofn, recording)
-    dofn._ask.engine.close()
+    dofn._ask.engine().close()
     with pytest.raises(EngineFailed):
         list(dofn.process(requests))
