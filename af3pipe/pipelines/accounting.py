@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from af3pipe import storage
 from af3pipe.schemas import ANSWER_SCHEMA, DEAD_LETTER_SCHEMA, RECORDING_SCHEMA
 from af3pipe.transforms.verify import Verified
+from af3pipe.transforms.write import partition_folder
 
 ANSWER_TABLES = ("captions", "transcripts", "answers")
 TABLE_SCHEMAS: dict[str, pa.Schema] = {
@@ -147,11 +148,14 @@ def _rows_differ(what: str, expected: Counter[str], written: Counter[str]) -> It
         )
 
 
-def fill_empty_tables(output: str, tables: Iterable[str], run_id: str) -> None:
+def fill_empty_tables(output: str, tables: Iterable[str], run_id: str, partition_by: Sequence[str] = ()) -> None:
     """Writes a table without rows where a table has no file, so that a query never fails on a night without any."""
     for table in tables:
         folder = storage.join(output, table)
         if not any(uri.endswith(".parquet") for uri in storage.list_files(folder)):
             buffer = pa.BufferOutputStream()
             pq.write_table(TABLE_SCHEMAS[table].empty_table(), buffer, compression="zstd")
-            storage.write_atomic(storage.join(folder, f"{run_id}-empty.parquet"), buffer.getvalue().to_pybytes())
+            # With the partitions of the files to come: some readers refuse a table that mixes layouts.
+            partition = partition_folder(partition_by, run_id, {})
+            uri = storage.join(folder, *filter(None, [partition]), f"{run_id}-empty.parquet")
+            storage.write_atomic(uri, buffer.getvalue().to_pybytes())

@@ -135,9 +135,11 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Outcome | Ver
         "answers": answers.good,
         "dead_letters": answers.dead_letters,
     } | "ReconcileRecordings" >> ReconcileRecordings(tasks)
-    _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, run_id=run_id)
-    _ = answers.dead_letters | "WriteDeadLetters" >> WriteDeadLetters(job.output, run_id=run_id)
-    _ = results | "WriteRecordings" >> WriteRecordings(job.output, run_id=run_id)
+    _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, run_id=run_id, partition_by=job.partition_by)
+    _ = answers.dead_letters | "WriteDeadLetters" >> WriteDeadLetters(
+        job.output, run_id=run_id, partition_by=job.partition_by
+    )
+    _ = results | "WriteRecordings" >> WriteRecordings(job.output, run_id=run_id, partition_by=job.partition_by)
     _ = recordings | "CountFound" >> _CountFound(job.output, run_id)
     if job.verify_sample:
         verify = VerifyAnswers(decode, ask, sample=job.verify_sample, accelerator=job.accelerator)
@@ -272,7 +274,7 @@ def run(
     verified = read_verified(job.output, run_id) if job.verify_sample else None
     report = RunReport(run_id, count_run(job.output, run_id), wall_s, _counters(result), verified)
     tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
-    fill_empty_tables(job.output, sorted(tables), run_id)
+    fill_empty_tables(job.output, sorted(tables), run_id, job.partition_by)
     _write_record(job, checkpoint, options, report)
     return report
 
