@@ -132,9 +132,14 @@ def delete(uri: str) -> None:
 
 def list_files(folder: str) -> list[str]:
     """URIs of all files below `folder`, sorted; none where there is no such folder."""
+    return [info.uri for info in find_files(folder)]
+
+
+def find_files(folder: str) -> list[ObjectInfo]:
+    """All files below `folder`, sorted by URI; none where there is no such folder."""
     fs, path = _locate(folder)
     try:
-        return [info.uri for info in retried(lambda: _find(fs, path), folder, Stage.LIST)]
+        return retried(lambda: _find(fs, path), folder, Stage.LIST)
     except Rejected as rejected:
         if rejected.reason is Reason.NOT_FOUND:
             return []
@@ -177,6 +182,12 @@ def resolve(named: str, folder: str) -> str:
     if "://" in named or ("://" in folder and not named.startswith(("/", "~"))):
         return named if "://" in named else join(folder, named.removeprefix("./"))
     return str(Path(folder, Path(named).expanduser()).absolute())
+
+
+def canonical(uri: str) -> str:
+    """A URI as listings spell it: a local path absolute, a URL without aliases and slashes at its end."""
+    fs, path = _locate(uri)
+    return str(path if _is_local(fs) else fs.unstrip_protocol(path)).rstrip("/")
 
 
 def _is_local(fs: Any) -> bool:
