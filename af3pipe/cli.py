@@ -1,4 +1,4 @@
-"""The command line: `af3pipe demo` and `af3pipe run`."""
+"""The command line: `af3pipe demo` and `af3pipe run`; the rest is in `cli_output`."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from rich.progress import Progress as RichProgress
 from rich.progress import SpinnerColumn, TextColumn
 from rich.table import Table
 
-from af3pipe import __version__, storage
+from af3pipe import __version__, cli_output, storage
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import ANSWER_TABLES
@@ -123,6 +123,10 @@ def run(
         ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder or URL for the Parquet.")] = None,
+    partition_by: Annotated[
+        list[str] | None,
+        typer.Option(help="Hive folders below each table: date, run, or a metadata column; may be given again."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -236,6 +240,7 @@ def run(
     """
     flags = {
         "output": output,
+        "partition_by": partition_by,
         "model": model,
         "revision": revision,
         "adapter": adapter,
@@ -450,3 +455,8 @@ def _exit(job: JobConfig, report: RunReport) -> None:
             f"{dead_letters} dead letters are more than --fail-on-dead-letters {job.fail_on_dead_letters} allows",
             EXIT_DEAD_LETTERS,
         )
+
+
+app.command()(cli_output.audit)
+app.command()(cli_output.compact)
+app.command()(cli_output.export)

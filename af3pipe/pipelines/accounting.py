@@ -1,7 +1,7 @@
 """A run's books: what the Parquet says that was written, held against what was found."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 from af3pipe import storage
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.schemas import ANSWER_SCHEMA, DEAD_LETTER_SCHEMA, RECORDING_SCHEMA, TerminalState
+from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.verify import Verified, total
+from af3pipe.transforms.write import partition_folder
 
 TABLE_SCHEMAS: dict[str, pa.Schema] = {
     **dict.fromkeys(ANSWER_TABLES, ANSWER_SCHEMA),
@@ -50,9 +52,10 @@ def found_uri(output: str, run_id: str) -> str:
     return storage.join(output, "_runs", f"{run_id}.found.json")
 
 
-def write_found(found: int, output: str, run_id: str) -> None:
+def write_found(found: int, uri: str, storage_options: storage.StorageOptions) -> None:
     """Where a pipeline counts what it finds: from its elements, since metrics count retries twice."""
-    storage.write_atomic(found_uri(output, run_id), json.dumps({"recordings_found": found}).encode())
+    set_storage(storage_options)
+    storage.write_atomic(uri, json.dumps({"recordings_found": found}).encode())
 
 
 def take_found(output: str, run_id: str) -> int:
@@ -72,8 +75,9 @@ def verified_uri(output: str, run_id: str, chunk: int) -> str:
     return storage.join(output, "_runs", f"{run_id}.verified-{chunk}.json")
 
 
-def write_verified(verified: Verified, uri: str) -> None:
+def write_verified(verified: Verified, uri: str, storage_options: storage.StorageOptions) -> None:
     """Called in the pipeline."""
+    set_storage(storage_options)
     storage.write_atomic(uri, json.dumps(verified.to_dict(), ensure_ascii=False).encode())
 
 
@@ -175,11 +179,14 @@ def _rows_differ(what: str, recordings: pa.Table, rows: pa.Table) -> Iterator[st
         )
 
 
-def fill_empty_tables(output: str, tables: Iterable[str], run_id: str) -> None:
+def fill_empty_tables(output: str, tables: Iterable[str], run_id: str, partition_by: Sequence[str] = ()) -> None:
     """Writes a table without rows where a table has no file, so that a query never fails on a night without any."""
     for table in tables:
         folder = storage.join(output, table)
         if not any(uri.endswith(".parquet") for uri in storage.list_files(folder)):
             buffer = pa.BufferOutputStream()
             pq.write_table(TABLE_SCHEMAS[table].empty_table(), buffer, compression="zstd")
-            storage.write_atomic(storage.join(folder, f"{run_id}-empty.parquet"), buffer.getvalue().to_pybytes())
+            # With the partitions of the files to come: some readers refuse a table that mixes layouts.
+            partition = partition_folder(partition_by, run_id, {})
+            uri = storage.join(folder, *filter(None, [partition]), f"{run_id}-empty.parquet")
+            storage.write_atomic(uri, buffer.getvalue().to_pybytes())

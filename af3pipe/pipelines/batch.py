@@ -27,7 +27,7 @@ from af3pipe.pipelines.record import RunReport, unfinished_runs, write_record, w
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
 from af3pipe.transforms.resume import WorkKeys
-from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_rows
+from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_folders
 
 T = TypeVar("T")
 Items: TypeAlias = Iterable[Recording | DeadLetter | RecordingResult]
@@ -167,7 +167,7 @@ def run(
     verified = take_verified(sampled) if job.verify_sample else None
     report = RunReport(run_id, count_run(job.output, run_id, found), wall_s, dict(sorted(counted.items())), verified)
     tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
-    fill_empty_tables(job.output, sorted(tables), run_id)
+    fill_empty_tables(job.output, sorted(tables), run_id, job.partition_by)
     write_record(job, checkpoint, options.view_as(StandardOptions).runner, started_at, report)
     return report
 
@@ -220,7 +220,7 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
         how.ask.dofn.setup()
         settlements = plan.settle(WorkKeys(how.decode.dofn, how.ask.dofn), retry=again is not None)
         while batch := list(itertools.islice(settlements, ROWS_PER_SHARD)):
-            counted += _write_settlements(batch, job.output, run_id)
+            counted += _write_settlements(batch, job, run_id)
         counted["recordings_found"] = plan.found
         metrics.count("recordings_found", plan.found)
         metrics.count("recordings_done", plan.found - plan.to_ask)
@@ -249,13 +249,13 @@ def _hold(how: graph.Asking, held: ExitStack) -> None:
         held.callback(release_decoders, how.decode.dofn.guard)
 
 
-def _write_settlements(batch: list[Settlement], output: str, run_id: str) -> Counter[str]:
+def _write_settlements(batch: list[Settlement], job: JobConfig, run_id: str) -> Counter[str]:
     """Writes what there is nothing to ask of: the dead letters first, since rows are there when they are named."""
     letters = [letter for settlement in batch for letter in settlement.dead_letters if not letter.run_id]
     results = [settlement.result for settlement in batch]
     files = [
-        *write_rows(letters, DEAD_LETTER_ROWS, output, "dead_letters", run_id),
-        *write_rows(results, RECORDINGS, output, "recordings", run_id),
+        *write_folders(letters, DEAD_LETTER_ROWS, job.output, run_id, job.partition_by),
+        *write_folders(results, RECORDINGS, job.output, run_id, job.partition_by),
     ]
     counted = Counter(f"recordings_{result.terminal_state.value}" for result in results)
     counted.update(f"dead_letters_{letter.reason.value}" for letter in letters)

@@ -7,7 +7,7 @@ import apache_beam as beam
 
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
-from af3pipe.pipelines.accounting import verified_uri, write_found, write_verified
+from af3pipe.pipelines.accounting import found_uri, verified_uri, write_found, write_verified
 from af3pipe.pipelines.job import JobConfig
 from af3pipe.pipelines.plan import Chunk
 from af3pipe.schemas import DeadLetter, Recording
@@ -88,7 +88,7 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> AnswerOutcome
         allow_prefixes=job.allow_prefixes,
         storage_options=job.storage_options,
     )
-    _ = found | "CountFound" >> _CountFound(job.output, run_id)
+    _ = found | "CountFound" >> _CountFound(job, run_id)
     resume = ResumeRecordings(
         job.output if job.resume else None, how.decode, how.ask, storage_options=job.storage_options
     )
@@ -122,23 +122,30 @@ def _answer(
     if skipped is not None:
         results = (results, skipped) | "AllResults" >> beam.Flatten()
     told = answers.dead_letters | "NotYetTold" >> beam.Filter(lambda letter: not letter.run_id)
-    _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, run_id=run_id)
-    _ = told | "WriteDeadLetters" >> WriteDeadLetters(job.output, run_id=run_id)
-    _ = results | "WriteRecordings" >> WriteRecordings(job.output, run_id=run_id)
+    where: dict[str, Any] = {
+        "run_id": run_id,
+        "partition_by": job.partition_by,
+        "storage_options": job.storage_options,
+    }
+    _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, **where)
+    _ = told | "WriteDeadLetters" >> WriteDeadLetters(job.output, **where)
+    _ = results | "WriteRecordings" >> WriteRecordings(job.output, **where)
     if job.verify_sample:
         verify = VerifyAnswers(how.decode, how.ask, sample=job.verify_sample, accelerator=job.accelerator)
         verified = answers | "VerifyAnswers" >> verify
-        _ = verified | "WriteVerified" >> beam.Map(write_verified, uri=verified_uri(job.output, run_id, chunk))
+        _ = verified | "WriteVerified" >> beam.Map(
+            write_verified, uri=verified_uri(job.output, run_id, chunk), storage_options=job.storage_options
+        )
     return answers
 
 
 class _CountFound(beam.PTransform):
     """Leaves the number of recordings found beside the run's tables; those rejected already count too."""
 
-    def __init__(self, output: str, run_id: str) -> None:
+    def __init__(self, job: JobConfig, run_id: str) -> None:
         super().__init__()
-        self._output = output
-        self._run_id = run_id
+        self._uri = found_uri(job.output, run_id)
+        self._storage_options = job.storage_options
 
     def expand(self, recordings: Any) -> Any:
         ids = [
@@ -151,5 +158,5 @@ class _CountFound(beam.PTransform):
             | "AllIds" >> beam.Flatten()
             | "DistinctIds" >> beam.Distinct()
             | "CountIds" >> beam.combiners.Count.Globally()
-            | "WriteFound" >> beam.Map(write_found, output=self._output, run_id=self._run_id)
+            | "WriteFound" >> beam.Map(write_found, uri=self._uri, storage_options=self._storage_options)
         )

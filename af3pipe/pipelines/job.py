@@ -20,6 +20,7 @@ from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, promp
 from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.transforms.ask import check_tasks
 from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
+from af3pipe.transforms.write import check_partition_by
 
 
 class JobError(Exception):
@@ -164,6 +165,7 @@ class JobConfig(_Strict):
         inputs: Files, folders, globs, manifests, tar shards, or data sets of Parquet or Arrow, on any fsspec URL.
         allow_prefixes: URLs below which a manifest from elsewhere may name audio, beside its own bucket or folder.
         output: Folder for the Parquet tables.
+        partition_by: Hive folders below each table: `date`, `run`, or a metadata column of the manifest.
         model: Hub id, local directory, or `demo`. NVIDIA's released weights are for non-commercial use, and an
             adapter made from them inherits that.
         device: `auto` claims a GPU that no other process has (a run in one process: all such), or is the CPU. `all`
@@ -200,6 +202,7 @@ class JobConfig(_Strict):
     inputs: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
     allow_prefixes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)] = ()
     output: Annotated[str, Field(min_length=1)]
+    partition_by: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     model: str = DEFAULT_MODEL
     revision: str | None = None
     engine: str = "transformers"
@@ -255,6 +258,11 @@ class JobConfig(_Strict):
     @model_validator(mode="after")
     def _splitting_makes_sense(self) -> "JobConfig":
         check_split(self.over_length, self.split_at, self.split_tolerance_s)
+        return self
+
+    @model_validator(mode="after")
+    def _partitions_are_possible(self) -> "JobConfig":
+        check_partition_by(self.partition_by)
         return self
 
     def all_tasks(self) -> list[Task]:

@@ -37,9 +37,11 @@ __all__ = [
     "ObjectInfo",
     "StorageError",
     "StorageOptions",
+    "canonical",
     "check_options",
     "check_writable",
     "delete",
+    "find_files",
     "join",
     "list_files",
     "list_objects",
@@ -172,11 +174,16 @@ def _unusable(error: Exception, uri: str, done: str) -> StorageError:
 
 def list_files(folder: str) -> list[str]:
     """URIs of all files below `folder`, sorted; none where there is no such folder."""
+    return [info.uri for info in find_files(folder)]
+
+
+def find_files(folder: str) -> list[ObjectInfo]:
+    """All files below `folder`, sorted by URI; none where there is no such folder."""
     fs, path = _locate(folder)
     try:
         if _info(fs, path, folder, Stage.LIST)["type"] != "directory":
             return []
-        return sorted(found.uri for found in list_wanted(fs, Wanted(path, is_glob=False), folder))
+        return sorted(list_wanted(fs, Wanted(path, is_glob=False), folder))
     except Rejected as rejected:
         if rejected.reason is Reason.NOT_FOUND:
             return []
@@ -221,6 +228,12 @@ def resolve(named: str, folder: str) -> str:
     if "://" in named or ("://" in folder and not named.startswith(("/", "~"))):
         return named if "://" in named else join(folder, named.removeprefix("./"))
     return str(Path(folder, Path(named).expanduser()).absolute())
+
+
+def canonical(uri: str) -> str:
+    """A URI as listings spell it: a local path absolute, a URL without aliases and slashes at its end."""
+    fs, path = _locate(uri)
+    return str(path if _is_local(fs) else fs.unstrip_protocol(path)).rstrip("/")
 
 
 def _extension(uri: str) -> str:

@@ -6,11 +6,16 @@ group makes its files, whose names follow from the run and the rows' keys: a ret
 """
 
 import hashlib
+import json
+import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from io import BytesIO
+from types import MappingProxyType
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import apache_beam as beam
 import pyarrow as pa
@@ -27,6 +32,7 @@ from af3pipe.schemas import (
     RecordingResult,
 )
 from af3pipe.transforms import metrics
+from af3pipe.transforms.stores import count_retries, set_storage
 
 ROWS_PER_FILE = 50_000
 ROWS_PER_SHARD = 10_000
@@ -45,12 +51,14 @@ class RowFormat(NamedTuple):
         schema: Its Arrow schema.
         table: The folder of a row.
         key: Names a row; rows of the same key are the same row.
+        metadata: Of the recording that a row is about.
     """
 
     row_class: type
     schema: pa.Schema
     table: Callable[[Any], str]
     key: Callable[[Any], str]
+    metadata: Callable[[Any], Mapping[str, str]]
 
 
 def _answer_table(row: Answer) -> str:
@@ -77,9 +85,64 @@ def _recording_key(row: RecordingResult) -> str:
     return row.recording_id
 
 
-ANSWERS = RowFormat(Answer, ANSWER_SCHEMA, _answer_table, _answer_key)
-DEAD_LETTER_ROWS = RowFormat(DeadLetter, DEAD_LETTER_SCHEMA, _dead_letter_table, _dead_letter_key)
-RECORDINGS = RowFormat(RecordingResult, RECORDING_SCHEMA, _recording_table, _recording_key)
+def _own_metadata(row: Answer | RecordingResult) -> Mapping[str, str]:
+    return dict(row.metadata)
+
+
+def _input_metadata(row: DeadLetter) -> Mapping[str, str]:
+    return dict(json.loads(row.input).get("recording", {}).get("metadata", ()))
+
+
+ANSWERS = RowFormat(Answer, ANSWER_SCHEMA, _answer_table, _answer_key, _own_metadata)
+DEAD_LETTER_ROWS = RowFormat(DeadLetter, DEAD_LETTER_SCHEMA, _dead_letter_table, _dead_letter_key, _input_metadata)
+RECORDINGS = RowFormat(RecordingResult, RECORDING_SCHEMA, _recording_table, _recording_key, _own_metadata)
+
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+"""What Hive, Arrow, DuckDB and Polars read as null."""
+_RUN_DAY = re.compile(r"(\d{4})(\d\d)(\d\d)T\d{6}Z")
+_PARTITION_NAME = re.compile(r"[\w.-]+")
+
+
+def check_partition_by(partition_by: Sequence[str]) -> None:
+    """Looks whether these can be the folders of the tables.
+
+    Raises:
+        ValueError: One is named twice, like a column that the tables have, or with what a folder's name cannot hold.
+    """
+    columns = {*ANSWER_SCHEMA.names, *DEAD_LETTER_SCHEMA.names, *RECORDING_SCHEMA.names}
+    for name in partition_by:
+        if name in columns:
+            raise ValueError(
+                f"partition_by names {name!r}, which is a column of the tables: a reader could not tell the two "
+                "apart; take date, run, or a metadata column of the manifest that is named otherwise"
+            )
+        if not _PARTITION_NAME.fullmatch(name):
+            raise ValueError(
+                f"partition_by names {name!r}; letters, digits, '_', '-' and '.' only: rename the manifest's column"
+            )
+        if list(partition_by).count(name) > 1:
+            raise ValueError(f"partition_by names {name!r} twice")
+
+
+def partition_folder(partition_by: Sequence[str], run_id: str, metadata: Mapping[str, str]) -> str:
+    """The folders below a table, as Hive names them: `date=2026-11-21/station=K%20Q`; empty without partitions.
+
+    Args:
+        partition_by: `date`, the UTC day on which the run began; `run`, its id; any other is a key of `metadata`.
+        run_id: As `new_run_id` makes it, where `date` is asked for.
+        metadata: Of a recording; what it lacks is null.
+
+    Raises:
+        ValueError: The run's id does not begin with a time, and `date` is asked for.
+    """
+    known = {"run": run_id}
+    if "date" in partition_by:
+        day = _RUN_DAY.match(run_id)
+        if day is None:
+            raise ValueError(f"partition_by date takes the day from the run's id, and {run_id!r} begins with none")
+        known["date"] = "-".join(day.groups())
+    values = ((name, known.get(name) or metadata.get(name)) for name in partition_by)
+    return "/".join(f"{name}={quote(value, safe='') if value else NO_VALUE}" for name, value in values)
 
 
 def to_table(rows: Iterable[Any], schema: pa.Schema) -> pa.Table:
@@ -98,8 +161,15 @@ def _columns(row: Any) -> dict[str, Any]:
     return found
 
 
-def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, table: str, run_id: str) -> Iterator[str]:
+def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, folder: str, run_id: str) -> Iterator[str]:
     """Writes the rows of one group to Parquet files and yields their URIs; the same rows give the same files.
+
+    Args:
+        rows: Of one class.
+        row_format: How it lands.
+        output: Folder of all tables.
+        folder: Below it: the table, and the partition where there are any.
+        run_id: Goes into the rows and the names of the files.
 
     Raises:
         StorageError: The output cannot be written.
@@ -109,7 +179,7 @@ def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, table: s
     for start in range(0, len(keys), ROWS_PER_FILE):
         chunk = keys[start : start + ROWS_PER_FILE]
         digest = hashlib.sha256("\n".join(chunk).encode()).hexdigest()[:16]
-        uri = storage.join(output, table, f"{run_id}-{digest}.parquet")
+        uri = storage.join(output, folder, f"{run_id}-{digest}.parquet")
         buffer = BytesIO()
         arrow = to_table((by_key[key] for key in chunk), row_format.schema)
         pq.write_table(arrow, buffer, compression="zstd")
@@ -117,50 +187,106 @@ def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, table: s
         yield uri
 
 
-class _ToShard(beam.DoFn):
-    """Keys a row by its table and shard; the shard follows from the row's key, not from where it was made."""
+class _Folder:
+    """A row's folder below the output: its table and partition."""
 
-    def __init__(self, row_format: RowFormat) -> None:
+    def __init__(self, row_format: RowFormat, run_id: str, partition_by: Sequence[str]) -> None:
         self._format = row_format
+        self._run_id = run_id
+        self._partition_by = partition_by
 
-    def process(self, row: Any, rows: int) -> Iterator[tuple[str, Any]]:
-        shards = max(1, -(-rows // ROWS_PER_SHARD))
+    def __call__(self, row: Any) -> str:
+        metadata = self._format.metadata(row) if self._partition_by else {}
+        partition = partition_folder(self._partition_by, self._run_id, metadata)
+        return f"{self._format.table(row)}/{partition}".rstrip("/")
+
+
+def write_folders(
+    rows: Iterable[Any], row_format: RowFormat, output: str, run_id: str, partition_by: Sequence[str] = ()
+) -> Iterator[str]:
+    """Writes rows as `write_rows` does, each to its table and partition: what the transforms do, without Beam."""
+    folder_of = _Folder(row_format, run_id, partition_by)
+    by_folder: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        by_folder[folder_of(row)].append(row)
+    for folder, found in sorted(by_folder.items()):
+        yield from write_rows(found, row_format, output, folder, run_id)
+
+
+class _ToShard(beam.DoFn):
+    """Keys a row by its folder and shard; the shard follows from the row's key, not from where it was made."""
+
+    def __init__(self, row_format: RowFormat, folder: _Folder) -> None:
+        self._format = row_format
+        self._folder = folder
+
+    def process(self, row: Any, rows: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+        folder = self._folder(row)
+        shards = max(1, -(-rows[folder] // ROWS_PER_SHARD))
         digest = hashlib.sha256(self._format.key(row).encode()).digest()
-        yield f"{self._format.table(row)}/{int.from_bytes(digest[:8], 'big') % shards}", row
+        yield f"{folder}/{int.from_bytes(digest[:8], 'big') % shards}", row
 
 
 class _WriteShard(beam.DoFn):
-    def __init__(self, row_format: RowFormat, output: str, run_id: str) -> None:
+    def __init__(
+        self, row_format: RowFormat, output: str, run_id: str, storage_options: storage.StorageOptions
+    ) -> None:
         self._format = row_format
         self._output = output
         self._run_id = run_id
+        self._storage_options = storage_options
+
+    def setup(self) -> None:
+        set_storage(self._storage_options)
+
+    def finish_bundle(self) -> None:
+        count_retries()
 
     def process(self, shard: tuple[str, Iterable[Any]]) -> Iterator[str]:
         name, rows = shard
-        table = name.rsplit("/", 1)[0]
-        for uri in write_rows(rows, self._format, self._output, table, self._run_id):
+        folder = name.rsplit("/", 1)[0]
+        for uri in write_rows(rows, self._format, self._output, folder, self._run_id):
             metrics.count("files_written")
             yield uri
 
 
 class _WriteParquet(beam.PTransform):
-    def __init__(self, row_format: RowFormat, output: str, run_id: str | None) -> None:
+    _FORMAT: RowFormat
+
+    def __init__(
+        self,
+        output: str,
+        *,
+        run_id: str | None = None,
+        partition_by: Sequence[str] = (),
+        storage_options: storage.StorageOptions = MappingProxyType({}),
+    ) -> None:
         super().__init__()
-        self._format = row_format
+        check_partition_by(partition_by)
         self._output = output
         self._run_id = run_id or new_run_id()
+        self._storage_options = dict(storage_options)
+        partition_folder(partition_by, self._run_id, {})  # raises where the run's id has no day
+        self._folder = _Folder(self._FORMAT, self._run_id, tuple(partition_by))
 
     def expand(self, rows: Any) -> Any:
         if not rows.is_bounded:
             raise ValueError(f"{type(self).__name__} writes bounded collections only")
-        row_class: Any = self._format.row_class
-        count = beam.pvalue.AsSingleton(rows | "Count" >> beam.combiners.Count.Globally())
+        row_class: Any = self._FORMAT.row_class
+        write = _WriteShard(self._FORMAT, self._output, self._run_id, self._storage_options)
+        counts = (
+            rows
+            | "Folder" >> beam.Map(self._folder).with_output_types(str)
+            | "Count" >> beam.combiners.Count.PerElement()
+        )
         return (
             rows
-            | "ToShard" >> beam.ParDo(_ToShard(self._format), count).with_output_types(tuple[str, row_class])
+            | "ToShard"
+            >> beam.ParDo(_ToShard(self._FORMAT, self._folder), beam.pvalue.AsDict(counts)).with_output_types(
+                tuple[str, row_class]
+            )
             | "GroupShard" >> beam.GroupByKey()
-            | "WriteParquet"
-            >> beam.ParDo(_WriteShard(self._format, self._output, self._run_id)).with_output_types(str)
+            | "WriteParquet" >> beam.ParDo(write).with_output_types(str)
         )
 
 
@@ -173,21 +299,23 @@ class WriteAnswers(_WriteParquet):
     Args:
         output: Folder, local or on any fsspec URL.
         run_id: Names the run in the files and their rows; the default is a new one.
+        partition_by: Hive folders below each table, see `partition_folder`; the default is none.
+        storage_options: As of `ReadRecordings`.
+
+    Raises:
+        ValueError: There can be no such partitions.
     """
 
-    def __init__(self, output: str, *, run_id: str | None = None) -> None:
-        super().__init__(ANSWERS, output, run_id)
+    _FORMAT = ANSWERS
 
 
 class WriteDeadLetters(_WriteParquet):
     """Writes `DeadLetter` rows to `dead_letters/` under `output`, as `WriteAnswers` does its rows."""
 
-    def __init__(self, output: str, *, run_id: str | None = None) -> None:
-        super().__init__(DEAD_LETTER_ROWS, output, run_id)
+    _FORMAT = DEAD_LETTER_ROWS
 
 
 class WriteRecordings(_WriteParquet):
     """Writes `RecordingResult` rows to `recordings/` under `output`, as `WriteAnswers` does its rows."""
 
-    def __init__(self, output: str, *, run_id: str | None = None) -> None:
-        super().__init__(RECORDINGS, output, run_id)
+    _FORMAT = RECORDINGS

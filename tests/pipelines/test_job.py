@@ -51,6 +51,7 @@ def test_a_limit_for_all_tasks():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"partition_by": ["date", "uri"]}, ["partition_by names 'uri'", "a column of the tables"]),
         ({"over_length": "cut"}, ["over_length is 'cut'", "'dead-letter', 'truncate' or 'split'"]),
         ({"split_at": "pause"}, ["split_at is 'pause'", "'cap' or 'silence'"]),
         ({"split_at": "silence"}, ["split_at is 'silence'", "'dead-letter'", "set over_length to 'split'"]),

@@ -1,0 +1,118 @@
+"""A fresh listing of a run's inputs, held against what an output says of them."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from af3pipe import storage
+from af3pipe.pipelines.view import Latest, codes, is_in
+from af3pipe.schemas import DeadLetter, Reason, Recording
+from af3pipe.transforms.read import list_recordings, merge
+
+_LISTED_AT_ONCE = 50_000
+
+
+class InputError(Exception):
+    """An input cannot be listed: which, and why."""
+
+
+class Relisted(NamedTuple):
+    """What a listing says of an output: numbers, each with the URI of one.
+
+    Attributes:
+        listed: Recordings that the inputs name.
+        never: Those without a row.
+        changed: Those that are not what they were when they were settled.
+        gone: Recordings of the output that the inputs no longer name.
+    """
+
+    listed: int
+    never: tuple[int, str]
+    changed: tuple[int, str]
+    gone: tuple[int, str]
+
+
+_LISTED_SCHEMA = pa.schema(
+    [
+        ("recording_id", pa.string()),
+        ("uri", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("mtime", pa.string()),
+        ("offset_s", pa.float64()),
+        ("duration_s", pa.float64()),
+        ("channel", pa.string()),
+        ("stream", pa.int32()),
+    ]
+)
+
+
+def relist(view: Latest, inputs: Sequence[str], *, channel: str, stream: int | None) -> Relisted:
+    """Lists inputs anew, and holds each recording against its newest row.
+
+    Changed is what has another etag; without one, another size or time of modification, where both state them.
+
+    Args:
+        view: Of the output.
+        inputs: As a run takes them.
+        channel: As the run heard them. So is `stream`.
+        stream: See `channel`.
+
+    Raises:
+        InputError: An input does not exist or cannot be read.
+    """
+    listed = _list(inputs, {"channel": channel, "stream": stream})
+    columns = ["recording_id", "uri", "size_bytes", "etag", "mtime"]
+    held = view.read("recordings", columns)
+    at = pc.index_in(listed["recording_id"], value_set=held["recording_id"].combine_chunks()).combine_chunks()
+    both = listed.filter(at.is_valid())
+    then = held.take(at.drop_null())
+    differ = {name: pc.fill_null(pc.not_equal(both[name], then[name]), False) for name in columns[2:]}
+    tagged = pc.and_(both["etag"].is_valid(), then["etag"].is_valid())
+    changed = pc.if_else(tagged, differ["etag"], pc.or_(differ["size_bytes"], differ["mtime"]))
+    return Relisted(
+        listed=len(listed),
+        never=_first(listed.filter(at.is_null())),
+        changed=_first(both.filter(changed)),
+        gone=_first(held.filter(pa.array(~is_in(held["recording_id"], listed["recording_id"])))),
+    )
+
+
+def _first(rows: pa.Table) -> tuple[int, str]:
+    return len(rows), str(rows["uri"][0].as_py()) if len(rows) else ""
+
+
+def _list(inputs: Sequence[str], chosen: dict[str, Any]) -> pa.Table:
+    """What the inputs name, each recording once."""
+    pieces = [_LISTED_SCHEMA.empty_table()]
+    held: list[dict[str, Any]] = []
+    for found in _listed(inputs, chosen):
+        recording = found if isinstance(found, Recording) else Recording(found.recording_id, found.uri)
+        held.append({name: getattr(recording, name) for name in _LISTED_SCHEMA.names})
+        if len(held) == _LISTED_AT_ONCE:
+            pieces.append(pa.Table.from_pylist(held, _LISTED_SCHEMA))
+            held = []
+    rows = pa.concat_tables([*pieces, pa.Table.from_pylist(held, _LISTED_SCHEMA)])
+    same = codes(rows["recording_id"])
+    repeated = np.bincount(same)[same] > 1 if len(same) else np.zeros(0, bool)
+    mentions: dict[str, list[Recording]] = defaultdict(list)
+    for row in rows.filter(pa.array(repeated)).to_pylist():
+        mentions[row["recording_id"]].append(Recording(**row))
+    merged = [found for group in mentions.values() for found in merge(group)]
+    once = [{name: getattr(found, name, None) for name in _LISTED_SCHEMA.names} for found in merged]
+    return pa.concat_tables([rows.filter(pa.array(~repeated)), pa.Table.from_pylist(once, _LISTED_SCHEMA)])
+
+
+def _listed(inputs: Iterable[str], chosen: dict[str, Any]) -> Iterator[Recording | DeadLetter]:
+    for name in inputs:
+        is_audio_file = storage.name(name).rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
+        for found in list_recordings(name, **chosen):
+            if isinstance(found, DeadLetter) and found.uri == name:  # the input itself, not a row of it
+                is_dead_letter_of_the_run = found.reason is Reason.NOT_FOUND and is_audio_file
+                if not is_dead_letter_of_the_run:
+                    raise InputError(f"input {name}: {found.detail}")
+            yield found
