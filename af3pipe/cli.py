@@ -1,4 +1,4 @@
-"""The command line: `af3pipe demo` and `af3pipe run`; the rest is in `cli_output`."""
+"""The command line: `af3pipe demo`, `run` and `redrive`; the rest is in `cli_output`."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 from rich.progress import SpinnerColumn, TextColumn
@@ -22,6 +23,7 @@ from af3pipe.models.engine import ModelError
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.pipelines import batch
+from af3pipe.pipelines import redrive as redriving
 from af3pipe.pipelines.accounting import read_rows, run_files
 from af3pipe.pipelines.job import (
     JobConfig,
@@ -32,7 +34,9 @@ from af3pipe.pipelines.job import (
     split_beam_flags,
 )
 from af3pipe.pipelines.record import RunReport
-from af3pipe.schemas import Rejected
+from af3pipe.pipelines.redrive import Chosen
+from af3pipe.pipelines.view import NotATable
+from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.transforms.verify import Verified
 
 EXIT_FAILED = 1
@@ -282,6 +286,73 @@ def run(
     _exit(job, report)
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="Options that are not listed here go to Beam. Exit codes are those of `run`.",
+)
+def redrive(
+    context: typer.Context,
+    output: Annotated[str, typer.Argument(metavar="OUT", help="What --output was.", show_default=False)],
+    reason: Annotated[
+        list[str] | None, typer.Option(help="Only dead letters of this reason; may be repeated.")
+    ] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only those of this stage; may be repeated.")] = None,
+    retryable: Annotated[
+        bool | None,
+        typer.Option(
+            "--retryable/--not-retryable", help="Only those that may succeed by themselves, or only others."
+        ),
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key of the job: `over_length=split`; the value is read as YAML."),
+    ] = None,
+    job_file: Annotated[
+        str | None,
+        typer.Option("--job", help="Job file whose keys hold instead, for example for secrets in storage_options."),
+    ] = None,
+) -> None:
+    """Run the dead letters of OUT again, from their own rows, into the same OUT.
+
+    Each is asked what its own run was asked, and only what has no answer yet. What succeeds is no dead letter any
+    more in what `export` and the views of docs/output.md show; all earlier rows stay.
+    """
+    _known("--reason", reason or [], Reason)
+    _known("--stage", stage or [], Stage)
+    others, beam_flags = _checked(lambda: split_beam_flags(context.args))
+    if others:
+        _stop(f"redrive takes one OUT; what is {' '.join(others)}?", EXIT_WRONG_JOB)
+    changes = _checked(lambda: load_job_values(job_file)) if job_file else {}
+    changes = {key: value for key, value in changes.items() if key not in ("inputs", "output")}
+    changes |= dict(map(_change, change or []))
+    storage.set_options(changes.get("storage_options") or {})
+    chosen = Chosen(reason or (), stage or (), retryable)
+    with _faults_told(), _progress_line() as show:
+        runs = list(redriving.redrive(output, chosen, changes, beam_flags, on_progress=show))
+    if not runs:
+        _out.print(f"No dead letter of {output} is to be run again.", highlight=False, markup=False)
+    for job, report in runs:
+        _show_counts(job, report)
+    for job, report in runs:
+        _exit(job, report)
+
+
+def _known(option: str, values: list[str], allowed: type[Reason] | type[Stage]) -> None:
+    for value in values:
+        if value not in [one.value for one in allowed]:
+            _stop(f"{option} is {value!r}; choose from {', '.join(one.value for one in allowed)}", EXIT_WRONG_JOB)
+
+
+def _change(text: str) -> tuple[str, Any]:
+    key, found, value = text.partition("=")
+    if not found:
+        _stop(f"--set is {text!r}; it must be KEY=VALUE", EXIT_WRONG_JOB)
+    try:
+        return key.strip().replace("-", "_"), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        _stop(f"--set {text}: the value is not YAML: {error}", EXIT_WRONG_JOB)
+
+
 def _job(tokens: list[str], flags: dict[str, Any]) -> tuple[JobConfig, list[str]]:
     """Inputs or a job file, and what is Beam's."""
     inputs, beam_flags = split_beam_flags(tokens)
@@ -323,17 +394,23 @@ def _checked(make: Callable[[], Any]) -> Any:
 
 
 def _run(job: JobConfig, beam_flags: list[str]) -> RunReport:
-    try:
+    with _faults_told():
         live = batch.is_in_process(beam_options(job, beam_flags))
         with _progress_line() if live else _no_progress() as show:
             return batch.run(job, beam_flags, on_progress=show)
+
+
+@contextmanager
+def _faults_told() -> Iterator[None]:
+    try:
+        yield
     except (JobError, ModelError) as error:
         _stop(str(error), EXIT_WRONG_JOB)
     except batch.RunFailed as error:
         _log.debug("the pipeline failed", exc_info=error)
         _stop(f"the run failed: {error}", EXIT_FAILED)
-    except (storage.StorageError, Rejected) as error:
-        _stop(f"the answers are written, but the run's books are not: {error}", EXIT_FAILED)
+    except (storage.StorageError, Rejected, NotATable) as error:
+        _stop(f"the output or the run's books cannot be read or written: {error}", EXIT_FAILED)
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -27,6 +27,8 @@ from af3pipe.pipelines.view import (
 from af3pipe.schemas import MIX, TerminalState
 from af3pipe.storage import ObjectInfo
 
+# The last: of a row of a manifest that was corrected, and is another recording now.
+_SETTLED = (TerminalState.OK, TerminalState.OK_PARTIAL, TerminalState.DEAD_LETTER, TerminalState.SKIPPED_DONE)
 _RUN_AGAIN = "run the job again into the same output"
 _COMPACT = "`af3pipe compact` keeps the newest of each"
 
@@ -215,10 +217,7 @@ class _Books:
             named = {name: _lengths(piece[name]) for name in ("answer_keys", "dead_letter_keys")}
             ended, settled = piece["terminal_state"], piece["settled_state"]
             skipped = _equal(ended, TerminalState.SKIPPED_DONE)
-            is_ok, is_partial, is_dead = (
-                _equal(settled, state)
-                for state in (TerminalState.OK, TerminalState.OK_PARTIAL, TerminalState.DEAD_LETTER)
-            )
+            is_ok, is_partial, is_dead, is_gone = (_equal(settled, state) for state in _SETTLED)
             same = np.asarray(pc.equal(ended, settled))
             checks = {
                 "answers and kept_answers are not the number of answer_keys": (
@@ -235,6 +234,7 @@ class _Books:
                     is_ok & (named["answer_keys"] > 0) & (named["dead_letter_keys"] == 0)
                     | is_partial & (named["answer_keys"] > 0)
                     | is_dead & (named["answer_keys"] == 0) & (named["dead_letter_keys"] > 0)
+                    | is_gone & (named["answer_keys"] == 0) & (named["dead_letter_keys"] == 0)
                 ),
             }
             for what, bad in checks.items():

@@ -17,7 +17,7 @@ from af3pipe.transforms.resume import Settled, skipped
 
 _ROW = re.compile(r"#(?:line|row|sample)=[^#]*$")  # of a manifest or a container
 # What is no recording any more: its row was corrected, and has an id of its own.
-_GONE = Settled(None, TerminalState.OK, None, 0.0, (), (), (), None, None, None, None, 0)
+_GONE = Settled(None, TerminalState.SKIPPED_DONE, None, 0.0, (), (), (), None, None, None, None, 0)
 _COLUMNS = ["recording_id", "uri", "stage", "reason", "retryable", "input", "run_id"]
 
 
