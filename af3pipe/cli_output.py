@@ -11,6 +11,7 @@ from af3pipe import storage
 from af3pipe.pipelines import audit as audits
 from af3pipe.pipelines import compact as compactions
 from af3pipe.pipelines.accounting import TABLE_SCHEMAS
+from af3pipe.pipelines.job import JobError, load_job_values
 from af3pipe.pipelines.view import NotATable, export_latest
 from af3pipe.schemas import Rejected
 
@@ -20,6 +21,18 @@ EXIT_NO_OUTPUT = 2
 _out = Console()
 _err = Console(stderr=True)
 _OUT = typer.Argument(metavar="OUT", help="What --output was: the folder or URL of the tables.")
+
+
+def _set_storage(job_file: str | None) -> str | None:
+    if job_file is not None:
+        try:
+            storage.set_options(load_job_values(job_file).get("storage_options") or {})
+        except (JobError, ValueError) as error:
+            _stop(f"--job {job_file}: {error}", EXIT_NO_OUTPUT)
+    return job_file
+
+
+_JOB = typer.Option("--job", callback=_set_storage, help="Job file whose storage_options hold for the stores.")
 
 
 def _stop(message: str, code: int) -> NoReturn:
@@ -38,6 +51,7 @@ def audit(
         typer.Option("--input", help="What was read, listed anew: files, folders, globs or manifests, as for run."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON, for programs.")] = False,
+    job_file: Annotated[str | None, _JOB] = None,
 ) -> None:
     """Recompute the books of OUT from its Parquet alone, and say what is wrong and what to do.
 
@@ -94,6 +108,7 @@ def compact(
         bool,
         typer.Option(help="Touch files of runs without a record, too; only where none of them is still running."),
     ] = False,
+    job_file: Annotated[str | None, _JOB] = None,
 ) -> None:
     """Rewrite the many small files of OUT as few, sorted by recording, each row once.
 
@@ -130,6 +145,7 @@ def export(
     table: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(TABLE_SCHEMAS)}; all that have rows by default.")
     ] = None,
+    job_file: Annotated[str | None, _JOB] = None,
 ) -> None:
     """Write what holds now to TARGET: each table as one Parquet file, without what was superseded."""
     unknown = sorted(set(table or ()) - set(TABLE_SCHEMAS))

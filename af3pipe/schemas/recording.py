@@ -258,7 +258,7 @@ class RecordingResult(NamedTuple):
         duration_s: Of the object, in seconds; None when it was never learnt.
         covered_s: Seconds for which every task has an answer.
         settled_state: The state that the recording is in: that of the run which settled it when this one skipped
-            it, else `terminal_state`. `skipped_done` where it is no recording any more: a corrected row of a manifest.
+            it, else `terminal_state`. `skipped_done` where it is none any more: a row of a manifest, since corrected.
         answers: Rows that this run wrote; `kept_answers` more are of earlier runs.
         answer_keys: Of all its answers, whichever run wrote them: the rows that hold for this recording now.
         dead_letters: Rows that this run wrote; `kept_dead_letters` more are of earlier runs.
