@@ -122,7 +122,7 @@ def test_what_does_not_exist_is_a_dead_letter(finished):
 
 
 def test_bad_manifest_rows_are_dead_letters_with_their_number(finished):
-    letters = [row for row in finished[2].values() if "row=" in row["uri"]]
+    letters = [row for row in finished[2].values() if "line=" in row["uri"]]
     assert sorted(row["uri"].rpartition("=")[2] for row in letters) == ["2", "3"]
     assert "offset is -1" in " ".join(row["detail"] for row in letters)
 
