@@ -4,7 +4,7 @@
     python -m benchmarks.storage listing              # --keys 10000 100000 1000000 --folders 1000 0
     python -m benchmarks.storage rerun                # --files 10000 --engines constant demo --store local|s3
     python -m benchmarks.storage memory               # --recordings 1000 10000 100000
-    python -m benchmarks.storage chunks               # --chunks 250 1000 4000 --recordings-by-chunks 8000
+    python -m benchmarks.storage chunks               # --chunks 250 1000 4000 --chunked 4000
 
 Each measurement is made in a process of its own. Objects in S3 are those of benchmarks/synthetic_s3.py, served by
 another process: no figure holds a network. Files on the local disk are 0.3 s of WAV each, hard links of a few, so
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,13 +53,13 @@ def make_files(folder: Path, count: int) -> None:
 
 
 @contextmanager
-def s3(keys: int, folders: int) -> Iterator[str]:
+def s3(keys: int, folders: int, delay_s: float) -> Iterator[str]:
     """A server in a process of its own; the environment says where it is while the context lasts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = ["--keys", str(keys), "--folders", str(folders), "--seconds", str(FILE_S), "--port", str(port)]
-    command = [sys.executable, "-m", "benchmarks.synthetic_s3", *given]
+    given = ["--keys", str(keys), "--folders", str(folders), "--seconds", str(FILE_S), "--delay", str(delay_s)]
+    command = [sys.executable, "-m", "benchmarks.synthetic_s3", *given, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         server.stdout.readline()
@@ -89,7 +90,7 @@ def list_keys(url: str, way: str) -> dict[str, float]:
 
     from af3pipe import storage
 
-    before, began = peak_mib(), time.perf_counter()
+    before, cpu_s, began = peak_mib(), machine.cpu_s(), time.perf_counter()
     if way == "ours":
         keys = iter(storage.list_objects(url))
     else:
@@ -102,6 +103,7 @@ def list_keys(url: str, way: str) -> dict[str, float]:
         "keys": count,
         "first_s": first_s,
         "wall_s": time.perf_counter() - began,
+        "cpu_s": machine.cpu_s() - cpu_s,
         "before": before,
         "peak": peak_mib(),
     }
@@ -129,7 +131,14 @@ def run_job(
         decode_guard=guard,
     )
     before, cpu_s = peak_mib(), machine.cpu_s()
-    report = batch.run(job)
+    began, to_plan_s = time.perf_counter(), [0.0]
+
+    def watch(progress: batch.Progress) -> None:
+        # All that is found is counted at the moment when all of it is planned.
+        if progress.found and not to_plan_s[0]:
+            to_plan_s[0] = time.perf_counter() - began
+
+    report = batch.run(job, on_progress=watch, progress_every_s=0.02)
     if not report.counts.reconciled:
         raise SystemExit(f"the books do not reconcile: {report.counts.problems}")
     return {
@@ -137,6 +146,7 @@ def run_job(
         "peak": peak_mib(),
         "wall_s": report.wall_s,
         "cpu_s": machine.cpu_s() - cpu_s,
+        "plan_s": to_plan_s[0],
         "found": report.counts.found,
         "answers": sum(report.counts.answers.values()),
     }
@@ -182,10 +192,22 @@ def heads(*names: str) -> None:
 
 
 def listing(asked: argparse.Namespace) -> None:
-    heads("keys", "folders", "way", "s", "keys/s", "first after s", "before MiB", "peak MiB", "grown MiB")
+    heads(
+        "keys",
+        "folders",
+        "answer ms",
+        "way",
+        "s",
+        "keys/s",
+        "CPU s",
+        "first after s",
+        "before MiB",
+        "peak MiB",
+        "grown MiB",
+    )
     for folders in asked.folders:
         for keys in asked.keys:
-            with s3(keys, folders) as url:
+            with s3(keys, folders, asked.delay_ms / 1000) as url:
                 for way in ("ours", "fs.find"):
                     if way == "ours" or keys <= FIND_MOST_KEYS:
                         found = apart(list_keys, url=url, way=way)
@@ -193,9 +215,11 @@ def listing(asked: argparse.Namespace) -> None:
                         show(
                             f"{keys:,}",
                             f"{folders:,}",
+                            f"{asked.delay_ms:.0f}",
                             way,
                             f"{found['wall_s']:.1f}",
                             f"{keys / found['wall_s']:,.0f}",
+                            f"{found['cpu_s']:.1f}",
                             f"{found['first_s']:.2f}",
                             f"{found['before']:.0f}",
                             f"{found['peak']:.0f}",
@@ -207,7 +231,7 @@ def listing(asked: argparse.Namespace) -> None:
 def source_of(asked: argparse.Namespace, count: int) -> Iterator[str]:
     """Where so many recordings are."""
     if asked.store == "s3":
-        with s3(count, -(-count // _PER_FOLDER)) as url:
+        with s3(count, -(-count // _PER_FOLDER), asked.delay_ms / 1000) as url:
             yield url
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -256,15 +280,43 @@ def memory(asked: argparse.Namespace) -> None:
             )
 
 
+def chunks(asked: argparse.Namespace) -> None:
+    """By the size of a chunk; what one costs beyond its recordings is the slope of the time over their number."""
+    heads("recordings", "a chunk", "chunks", "plan ms each", "wall s", "CPU s", "CPU ms each", "peak MiB")
+    points = []
+    with source_of(asked, asked.chunked) as source:
+        for size in asked.chunks:
+            with tempfile.TemporaryDirectory() as output:
+                found = apart(run_job, source=source, output=output, guard=asked.guard, chunk=size)
+            number = -(-asked.chunked // size)
+            points.append((number, found["cpu_s"]))
+            show(
+                f"{asked.chunked:,}",
+                f"{size:,}",
+                number,
+                f"{1000 * found['plan_s'] / asked.chunked:.2f}",
+                f"{found['wall_s']:.1f}",
+                f"{found['cpu_s']:.1f}",
+                f"{1000 * found['cpu_s'] / asked.chunked:.2f}",
+                f"{found['peak']:.0f}",
+            )
+    if len(points) > 1:
+        slope, rest = statistics.linear_regression(*zip(*points, strict=True))
+        print(f"\nCPU: {slope:.2f} s a chunk, and {1000 * rest / asked.chunked:.2f} ms a recording")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--keys", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--folders", type=int, nargs="+", default=[1000, 0], help="0: all keys at the top")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="before each answer of the S3 server")
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--engines", nargs="+", choices=["constant", "demo"], default=["constant", "demo"])
     parser.add_argument("--store", choices=["local", "s3"], default="local", help="where the recordings are")
     parser.add_argument("--recordings", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[250, 1000, 4000], help="recordings in each")
+    parser.add_argument("--chunked", type=int, default=4000, help="recordings of each run of `chunks`")
     parser.add_argument("--guard", action="store_true", help="decode in processes of their own, as by default")
     parser.add_argument("--do", nargs=2, metavar=("WORK", "GIVEN"), help="one measurement, in this process")
     asked = parser.parse_args()
@@ -273,7 +325,7 @@ def main() -> None:
         return
     print(machine.describe())
     for part in asked.parts or PARTS:
-        {"listing": listing, "rerun": rerun, "memory": memory}[part](asked)
+        {"listing": listing, "rerun": rerun, "memory": memory, "chunks": chunks}[part](asked)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from af3pipe.storage.stores import is_local, protocols
 _THREADS = 16
 _PAGE = 1000
 """Entries that S3 and Google Cloud Storage tell in one answer, at most."""
-_MOST_PAGES = 2 * _THREADS
+_MOST_PAGES = _THREADS // 2
 _WILD = re.compile(r"[*?\[]")
 
 
