@@ -20,7 +20,9 @@ from af3pipe.storage.stores import is_local, protocols
 _THREADS = 16
 _PAGE = 1000
 """Entries that S3 and Google Cloud Storage tell in one answer, at most."""
-_MOST_PAGES = 2 * _THREADS
+_MOST_PAGES = _THREADS // 2
+_MOST_ENTRIES = 100
+"""Of a folder on a disk at a time: quickly told again, and of each thread some may wait."""
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -285,7 +287,7 @@ def _local_pages(fs: Any, wanted: Wanted, folder: _LocalFolder) -> Iterator[_Pag
     with entries:
         while own not in folder.above:
             try:
-                found = [(entry.path, _followed(entry)) for entry in itertools.islice(entries, _PAGE)]
+                found = [(entry.path, _followed(entry)) for entry in itertools.islice(entries, _MOST_ENTRIES)]
             except OSError as error:  # another try would begin with the first entry again
                 raise explained(error, folder.path, Stage.LIST) or error from error
             below = [path for path, info in found if info and stat.S_ISDIR(info.st_mode) and wanted.goes_into(path)]
@@ -295,7 +297,7 @@ def _local_pages(fs: Any, wanted: Wanted, folder: _LocalFolder) -> Iterator[_Pag
                 if info and _is_file(info) and wanted.has_file(path)
             ]
             yield files, [_LocalFolder(path, above) for path in below]
-            if len(found) < _PAGE:
+            if len(found) < _MOST_ENTRIES:
                 return
 
 
