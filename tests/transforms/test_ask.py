@@ -185,8 +185,8 @@ def test_a_seed_is_the_recordings_own_on_every_run():
 
 def test_a_request_carries_its_seed(dofn, monkeypatch):
     asked = []
-    submit = dofn._engine.submit
-    monkeypatch.setattr(dofn._engine, "submit", lambda request: asked.append(request) or submit(request))
+    submit = dofn.engine().submit
+    monkeypatch.setattr(dofn.engine(), "submit", lambda request: asked.append(request) or submit(request))
     dofn.submit(segment("a")).result()
     assert [request.seed for request in asked] == [request_seed(segment("a"))]
 

@@ -65,8 +65,11 @@ def test_labels_read_as_the_job():
     top = {name for name in transforms(proto()) if name.partition("/")[0] == name}
     assert top == {
         "ReadRecordings",
+        "ResumeRecordings",
         "AnswerRecordings",
         "ReconcileRecordings",
+        "AllResults",
+        "NotYetTold",
         "WriteAnswers",
         "WriteDeadLetters",
         "WriteRecordings",
@@ -112,8 +115,8 @@ def test_verifying_adds_steps_only_where_it_is_asked_for():
     assert {name.partition("/")[0] for name in added} == {"VerifyAnswers", "WriteVerified"}
     assert plain.keys() < verifying.keys()
     ask = "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)"
-    assert set(plain[ask].outputs) == {"None", "dead_letters", "parts"}
-    assert set(verifying[ask].outputs) == {"None", "dead_letters", "parts", "asked"}
+    assert set(plain[ask].outputs) == {"None", "dead_letters", "parts", "kept", "known"}
+    assert set(verifying[ask].outputs) == {"None", "dead_letters", "parts", "kept", "known", "asked"}
 
 
 def test_verifying_asks_where_the_model_is():
