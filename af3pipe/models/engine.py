@@ -181,8 +181,19 @@ def acquire_engine(options: EngineOptions) -> Engine:
         return shared.engine
 
 
+def hold_engine(options: EngineOptions) -> None:
+    """Keeps the process's engine for these options open from when somebody acquires it; opens none.
+
+    Pair each call with one `release_engine`.
+    """
+    with _shared_lock:
+        shared = _shared.setdefault(options, _Shared())
+    with shared.lock:
+        shared.users += 1
+
+
 def release_engine(options: EngineOptions) -> None:
-    """Gives back what `acquire_engine` gave; the last one closes the engine and frees the model."""
+    """Gives back what `acquire_engine` gave or `hold_engine` kept; the last one closes the engine."""
     with _shared_lock:
         shared = _shared[options]
     with shared.lock:

@@ -17,7 +17,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 
 from af3pipe import storage
 from af3pipe.audio.guard import acquire_decoders, release_decoders
-from af3pipe.models.engine import ModelError, acquire_engine, release_engine
+from af3pipe.models.engine import ModelError, hold_engine, release_engine
 from af3pipe.models.family import Checkpoint, adapter_revision, open_checkpoint
 from af3pipe.models.tasks import resolve, table_of
 from af3pipe.pipelines import graph
@@ -244,8 +244,11 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
 
 
 def _hold(how: graph.Asking, held: ExitStack) -> None:
-    """Keeps what is costly to open from one chunk to the next."""
-    acquire_engine(how.ask.dofn.options)
+    """Keeps what is costly to open from one chunk to the next.
+
+    The engine from when there is something to ask: what is opened again may have all its answers.
+    """
+    hold_engine(how.ask.dofn.options)
     held.callback(release_engine, how.ask.dofn.options)
     if how.decode.dofn.guard is not None:
         acquire_decoders(how.decode.dofn.guard)

@@ -16,9 +16,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from af3pipe.schemas import Covered, DeadLetter, Recording, RecordingResult
-from af3pipe.transforms.outcome import recording_of
 from af3pipe.transforms.read import STAT_THREADS, merge, stat_recording
-from af3pipe.transforms.reconcile import failed_by, settle
+from af3pipe.transforms.reconcile import failed_by, settle_rejected
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, earlier_files, read_earlier, resume
 
 _BATCH = 1000
@@ -78,7 +77,7 @@ class Plan:
         """Takes what earlier runs left in an output.
 
         Raises:
-            Rejected: It cannot be read.
+            Rejected, StorageError: It cannot be listed; one of its files cannot be used.
         """
         for table, uri in earlier_files(output):
             rows = ((found_id, pickle.dumps(row)) for found_id, row in read_earlier(table, uri))
@@ -159,13 +158,11 @@ class Plan:
         )
         recordings = [item for item in items if isinstance(item, Recording)]
         if not recordings:
-            result = settle(recording_of(letters[0].input), [], [failed_by(letter) for letter in letters])
-            assert result is not None  # it has a dead letter
+            result = settle_rejected([failed_by(letter) for letter in letters])
             return Settlement(result, letters)
         settled = [row for row in earlier if isinstance(row, Settled)]
         answers = [row for row in earlier if isinstance(row, Covered)]
-        is_new = any(not letter.run_id for letter in letters)
-        left = resume(keys.add(recordings[0]), [] if is_new else settled, answers, told, retry=retry)
+        left = resume(keys.add(recordings[0], letters), settled, answers, told, retry=retry)
         return Settlement(left, ()) if isinstance(left, RecordingResult) else Chunk((left,), letters)
 
     def _earlier(self, found_id: str) -> list[Settled | Covered | Told]:

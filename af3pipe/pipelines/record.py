@@ -14,7 +14,7 @@ from af3pipe.models.engine import ModelError
 from af3pipe.models.family import Checkpoint, model_revision
 from af3pipe.pipelines.accounting import RunCounts, run_files
 from af3pipe.pipelines.job import JobConfig
-from af3pipe.schemas import Rejected
+from af3pipe.schemas import Reason, Rejected
 from af3pipe.transforms.verify import Verified
 
 _PACKAGES = (
@@ -80,9 +80,14 @@ def read_job(output: str, run_id: str) -> dict[str, Any]:
 
 def unfinished_runs(output: str) -> Iterator[dict[str, Any]]:
     """What runs that have not finished said when they began."""
-    for uri in storage.list_files(storage.join(output, "_runs")):
-        if uri.endswith(_STARTED):
-            yield json.loads(storage.read_bytes(uri))
+    uris = set(storage.list_files(storage.join(output, "_runs")))
+    for uri in sorted(uris):
+        if uri.endswith(_STARTED) and f"{uri.removesuffix(_STARTED)}.json" not in uris:
+            try:
+                yield json.loads(storage.read_bytes(uri))
+            except Rejected as rejected:
+                if rejected.reason is not Reason.NOT_FOUND:  # else it has finished since
+                    raise
 
 
 def write_record(

@@ -338,7 +338,8 @@ def work_key(
         tasks: All that is asked of it, resolved.
         model_id: As in its answers. So is `model_revision`.
         model_revision: Of the model.
-        policy: What else decides how a recording ends: what becomes of long and silent ones.
+        policy: What else decides how a recording ends: what becomes of long and silent ones, and what of its
+            mentions was rejected.
     """
     parts = [
         recording.uri,
@@ -355,7 +356,9 @@ def work_key(
 def _asked(task: Task) -> list[object]:
     """What of a task decides its reply and how it is read."""
     turns = [list(turn) for turn in task.turns] if task.history or task.audios is not None else []
-    return [task.name, task.question_id, task.prompt, task.parser, task.decoding.to_json(), *turns]
+    # A prompt of one's own need not tell the choices that its reply is held against.
+    choices = [["choices", *task.choices]] if task.choices else []
+    return [task.name, task.question_id, task.prompt, task.parser, task.decoding.to_json(), *choices, *turns]
 
 
 def _digest(parts: Sequence[object]) -> str:

@@ -409,13 +409,17 @@ class _Left(NamedTuple):
 
 
 def _is_whole(segment: Segment, found: Covered) -> bool:
-    """Whether a stitched answer covers all that was wanted of the recording, without a gap."""
-    end_s = found.pieces[0][0]
+    """Whether a stitched answer covers all that was wanted of the recording, without a gap.
+
+    Its end must have been reached: where the last part failed, the duration is not known, or the header's statement,
+    which may be less than the parts before it cover already.
+    """
+    end_s = segment.recording.offset_s
     for start_s, piece_end_s in found.pieces:
         if start_s > end_s + ROUNDING_S:
             return False
         end_s = piece_end_s
-    return end_s >= segment.recording.wanted_until_s(found.duration_s) - ROUNDING_S
+    return abs(end_s - segment.recording.wanted_until_s(found.duration_s)) <= ROUNDING_S
 
 
 def iter_result(future: "Future[list[Reply]]") -> Iterator[list[Reply]]:

@@ -123,6 +123,14 @@ def settle(
     )
 
 
+def settle_rejected(failed: Iterable[Failed]) -> RecordingResult:
+    """The terminal state of what was rejected, as often as it was named, before there was anything to ask."""
+    failed = sorted(failed)  # whatever order they come in, the same of them says which recording it is
+    result = settle(recording_of(failed[0].input), [], failed)
+    assert result is not None  # it has a dead letter
+    return result
+
+
 def _covered_s(covered: Iterable[Covered]) -> float:
     """Seconds that every answered task covers: of the task that covers least."""
     by_task: dict[str, tuple[tuple[float, float], ...]] = defaultdict(tuple)
@@ -162,13 +170,11 @@ class _SettleDoFn(beam.DoFn):
         recording_id, found = group
         covered, failed = list(found["answers"]), list(found["dead_letters"])
         recordings = list(found["recordings"])
-        if not recordings and failed:
-            recordings = [recording_of(failed[0].input)]  # rejected before there was anything to ask
-        result = (
-            self._settle(recordings[0], covered, failed, list(found.get("kept", ())))
-            if len(recordings) == 1
-            else None
-        )
+        result = None
+        if len(recordings) == 1:
+            result = self._settle(recordings[0], covered, failed, list(found.get("kept", ())))
+        elif failed and not recordings:
+            result = settle_rejected(failed)
         if result is None:
             metrics.count("unaccounted")
             uri = recordings[0].uri if recordings else "a recording that was never listed"

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.coders import registry
 
@@ -19,6 +20,7 @@ from af3pipe.schemas import (
     Reason,
     Recording,
     RecordingResult,
+    Rejected,
     TerminalState,
     task_key,
     work_key,
@@ -78,14 +80,34 @@ def read_earlier(table: str, uri: str) -> Iterator[tuple[str, Settled | Covered 
     """What a Parquet file of an output says, by recording_id.
 
     Raises:
-        Rejected: The file cannot be read.
-        pyarrow.ArrowInvalid: It is none that this version reads.
+        StorageError: It cannot be read, or is none that this version wrote. To pass over it would be to pay again.
     """
     columns, make = _READERS.get(table, (["answer_key", "task", "question_id", *_COVERED_BY], _covered))
-    with storage.open_input(uri) as file:
-        for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=["recording_id", *columns]):
-            for row in batch.to_pylist():
-                yield row["recording_id"], make(row)
+    columns = ["recording_id", *columns]
+    for batch in _batches(table, uri, columns):
+        for row in batch.to_pylist():
+            yield row["recording_id"], make(row)
+
+
+def _batches(table: str, uri: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        with storage.open_input(uri) as file:
+            parquet = pq.ParquetFile(file)
+            missing = sorted(set(columns) - set(parquet.schema_arrow.names))
+            if missing:
+                raise _unusable(uri, f"it has no column {', '.join(missing)}, as rows of {table} have here")
+            yield from parquet.iter_batches(_BATCH_ROWS, columns=columns)
+    except Rejected as rejected:
+        raise _unusable(uri, rejected.detail) from rejected
+    except (pa.ArrowException, OSError) as error:
+        raise _unusable(uri, str(error)) from error
+
+
+def _unusable(uri: str, why: str) -> storage.StorageError:
+    return storage.StorageError(
+        f"{uri}, of earlier runs' rows, cannot be used: {why}. Start the run again where another program was at work "
+        "in the output; else move the file away, whose rows are then asked for again, or write to another output"
+    )
 
 
 def _settled(row: dict[str, Any]) -> Settled:
@@ -193,10 +215,11 @@ class WorkKeys:
         self._policy = decode.policy
         self._ask = ask
 
-    def add(self, recording: Recording) -> Recording:
-        """The recording with its `work_key`."""
+    def add(self, recording: Recording, letters: Iterable[DeadLetter] = ()) -> Recording:
+        """The recording with its `work_key`; `letters` say which mentions of it were rejected."""
         tasks = self._ask.tasks_of(recording)
-        return recording._replace(work_key=work_key(recording, tasks, *self._ask.model, self._policy))
+        policy = *self._policy, *sorted(letter.dead_letter_key for letter in letters)
+        return recording._replace(work_key=work_key(recording, tasks, *self._ask.model, policy))
 
 
 class _EarlierDoFn(beam.DoFn):
@@ -242,10 +265,8 @@ class _ResumeDoFn(beam.DoFn):
         ]
         settled = [row for row in found["earlier"] if isinstance(row, Settled)]
         answers = [row for row in found["earlier"] if isinstance(row, Covered)]
-        if any(not letter.run_id for letter in rejected):
-            settled = []
         for recording in found["recordings"]:
-            left = resume(self._keys.add(recording), settled, answers, told)
+            left = resume(self._keys.add(recording, rejected), settled, answers, told)
             if isinstance(left, RecordingResult):
                 metrics.count("recordings_skipped_done")
                 metrics.count("recordings_done")

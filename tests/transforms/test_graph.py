@@ -68,6 +68,8 @@ def test_labels_read_as_the_job():
         "ResumeRecordings",
         "AnswerRecordings",
         "ReconcileRecordings",
+        "AllResults",
+        "NotYetTold",
         "WriteAnswers",
         "WriteDeadLetters",
         "WriteRecordings",
