@@ -493,12 +493,13 @@ def _show_counts(job: JobConfig, report: RunReport) -> None:
     states = ", ".join(f"{number} {state}" for state, number in sorted(counts.states.items())) or "none"
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dead_letters.items()))
     answers = ", ".join(f"{number} in {table}/" for table, number in counts.answers.items()) or "none"
+    kept = counts.kept_dead_letters
     speed = counts.audio_s / report.wall_s if report.wall_s else 0.0
     balance = "reconciles" if counts.reconciled else "DOES NOT RECONCILE"
     for line in (
         f"Recordings: {counts.found} found = {states} ({balance})",
         f"Answers: {answers}",
-        f"Dead letters: {reasons or 'none'}",
+        f"Dead letters: {reasons or 'none'}" + (f"; {counts.kept_dead_letters} of earlier runs hold" if kept else ""),
         f"Audio: {counts.audio_s:.1f} s in {report.wall_s:.1f} s, {speed:.1f} seconds of audio per second",
         *([_verified(report.verified)] if report.verified else []),
         f"Written to {job.output}; the run's record is {storage.join(job.output, '_runs', report.run_id)}.json",
@@ -526,7 +527,7 @@ def _exit(job: JobConfig, report: RunReport) -> None:
         _stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)
     if report.verified and report.verified.problem:
         _stop(f"the replies do not verify: {report.verified.problem}", EXIT_FAILED)
-    dead_letters = sum(counts.dead_letters.values())
+    dead_letters = sum(counts.dead_letters.values()) + counts.kept_dead_letters
     if dead_letters > job.dead_letters_allowed(counts.found):
         _stop(
             f"{dead_letters} dead letters are more than --fail-on-dead-letters {job.fail_on_dead_letters} allows",

@@ -198,6 +198,15 @@ def test_secrets_are_not_recorded(archive, tmp_path):
     assert json.loads(record.read_text())["job"]["max_new_tokens"] == 4
 
 
+def test_dead_letters_of_an_earlier_run_count_as_long_as_they_hold(archive, tmp_path):
+    assert quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0").exit_code == 3
+    again = quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0")
+    assert again.exit_code == 3
+    assert "1 of earlier runs hold" in again.output
+    (archive / "broken.wav").unlink()
+    assert quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0").exit_code == 0
+
+
 def test_counts_that_do_not_reconcile_exit_1_and_name_the_gap(archive, tmp_path, monkeypatch):
     settle = reconcile.settle
     monkeypatch.setattr(

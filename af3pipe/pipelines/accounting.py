@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from af3pipe import storage
 from af3pipe.models.tasks import ANSWER_TABLES
-from af3pipe.schemas import ANSWER_SCHEMA, DEAD_LETTER_SCHEMA, RECORDING_SCHEMA, TerminalState
+from af3pipe.schemas import ANSWER_SCHEMA, DEAD_LETTER_SCHEMA, RECORDING_SCHEMA
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.verify import Verified, total
 from af3pipe.transforms.write import partition_folder
@@ -37,7 +37,8 @@ class RunCounts(NamedTuple):
         states: Recordings by terminal state.
         answers: Rows by table.
         dead_letters: Rows by reason.
-        audio_s: Seconds of audio covered by answers.
+        kept_dead_letters: Those of earlier runs that still hold for its recordings.
+        audio_s: Seconds of audio covered by answers, of recordings of which something was answered.
         problems: What does not reconcile, in sentences; empty when the books are right.
     """
 
@@ -45,6 +46,7 @@ class RunCounts(NamedTuple):
     states: dict[str, int]
     answers: dict[str, int]
     dead_letters: dict[str, int]
+    kept_dead_letters: int
     audio_s: float
     problems: tuple[str, ...]
 
@@ -132,13 +134,14 @@ def count_run(output: str, run_id: str, found: int) -> RunCounts:
     states: Counter[str] = Counter()
     answers: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    audio_s = 0.0
+    audio_s, kept = 0.0, 0
+    stated_columns = ["answers", "dead_letters", "terminal_state", "covered_s", "kept_dead_letters"]
     with tempfile.TemporaryDirectory(prefix="af3pipe-books-") as folder, closing(_open_books(folder)) as books:
-        for ids, *stated in _columns(files["recordings"], ["answers", "dead_letters", "terminal_state", "covered_s"]):
-            books.executemany("INSERT INTO recordings VALUES (?, ?, ?)", zip(ids, *stated[:2], strict=True))
-            states.update(stated[2])
-            skipped = TerminalState.SKIPPED_DONE.value
-            audio_s += sum(covered_s for state, covered_s in zip(*stated[2:], strict=True) if state != skipped)
+        for ids, answered, letters, ended, covered, kept_letters in _columns(files["recordings"], stated_columns):
+            books.executemany("INSERT INTO recordings VALUES (?, ?, ?)", zip(ids, answered, letters, strict=True))
+            states.update(ended)
+            kept += sum(kept_letters)
+            audio_s += sum(covered_s for covered_s, number in zip(covered, answered, strict=True) if number)
         for table in ANSWER_TABLES:
             for (ids,) in _columns(files[table], []):
                 books.executemany("INSERT INTO rows VALUES (?, 'answers')", zip(ids, strict=True))
@@ -153,7 +156,7 @@ def count_run(output: str, run_id: str, found: int) -> RunCounts:
             *_rows_differ("answers", books),
             *_rows_differ("dead_letters", books),
         ]
-    return RunCounts(found, dict(states), dict(+answers), dict(reasons), audio_s, tuple(problems))
+    return RunCounts(found, dict(states), dict(+answers), dict(reasons), kept, audio_s, tuple(problems))
 
 
 def _open_books(folder: str) -> sqlite3.Connection:

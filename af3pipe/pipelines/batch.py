@@ -1,6 +1,5 @@
 """The batch pipeline: recordings in, Parquet out, and the books of it."""
 
-import gc
 import itertools
 import logging
 import re
@@ -235,8 +234,6 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
             pipeline = beam.Pipeline(options=options)
             graph.build_chunk(pipeline, job.model_copy(update={"verify_sample": sample}), run_id, chunk, number)
             counted += _run_pipeline(pipeline)
-            del pipeline
-            gc.collect()  # graphs are full of cycles: several of them, and their rows, would wait for it
             if sample:
                 chunks.append(number)
         counted["storage_retries"] += storage.take_retries()

@@ -15,12 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from af3pipe.schemas import Covered, DeadLetter, Recording, RecordingResult
+from af3pipe import storage
+from af3pipe.schemas import Covered, DeadLetter, Reason, Recording, RecordingResult, Rejected
 from af3pipe.transforms.read import STAT_THREADS, merge, stat_recording
 from af3pipe.transforms.reconcile import failed_by, settle_rejected
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, earlier_files, read_earlier, resume
 
 _BATCH = 1000
+_TRIES = 3
 
 
 class Chunk(NamedTuple):
@@ -79,9 +81,20 @@ class Plan:
         Raises:
             Rejected, StorageError: It cannot be listed; one of its files cannot be used.
         """
-        for table, uri in earlier_files(output):
-            rows = ((found_id, pickle.dumps(row)) for found_id, row in read_earlier(table, uri))
-            self._insert("INSERT INTO earlier VALUES (?, ?)", rows)
+        done: set[tuple[str, str]] = set()
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                for table, uri in earlier_files(output):
+                    if (table, uri) not in done:
+                        rows = ((found_id, pickle.dumps(row)) for found_id, row in read_earlier(table, uri))
+                        self._insert("INSERT INTO earlier VALUES (?, ?)", rows)
+                        done.add((table, uri))
+                return
+            except storage.StorageError as error:
+                # A compaction at work: the rows are in another file by now. What is read twice is no harm.
+                is_gone = isinstance(error.__cause__, Rejected) and error.__cause__.reason is Reason.NOT_FOUND
+                if not is_gone or not tries_left:
+                    raise
 
     def settle(self, keys: WorkKeys, *, retry: bool = False) -> Iterator[Settlement]:
         """Decides of each recording whether there is something to ask; gives those of which there is not.
@@ -122,8 +135,10 @@ class Plan:
 
     def _insert(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
         self._db.execute("BEGIN")
-        self._db.executemany(statement, rows)
-        self._db.execute("COMMIT")
+        try:
+            self._db.executemany(statement, rows)
+        finally:
+            self._db.execute("COMMIT")
 
     def _groups(self) -> Iterator[list[Recording | DeadLetter | RecordingResult]]:
         """All that was found of an id, merged, in the order in which ids were first found."""

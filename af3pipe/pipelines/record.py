@@ -108,6 +108,7 @@ def write_record(
         "recordings": counts.states,
         "answers": counts.answers,
         "dead_letters": counts.dead_letters,
+        "kept_dead_letters": counts.kept_dead_letters,
         "audio_s": round(counts.audio_s, 3),
         "reconciled": counts.reconciled,
         "problems": list(counts.problems),

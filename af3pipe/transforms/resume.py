@@ -159,6 +159,8 @@ def resume(
         told: Their dead letters.
         retry: Whether one that has dead letters is never skipped.
     """
+    if not (recording.etag or recording.mtime):
+        return recording  # some web servers: nobody can tell whether it is what it was
     by_key = {found.answer_key: found for found in answers}
     letters = dict(sorted(told, reverse=True))  # the first run to tell it counts
     for row in sorted(settled, key=lambda row: row.created_at, reverse=True):

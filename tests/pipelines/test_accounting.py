@@ -16,13 +16,14 @@ def write(output, table, rows):
     pq.write_table(pa.table(columns), output / table / f"{RUN}-{number}.parquet")
 
 
-def recording(name, state="ok", covered_s=1.5, answers=1, dead_letters=0):
+def recording(name, state="ok", covered_s=1.5, answers=1, dead_letters=0, kept_dead_letters=0):
     return {
         "recording_id": name,
         "terminal_state": state,
         "covered_s": covered_s,
         "answers": answers,
         "dead_letters": dead_letters,
+        "kept_dead_letters": kept_dead_letters,
     }
 
 
@@ -31,7 +32,7 @@ def output(tmp_path):
     """Four recordings in two files: one with two answers, one with a dead letter, one that was skipped."""
     write(tmp_path, "recordings", [recording("a"), recording("b", answers=2)])
     failed = recording("c", "dead_letter", 0.0, answers=0, dead_letters=1)
-    write(tmp_path, "recordings", [failed, recording("d", "skipped_done", answers=0)])
+    write(tmp_path, "recordings", [failed, recording("d", "skipped_done", answers=0, kept_dead_letters=2)])
     write(tmp_path, "captions", [{"recording_id": "a"}, {"recording_id": "b"}])
     write(tmp_path, "transcripts", [{"recording_id": "b"}])
     write(tmp_path, "dead_letters", [{"recording_id": "c", "reason": "empty_file"}])
@@ -44,6 +45,7 @@ def test_right_books(output):
     assert counts.states == {"ok": 2, "dead_letter": 1, "skipped_done": 1}
     assert counts.answers == {"captions": 2, "transcripts": 1}
     assert counts.dead_letters == {"empty_file": 1}
+    assert counts.kept_dead_letters == 2
     assert counts.audio_s == 3.0
 
 

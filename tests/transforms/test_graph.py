@@ -73,8 +73,6 @@ def test_labels_read_as_the_job():
         "WriteAnswers",
         "WriteDeadLetters",
         "WriteRecordings",
-        "AllResults",
-        "NotYetTold",
         "CountFound",
     }
     assert "AnswerRecordings/DecodeAudio/Decode" in transforms(proto())

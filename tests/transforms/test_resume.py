@@ -104,6 +104,11 @@ def test_the_same_work_is_skipped_and_its_row_names_what_there_is():
     assert found.reasons == ("too_long",)
 
 
+def test_what_nobody_can_tell_from_another_is_asked_again():
+    nameless = KEYED._replace(etag=None, mtime=None)
+    assert resume(nameless, [done(nameless)], covered("k1", "k2"), []) == nameless
+
+
 @pytest.mark.parametrize(
     ("settled", "answers", "told"),
     [
