@@ -161,11 +161,17 @@ def audit(output: str, inputs: Sequence[str] = ()) -> Audit:
 
 
 def _relisted(view: Latest, inputs: Sequence[str], runs: Runs) -> Relisted:
-    """The inputs, heard as the newest run heard them."""
+    """The inputs, listed and heard as by the newest run."""
     last = max(runs.records, default="")
     job = runs.records.get(last, {}).get("job") or {}
     try:
-        return relist(view, inputs, channel=job.get("channel", MIX), stream=job.get("stream"))
+        return relist(
+            view,
+            inputs,
+            channel=job.get("channel", MIX),
+            stream=job.get("stream"),
+            allow_prefixes=job.get("allow_prefixes", ()),
+        )
     except InputError as error:
         raise AuditError(str(error)) from error
 

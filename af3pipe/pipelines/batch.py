@@ -150,7 +150,9 @@ def run(
         pinned["device"] = "all"  # no other worker will come for the other GPUs of this machine
     ran_job = job.model_copy(update=pinned)
     try:
-        graph.build(beam.Pipeline(options=options), ran_job, run_id)
+        pipeline = beam.Pipeline(options=options)
+        if not is_in_process(options):  # here the graphs are those of the chunks
+            graph.build(pipeline, ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error
     _tell_unfinished(job)

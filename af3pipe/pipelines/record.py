@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import socket
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -30,6 +31,7 @@ _PACKAGES = (
     "fsspec",
 )
 _STARTED = ".started.json"
+_RECORD = re.compile(r"/[^/.]+\.json$")
 
 
 class RunReport(NamedTuple):
@@ -79,10 +81,11 @@ def read_job(output: str, run_id: str) -> dict[str, Any]:
 
 
 def unfinished_runs(output: str) -> Iterator[dict[str, Any]]:
-    """What runs that have not finished said when they began."""
-    uris = set(storage.list_files(storage.join(output, "_runs")))
-    for uri in sorted(uris):
-        if uri.endswith(_STARTED) and f"{uri.removesuffix(_STARTED)}.json" not in uris:
+    """What runs that have not finished said when they began; none that a run begun later has completed since."""
+    uris = storage.list_files(storage.join(output, "_runs"))
+    finished = max((uri.removesuffix(".json") for uri in uris if _RECORD.search(uri)), default="")
+    for uri in uris:
+        if uri.endswith(_STARTED) and uri.removesuffix(_STARTED) > finished:
             try:
                 yield json.loads(storage.read_bytes(uri))
             except Rejected as rejected:

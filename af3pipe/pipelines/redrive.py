@@ -86,6 +86,12 @@ def _job_of(output: str, run_id: str, changes: Mapping[str, Any]) -> dict[str, A
             f"what run {run_id} was asked is not known any more ({rejected.detail}); run the job itself again, which "
             "asks what has no answer and may turn out otherwise"
         ) from rejected
+    masked = [key for key, value in values.items() if key not in (*changes, "inputs") and "***" in json.dumps(value)]
+    if masked:
+        raise JobError(
+            f"{', '.join(masked)} of run {run_id} held secrets, which its record does not hold; give them anew by "
+            "--job FILE, a job file with these keys"
+        )
     return {**values, "output": output, **changes}
 
 

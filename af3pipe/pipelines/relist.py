@@ -51,7 +51,9 @@ _LISTED_SCHEMA = pa.schema(
 )
 
 
-def relist(view: Latest, inputs: Sequence[str], *, channel: str, stream: int | None) -> Relisted:
+def relist(
+    view: Latest, inputs: Sequence[str], *, channel: str, stream: int | None, allow_prefixes: Sequence[str] = ()
+) -> Relisted:
     """Lists inputs anew, and holds each recording against its newest row.
 
     Changed is what has another etag; without one, another size or time of modification, where both state them.
@@ -59,13 +61,14 @@ def relist(view: Latest, inputs: Sequence[str], *, channel: str, stream: int | N
     Args:
         view: Of the output.
         inputs: As a run takes them.
-        channel: As the run heard them. So is `stream`.
+        channel: As the run heard them. So are `stream` and `allow_prefixes`.
         stream: See `channel`.
+        allow_prefixes: See `channel`.
 
     Raises:
         InputError: An input does not exist or cannot be read.
     """
-    listed = _list(inputs, {"channel": channel, "stream": stream})
+    listed = _list(inputs, {"channel": channel, "stream": stream, "allow_prefixes": allow_prefixes})
     columns = ["recording_id", "uri", "size_bytes", "etag", "mtime"]
     held = view.read("recordings", columns)
     at = pc.index_in(listed["recording_id"], value_set=held["recording_id"].combine_chunks()).combine_chunks()

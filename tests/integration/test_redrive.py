@@ -147,6 +147,20 @@ def test_what_cannot_be_redriven_says_why(once, arguments, said):
     assert said in done.output
 
 
+def test_what_was_secret_has_to_be_given_again(again, tmp_path):
+    _, output = again
+    for path in (output / "_runs").iterdir():
+        record = json.loads(path.read_text())
+        record["job"]["storage_options"] = {"s3://archive/": {"key": "***", "secret": "***"}}
+        path.write_text(json.dumps(record))
+    done = run("redrive", output)
+    assert done.exit_code == 2
+    assert "storage_options of run" in done.output
+    assert "--job FILE" in done.output
+    (tmp_path / "job.yaml").write_text("storage_options: {}")
+    assert run("redrive", output, "--job", tmp_path / "job.yaml", "--retryable").exit_code == 0
+
+
 def test_an_output_without_dead_letters(tmp_path):
     done = run("redrive", tmp_path)
     assert done.exit_code == 0
