@@ -19,7 +19,7 @@ from af3pipe.pipelines.job import make_job
 from af3pipe.storage.members import parse
 from af3pipe.transforms.read import list_recordings
 from tests import fixtures_audio as make
-from tests.integration.runners import free_port, serving
+from tests.integration.servers import free_port, python_module, serving
 
 pytestmark = pytest.mark.integration
 NAMES = ("siren.flac", "digits_four_zero_two_nine.mp3", "zwei hohe Töne.flac")
@@ -43,7 +43,8 @@ def s3(tmp_path_factory):
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     log = tmp_path_factory.mktemp("s3") / "server.log"
-    with pytest.MonkeyPatch.context() as patch, serving("tests.integration.counting_s3", port, str(port), log=log):
+    server = python_module("tests.integration.counting_s3", port)
+    with pytest.MonkeyPatch.context() as patch, serving(server, port, log=log):
         for name, value in environment.items():
             patch.setenv(name, value)
         fsspec.filesystem("s3").clear_instance_cache()
