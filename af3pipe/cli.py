@@ -37,6 +37,7 @@ from af3pipe.pipelines.record import RunReport
 from af3pipe.pipelines.redrive import Chosen
 from af3pipe.pipelines.view import NotATable
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.verify import Verified
 
 EXIT_FAILED = 1
@@ -325,7 +326,7 @@ def redrive(
     changes = _checked(lambda: load_job_values(job_file)) if job_file else {}
     changes = {key: value for key, value in changes.items() if key not in ("inputs", "output")}
     changes |= dict(map(_change, change or []))
-    storage.set_options(changes.get("storage_options") or {})
+    set_storage(changes.get("storage_options") or {})
     chosen = Chosen(reason or (), stage or (), retryable)
     with _faults_told(), _progress_line() as show:
         runs = list(redriving.redrive(output, chosen, changes, beam_flags, on_progress=show))

@@ -125,6 +125,7 @@ def test_a_large_bucket_takes_hardly_more_requests_than_it_has_pages(s3, keys, f
 def test_it_reads_ahead_so_far_and_no_further(s3, monkeypatch):
     monkeypatch.setattr(synthetic_s3, "_PAGE", 50)
     monkeypatch.setattr(listing, "_MOST_PAGES", 4)
+    type(fsspec.filesystem("s3")).clear_instance_cache()  # other tests' clients have listings cached
     fill(s3, synthetic_s3.Bucket(4000, 0, seconds=0.01))
     count = 0
     for count, _ in enumerate(storage.list_objects("s3://bucket"), start=1):

@@ -27,6 +27,7 @@ from af3pipe.pipelines.record import RunReport, unfinished_runs, write_record, w
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
 from af3pipe.transforms.resume import WorkKeys
+from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_folders
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ def run(
         StorageError, Rejected: The pipeline is done, but its books cannot be written or read back.
     """
     options = beam_options(job, list(beam_flags))
-    storage.set_options(job.storage_options)
+    set_storage(job.storage_options)
     checkpoint = preflight(job, options, check_inputs=again is None)
     run_id = new_run_id()
     # A branch may move while the run lasts: every worker takes the commit that was looked at here.

@@ -184,7 +184,7 @@ class _Part(io.RawIOBase):
     def __init__(self, file: BinaryIO, start: int, size_bytes: int) -> None:
         self._file = file
         self._start = start
-        self._size_bytes = self.size = size_bytes  # by this name what ends early is seen to
+        self._size_bytes = size_bytes
         self._position = 0
 
     def readable(self) -> bool:

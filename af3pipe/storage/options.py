@@ -19,7 +19,7 @@ _chosen: tuple[Chosen, ...] = ()
 
 
 def set_options(options: StorageOptions) -> None:
-    """Sets fsspec's storage options for this process, in place of those set before.
+    """Sets fsspec's storage options for this process, in place of those set before; a job that has any does so, too.
 
     Args:
         options: URL of a store (`s3://`), a bucket or a folder (`s3://archive/`), to what fsspec's file system for

@@ -24,6 +24,14 @@ CLIPS = ("siren.flac", "corrupt.flac", "digits_four_zero_two_nine.mp3")
 SECRET = "S3cr3tS1gnature0fNobody"
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """A process that was told nothing of stores, before and afterwards."""
+    storage.set_options({})
+    yield
+    storage.set_options({})
+
+
 @pytest.fixture
 def stores(tmp_path):
     """Two servers, of which neither knows the other's bucket, and no word of either in the environment."""
@@ -36,7 +44,6 @@ def stores(tmp_path):
         first.fs.rmdir("labels")
         second.fs.rmdir("archive")
         yield {"s3://archive/": first.options, "s3://labels": second.options}
-    storage.set_options({})
 
 
 def values(stores):

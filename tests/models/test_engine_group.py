@@ -269,6 +269,6 @@ def test_on_a_real_runner(tiny_af3, group, single):
 def test_a_bundle_has_as_much_under_way_as_all_of_them_can_use(tiny_af3, group):
     dofn = AskDoFn(options(tiny_af3), [CAPTION])
     dofn.setup()
-    assert dofn._engine is group
+    assert dofn.engine() is group
     assert dofn._max_weight == 2 * AskDoFn(options(tiny_af3), [CAPTION])._max_weight
     dofn.teardown()
