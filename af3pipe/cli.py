@@ -88,6 +88,7 @@ def demo(
             "tasks": ["caption", "transcript"],
             "questions": ["Is there speech in the audio? Answer yes or no."],
             "max_new_tokens": 24,
+            "resume": False,  # it shows all of it, however often it is run
         }
         job = _checked(lambda: make_job(values))
         report = _run(job, [])

@@ -66,15 +66,18 @@ def redrive(
         ModelError, RunFailed, StorageError: As `batch.run`.
     """
     by_job: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    jobs: dict[str, str] = {}
+    jobs: dict[str, dict[str, Any]] = {}
     rows = (row for table in latest(output).batches("dead_letters", _COLUMNS) for row in table.to_pylist())
     for row in filter(chosen.holds_for, rows):
         run_id = row["run_id"]
         if run_id not in jobs:
-            jobs[run_id] = json.dumps(_job_of(output, run_id, changes or {}), sort_keys=True)
-        by_job[jobs[run_id]].append(row)
-    for values, letters in by_job.items():
-        job = make_job(json.loads(values), f"the job of run {letters[0]['run_id']}")
+            jobs[run_id] = _job_of(output, run_id, changes or {})
+        # Runs that differ in what they read alone were asked the same.
+        asked = {key: value for key, value in jobs[run_id].items() if key != "inputs"}
+        by_job[json.dumps(asked, sort_keys=True)].append(row)
+    for asked_json, letters in by_job.items():
+        inputs = dict.fromkeys(name for row in letters for name in jobs[row["run_id"]]["inputs"])
+        job = make_job(json.loads(asked_json) | {"inputs": list(inputs)}, f"the job of run {letters[0]['run_id']}")
         yield job, batch.run(job, beam_flags, again=list(_again(output, job, letters)), on_progress=on_progress)
 
 

@@ -147,6 +147,17 @@ def test_what_cannot_be_redriven_says_why(once, arguments, said):
     assert said in done.output
 
 
+def test_runs_that_were_asked_the_same_are_one_run_again(again):
+    archive, output = again
+    (archive / "other.wav").write_text("no audio either")
+    asked = ("--model", "demo", "--device", "cpu", "--max-new-tokens", 4, "--no-decode-guard")
+    assert run("run", archive / "other.wav", "--output", output, *asked).exit_code == 0
+    done = run("redrive", output, "--reason", "unsupported_format", "--stage", "probe")
+    assert done.exit_code == 0, done.output
+    assert "2 found = 2 dead_letter" in done.output
+    assert len(list((output / "_runs").glob("*.json"))) == 3
+
+
 def test_what_was_secret_has_to_be_given_again(again, tmp_path):
     _, output = again
     for path in (output / "_runs").iterdir():
