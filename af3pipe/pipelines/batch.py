@@ -150,9 +150,10 @@ def run(
     if job.device == "auto" and is_in_process(options):
         pinned["device"] = "all"  # no other worker will come for the other GPUs of this machine
     ran_job = job.model_copy(update=pinned)
+    in_chunks = again is not None or is_in_process(options)
     try:
         pipeline = beam.Pipeline(options=options)
-        if not is_in_process(options):  # here the graphs are those of the chunks
+        if not in_chunks:  # they have graphs of their own
             graph.build(pipeline, ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error
@@ -160,7 +161,11 @@ def run(
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     write_started(job, run_id)
     before = metrics.tally()
-    background = _Background(lambda: _run(ran_job, options, run_id, again))
+    background = _Background(
+        lambda: (
+            _run_in_chunks(ran_job, options, run_id, again) if in_chunks else _run_whole(pipeline, ran_job, run_id)
+        )
+    )
     while not background.wait(progress_every_s):
         on_progress(_progress(metrics.tally() - before, time.monotonic() - started))
     found, counted, chunks = background.result()
@@ -193,16 +198,8 @@ class _Ran(NamedTuple):
     chunks: tuple[int, ...]
 
 
-def _run(job: JobConfig, options: PipelineOptions, run_id: str, again: Items | None) -> _Ran:
-    if again is not None or is_in_process(options):
-        return _run_in_chunks(job, options, run_id, again)
-    return _run_whole(job, options, run_id)
-
-
-def _run_whole(job: JobConfig, options: PipelineOptions, run_id: str) -> _Ran:
+def _run_whole(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> _Ran:
     """As one pipeline, on workers elsewhere."""
-    pipeline = beam.Pipeline(options=options)
-    graph.build(pipeline, job, run_id)
     counters = _run_pipeline(pipeline)
     return _Ran(take_found(job.output, run_id), counters, (0,))
 
