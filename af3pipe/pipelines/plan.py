@@ -19,7 +19,16 @@ from af3pipe import storage
 from af3pipe.schemas import Covered, DeadLetter, Reason, Recording, RecordingResult, Rejected
 from af3pipe.transforms.read import STAT_THREADS, merge, stat_recording
 from af3pipe.transforms.reconcile import failed_by, settle_rejected
-from af3pipe.transforms.resume import Settled, Told, WorkKeys, earlier_files, read_earlier, resume
+from af3pipe.transforms.resume import (
+    Settled,
+    Told,
+    WorkKeys,
+    earlier_files,
+    read_earlier,
+    resume,
+    split_earlier,
+    with_first_run,
+)
 
 _BATCH = 1000
 _TRIES = 3
@@ -163,20 +172,12 @@ class Plan:
         """Of one recording."""
         if isinstance(items[0], RecordingResult):
             return Settlement(items[0], ())
-        earlier = self._earlier(items[0].recording_id)
-        told = [row for row in earlier if isinstance(row, Told)]
-        first_told = dict(sorted(told, reverse=True))
-        letters = tuple(
-            item._replace(run_id=first_told.get(item.dead_letter_key, ""))
-            for item in items
-            if isinstance(item, DeadLetter)
-        )
+        settled, answers, told = split_earlier(self._earlier(items[0].recording_id))
+        letters = with_first_run((item for item in items if isinstance(item, DeadLetter)), told)
         recordings = [item for item in items if isinstance(item, Recording)]
         if not recordings:
             result = settle_rejected([failed_by(letter) for letter in letters])
             return Settlement(result, letters)
-        settled = [row for row in earlier if isinstance(row, Settled)]
-        answers = [row for row in earlier if isinstance(row, Covered)]
         left = resume(keys.add(recordings[0], letters), settled, answers, told, retry=retry)
         return Settlement(left, ()) if isinstance(left, RecordingResult) else Chunk((left,), letters)
 

@@ -96,8 +96,7 @@ def settle(
         state = TerminalState.OK
     told_before = sum(1 for found in failed if found.run_id)
     return RecordingResult(
-        recording_id=recording.recording_id,
-        uri=public_uri(recording),
+        **own_columns(recording),
         terminal_state=state,
         settled_state=state,
         duration_s=duration_s,
@@ -109,18 +108,26 @@ def settle(
         kept_dead_letters=told_before,
         dead_letter_keys=tuple(sorted(found.dead_letter_key for found in failed)),
         reasons=tuple(sorted({found.reason for found in failed})),
-        work_key=recording.work_key,
         **_levels(covered),
-        size_bytes=recording.size_bytes,
-        etag=recording.etag,
-        mtime=recording.mtime,
-        offset_s=recording.offset_s,
-        channel=recording.channel,
-        stream=recording.stream,
-        metadata=recording.metadata,
-        run_id="",
-        created_at=now_us(),
     )
+
+
+def own_columns(recording: Recording) -> dict[str, Any]:
+    """The columns of a `RecordingResult` that say which recording it is, and that it is a new row."""
+    return {
+        "recording_id": recording.recording_id,
+        "uri": public_uri(recording),
+        "work_key": recording.work_key,
+        "size_bytes": recording.size_bytes,
+        "etag": recording.etag,
+        "mtime": recording.mtime,
+        "offset_s": recording.offset_s,
+        "channel": recording.channel,
+        "stream": recording.stream,
+        "metadata": recording.metadata,
+        "run_id": "",
+        "created_at": now_us(),
+    }
 
 
 def settle_rejected(failed: Iterable[Failed]) -> RecordingResult:

@@ -29,12 +29,14 @@ from af3pipe.transforms import metrics
 from af3pipe.transforms.ask import AskAudioFlamingo, AskDoFn
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.decode import DecodeAudio, DecodeDoFn
-from af3pipe.transforms.outcome import DEAD_LETTERS, now_us, public_uri, split_input
+from af3pipe.transforms.outcome import DEAD_LETTERS, split_input
+from af3pipe.transforms.reconcile import own_columns
 from af3pipe.transforms.stores import set_storage
 
 _RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
 _COVERED_BY = ["start_s", "end_s", "segments", "duration_s", *Levels._fields]
 _BATCH_ROWS = 4096
+_SKIPPED = "skipped"
 
 
 class Settled(NamedTuple):
@@ -139,6 +141,29 @@ _READERS: dict[str, tuple[Sequence[str], Callable[[dict[str, Any]], Settled | Co
 }
 
 
+def split_earlier(
+    rows: Iterable[Settled | Covered | Told],
+) -> tuple[list[Settled], list[Covered], list[Told]]:
+    """What earlier runs left of one recording, by kind."""
+    rows = list(rows)
+    return (
+        [row for row in rows if isinstance(row, Settled)],
+        [row for row in rows if isinstance(row, Covered)],
+        [row for row in rows if isinstance(row, Told)],
+    )
+
+
+def _first_told(told: Iterable[Told]) -> dict[str, str]:
+    """By key, the first run to tell a dead letter: the one that counts."""
+    return dict(sorted(told, reverse=True))
+
+
+def with_first_run(letters: Iterable[DeadLetter], told: Iterable[Told]) -> tuple[DeadLetter, ...]:
+    """Dead letters, each with the run that told it before; without one where none did."""
+    first_told = _first_told(told)
+    return tuple(letter._replace(run_id=first_told.get(letter.dead_letter_key, "")) for letter in letters)
+
+
 def resume(
     recording: Recording,
     settled: Iterable[Settled],
@@ -162,7 +187,7 @@ def resume(
     if not (recording.etag or recording.mtime):
         return recording  # some web servers: nobody can tell whether it is what it was
     by_key = {found.answer_key: found for found in answers}
-    letters = dict(sorted(told, reverse=True))  # the first run to tell it counts
+    letters = _first_told(told)
     for row in sorted(settled, key=lambda row: row.created_at, reverse=True):
         is_there = by_key.keys() >= set(row.answer_keys) and letters.keys() >= set(row.dead_letter_keys)
         may_change = row.dead_letter_keys if retry else _RETRYABLE & set(row.reasons)
@@ -175,33 +200,15 @@ def resume(
 def skipped(recording: Recording, row: Settled) -> RecordingResult:
     """The result of a recording that an earlier run has settled."""
     return RecordingResult(
-        recording_id=recording.recording_id,
-        uri=public_uri(recording),
-        terminal_state=TerminalState.SKIPPED_DONE,
-        settled_state=row.settled_state,
-        duration_s=row.duration_s,
-        covered_s=row.covered_s,
-        answers=0,
-        kept_answers=len(row.answer_keys),
-        answer_keys=row.answer_keys,
-        dead_letters=0,
-        kept_dead_letters=len(row.dead_letter_keys),
-        dead_letter_keys=row.dead_letter_keys,
-        reasons=row.reasons,
-        work_key=recording.work_key,
-        peak_dbfs=row.peak_dbfs,
-        rms_dbfs=row.rms_dbfs,
-        clipped_share=row.clipped_share,
-        silent=row.silent,
-        size_bytes=recording.size_bytes,
-        etag=recording.etag,
-        mtime=recording.mtime,
-        offset_s=recording.offset_s,
-        channel=recording.channel,
-        stream=recording.stream,
-        metadata=recording.metadata,
-        run_id="",
-        created_at=now_us(),
+        **{
+            **row._asdict(),
+            **own_columns(recording),
+            "terminal_state": TerminalState.SKIPPED_DONE,
+            "answers": 0,
+            "kept_answers": len(row.answer_keys),
+            "dead_letters": 0,
+            "kept_dead_letters": len(row.dead_letter_keys),
+        }
     )
 
 
@@ -260,27 +267,19 @@ class _ResumeDoFn(beam.DoFn):
 
     def process(self, group: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[Any]:
         found = group[1]
-        told = [row for row in found["earlier"] if isinstance(row, Told)]
-        letters = dict(sorted(told, reverse=True))
-        rejected = [
-            letter._replace(run_id=letters.get(letter.dead_letter_key, "")) for letter in found["dead_letters"]
-        ]
-        settled = [row for row in found["earlier"] if isinstance(row, Settled)]
-        answers = [row for row in found["earlier"] if isinstance(row, Covered)]
+        settled, answers, told = split_earlier(found["earlier"])
+        rejected = with_first_run(found["dead_letters"], told)
         for recording in found["recordings"]:
             left = resume(self._keys.add(recording, rejected), settled, answers, told)
             if isinstance(left, RecordingResult):
                 metrics.count("recordings_skipped_done")
                 metrics.count("recordings_done")
                 yield beam.pvalue.TaggedOutput(_SKIPPED, left)
-                rejected = []  # that row names them
+                rejected = ()  # that row names them
             else:
                 yield left
         for letter in rejected:
             yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
-
-
-_SKIPPED = "skipped"
 
 
 class ResumeOutcome(NamedTuple):
