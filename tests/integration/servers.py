@@ -111,6 +111,27 @@ def _moto(folder, port):
         yield _s3(port)
 
 
+@contextlib.contextmanager
+def s3_by_environment(folder, *buckets):
+    """moto's server with these buckets, found by Amazon's own variables; yields a client of it."""
+    port = free_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch, _moto(folder, port):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()
+        found = fsspec.filesystem("s3")
+        for bucket in buckets:
+            found.mkdir(bucket)
+        yield found
+        found.clear_instance_cache()
+
+
 def _s3(port):
     options = {
         "endpoint_url": f"http://127.0.0.1:{port}",

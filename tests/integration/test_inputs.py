@@ -7,7 +7,6 @@ import tarfile
 import urllib.request
 from importlib import resources
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +18,7 @@ from af3pipe.pipelines.job import make_job
 from af3pipe.storage.members import parse
 from af3pipe.transforms.read import list_recordings
 from tests import fixtures_audio as make
-from tests.integration.servers import free_port, python_module, serving
+from tests.integration.servers import s3_by_environment
 
 pytestmark = pytest.mark.integration
 NAMES = ("siren.flac", "digits_four_zero_two_nine.mp3", "zwei hohe Töne.flac")
@@ -35,24 +34,8 @@ def clips():
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    port = free_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    log = tmp_path_factory.mktemp("s3") / "server.log"
-    server = python_module("tests.integration.counting_s3", port)
-    with pytest.MonkeyPatch.context() as patch, serving(server, port, log=log):
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").clear_instance_cache()
-        found = fsspec.filesystem("s3")
-        for bucket in ("archive", "archive-evil"):
-            found.mkdir(bucket)
+    with s3_by_environment(tmp_path_factory.mktemp("s3"), "archive", "archive-evil") as found:
         yield found
-        found.clear_instance_cache()
 
 
 def tar_of(files):

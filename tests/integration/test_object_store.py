@@ -5,7 +5,6 @@ import os
 import urllib.request
 from importlib import resources
 
-import fsspec
 import numpy as np
 import pyarrow.dataset as ds
 import pytest
@@ -13,34 +12,18 @@ import pytest
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import JobError, make_job
 from tests import fixtures_audio as make
-from tests.integration.servers import free_port, python_module, serving
+from tests.integration.servers import s3_by_environment
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    port = free_port()
-    log = tmp_path_factory.mktemp("s3") / "server.log"
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server = python_module("tests.integration.counting_s3", port)
-    with pytest.MonkeyPatch.context() as patch, serving(server, port, log=log):
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").clear_instance_cache()
-        found = fsspec.filesystem("s3")
-        for bucket in ("archive", "labels"):
-            found.mkdir(bucket)
+    with s3_by_environment(tmp_path_factory.mktemp("s3"), "archive", "labels") as found:
         with resources.as_file(resources.files("af3pipe.demo") / "clips") as clips:
             for name in ("siren.flac", "zwei hohe Töne.flac", "digits_four_zero_two_nine.mp3", "corrupt.flac"):
                 found.put_file(str(clips / name), f"archive/a b/{name}")
         yield found
-        found.clear_instance_cache()
 
 
 def job(**changes):

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 
-import fsspec
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -17,7 +16,7 @@ from af3pipe.transforms import write
 from af3pipe.transforms.read import list_recordings
 from tests import fixtures_audio as make
 from tests import outputs
-from tests.integration.servers import free_port, python_module, serving
+from tests.integration.servers import s3_by_environment
 from tests.kills import killed_after
 from tests.outputs import FIRST, SECOND, write_run
 
@@ -94,23 +93,8 @@ def test_compact_says_what_it_did(tmp_path):
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    port = free_port()
-    log = tmp_path_factory.mktemp("s3") / "server.log"
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server = python_module("tests.integration.counting_s3", port)
-    with pytest.MonkeyPatch.context() as patch, serving(server, port, log=log):
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").clear_instance_cache()
-        found = fsspec.filesystem("s3")
-        found.mkdir("labels")
+    with s3_by_environment(tmp_path_factory.mktemp("s3"), "labels") as found:
         yield found
-        found.clear_instance_cache()
 
 
 def holding(output):

@@ -45,17 +45,10 @@ class WatchedEngine(constant_engine.ConstantEngine):
         return failed
 
 
-class ClosedEngine:
-    """Stands where nothing may be asked."""
-
-    def __init__(self, options):
-        raise AssertionError("the engine was opened, but there was nothing to ask")
-
-
 @pytest.fixture(autouse=True)
 def engines(monkeypatch):
     monkeypatch.setitem(ENGINES, "watched", f"{__name__}:WatchedEngine")
-    monkeypatch.setitem(ENGINES, "closed", f"{__name__}:ClosedEngine")
+    monkeypatch.setitem(ENGINES, "closed", "tests.closed_engine:ClosedEngine")
     monkeypatch.setattr(constant_engine, "window_s", 0.0)
     monkeypatch.setattr(WatchedEngine, "full_for", set())
 

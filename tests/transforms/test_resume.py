@@ -54,16 +54,9 @@ TASK = resolve(answer("Is there speech?", ("yes", "no")), "AudioFlamingo3")
 RATE = 16_000
 
 
-class ClosedEngine:
-    """Stands where nothing may be asked."""
-
-    def __init__(self, options):
-        raise AssertionError("the engine was opened, but there was nothing to ask")
-
-
 @pytest.fixture(autouse=True)
 def closed_engine(monkeypatch):
-    monkeypatch.setitem(ENGINES, "closed", f"{__name__}:ClosedEngine")
+    monkeypatch.setitem(ENGINES, "closed", "tests.closed_engine:ClosedEngine")
 
 
 def asking(*tasks):
