@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -19,6 +19,7 @@ from rich.progress import SpinnerColumn, TextColumn
 from rich.table import Table
 
 from af3pipe import __version__, cli_output, storage
+from af3pipe.cli_output import stop
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import ANSWER_TABLES
@@ -323,7 +324,7 @@ def redrive(
     _known("--stage", stage or [], Stage)
     others, beam_flags = _checked(lambda: split_beam_flags(context.args))
     if others:
-        _stop(f"redrive takes one OUT; what is {' '.join(others)}?", EXIT_WRONG_JOB)
+        stop(f"redrive takes one OUT; what is {' '.join(others)}?", EXIT_WRONG_JOB)
     changes = _checked(lambda: load_job_values(job_file)) if job_file else {}
     changes = {key: value for key, value in changes.items() if key not in ("inputs", "output")}
     changes |= dict(map(_change, change or []))
@@ -342,17 +343,17 @@ def redrive(
 def _known(option: str, values: list[str], allowed: type[Reason] | type[Stage]) -> None:
     for value in values:
         if value not in [one.value for one in allowed]:
-            _stop(f"{option} is {value!r}; choose from {', '.join(one.value for one in allowed)}", EXIT_WRONG_JOB)
+            stop(f"{option} is {value!r}; choose from {', '.join(one.value for one in allowed)}", EXIT_WRONG_JOB)
 
 
 def _change(text: str) -> tuple[str, Any]:
     key, found, value = text.partition("=")
     if not found:
-        _stop(f"--set is {text!r}; it must be KEY=VALUE", EXIT_WRONG_JOB)
+        stop(f"--set is {text!r}; it must be KEY=VALUE", EXIT_WRONG_JOB)
     try:
         return key.strip().replace("-", "_"), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        _stop(f"--set {text}: the value is not YAML: {error}", EXIT_WRONG_JOB)
+        stop(f"--set {text}: the value is not YAML: {error}", EXIT_WRONG_JOB)
 
 
 def _job(tokens: list[str], flags: dict[str, Any]) -> tuple[JobConfig, list[str]]:
@@ -371,7 +372,7 @@ def _job(tokens: list[str], flags: dict[str, Any]) -> tuple[JobConfig, list[str]
 def _own_task(text: str) -> dict[str, str]:
     name, found, prompt = text.partition("=")
     if not found:
-        _stop(f"--prompt is {text!r}; it must be NAME=TEXT", EXIT_WRONG_JOB)
+        stop(f"--prompt is {text!r}; it must be NAME=TEXT", EXIT_WRONG_JOB)
     return {"name": name.strip(), "prompt": prompt.strip()}
 
 
@@ -385,14 +386,14 @@ def _question_file(name: str) -> list[dict[str, Any]]:
         lines = [line for line in storage.read_bytes(name).decode("utf-8-sig").split("\n") if line.strip()]
         return [json.loads(line) if name.endswith(".jsonl") else _question(line) for line in lines]
     except (Rejected, storage.StorageError, ValueError) as error:
-        _stop(f"--questions {name}: {error}", EXIT_WRONG_JOB)
+        stop(f"--questions {name}: {error}", EXIT_WRONG_JOB)
 
 
 def _checked(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except JobError as error:
-        _stop(str(error), EXIT_WRONG_JOB)
+        stop(str(error), EXIT_WRONG_JOB)
 
 
 def _run(job: JobConfig, beam_flags: list[str]) -> RunReport:
@@ -407,17 +408,12 @@ def _faults_told() -> Iterator[None]:
     try:
         yield
     except (JobError, ModelError) as error:
-        _stop(str(error), EXIT_WRONG_JOB)
+        stop(str(error), EXIT_WRONG_JOB)
     except batch.RunFailed as error:
         _log.debug("the pipeline failed", exc_info=error)
-        _stop(f"the run failed: {error}", EXIT_FAILED)
+        stop(f"the run failed: {error}", EXIT_FAILED)
     except (storage.StorageError, Rejected, NotATable) as error:
-        _stop(f"the output or the run's books cannot be read or written: {error}", EXIT_FAILED)
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    _err.print(f"af3pipe: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(code)
+        stop(f"the output or the run's books cannot be read or written: {error}", EXIT_FAILED)
 
 
 def _describe(progress: batch.Progress) -> str:
@@ -526,12 +522,12 @@ def _verified(verified: Verified) -> str:
 def _exit(job: JobConfig, report: RunReport) -> None:
     counts = report.counts
     if not counts.reconciled:
-        _stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)
+        stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)
     if report.verified and report.verified.problem:
-        _stop(f"the replies do not verify: {report.verified.problem}", EXIT_FAILED)
+        stop(f"the replies do not verify: {report.verified.problem}", EXIT_FAILED)
     dead_letters = sum(counts.dead_letters.values()) + counts.kept_dead_letters
     if dead_letters > job.dead_letters_allowed(counts.found):
-        _stop(
+        stop(
             f"{dead_letters} dead letters are more than --fail-on-dead-letters {job.fail_on_dead_letters} allows",
             EXIT_DEAD_LETTERS,
         )

@@ -28,14 +28,15 @@ def _set_storage(job_file: str | None) -> str | None:
         try:
             storage.set_options(load_job_values(job_file).get("storage_options") or {})
         except (JobError, ValueError) as error:
-            _stop(f"--job {job_file}: {error}", EXIT_NO_OUTPUT)
+            stop(f"--job {job_file}: {error}", EXIT_NO_OUTPUT)
     return job_file
 
 
 _JOB = typer.Option("--job", callback=_set_storage, help="Job file whose storage_options hold for the stores.")
 
 
-def _stop(message: str, code: int) -> NoReturn:
+def stop(message: str, code: int) -> NoReturn:
+    """Ends the program, saying why."""
     _err.print(f"af3pipe: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(code)
 
@@ -61,7 +62,7 @@ def audit(
     try:
         report = audits.audit(output, inputs or [])
     except (audits.AuditError, Rejected) as error:
-        _stop(str(error), EXIT_NO_OUTPUT)
+        stop(str(error), EXIT_NO_OUTPUT)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     else:
@@ -119,7 +120,7 @@ def compact(
             output, file_mib=file_mib, only_latest=only_latest, include_unfinished=include_unfinished
         )
     except (compactions.CompactError, NotATable, Rejected, storage.StorageError) as error:
-        _stop(f"nothing was replaced: {error}", EXIT_WRONG)
+        stop(f"nothing was replaced: {error}", EXIT_WRONG)
     if done.recovered:
         _say(f"{done.recovered} compactions that had been killed are finished or undone")
     if done.temporary:
@@ -150,12 +151,12 @@ def export(
     """Write what holds now to TARGET: each table as one Parquet file, without what was superseded."""
     unknown = sorted(set(table or ()) - set(TABLE_SCHEMAS))
     if unknown:
-        _stop(f"--table is {unknown[0]!r}; choose from {', '.join(TABLE_SCHEMAS)}", EXIT_NO_OUTPUT)
+        stop(f"--table is {unknown[0]!r}; choose from {', '.join(TABLE_SCHEMAS)}", EXIT_NO_OUTPUT)
     try:
         written = export_latest(output, target, table or list(TABLE_SCHEMAS))
     except (NotATable, Rejected, storage.StorageError) as error:
-        _stop(str(error), EXIT_WRONG)
+        stop(str(error), EXIT_WRONG)
     if not written:
-        _stop(f"{output} has no rows to export", EXIT_NO_OUTPUT)
+        stop(f"{output} has no rows to export", EXIT_NO_OUTPUT)
     for uri, rows in written.items():
         _say(f"{rows} rows in {uri}")
