@@ -282,6 +282,10 @@ class _ResumeDoFn(beam.DoFn):
             yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
 
 
+def _by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:
+    return found.recording_id, found
+
+
 class ResumeOutcome(NamedTuple):
     """An `Outcome` of the recordings there is something to ask of, and the `RecordingResult` of all others."""
 
@@ -317,7 +321,8 @@ class ResumeRecordings(beam.PTransform):
 
     def expand(self, inputs: Any) -> Any:
         recordings, before = split_input(inputs)
-        files = recordings.pipeline | "Outputs" >> beam.Create([self._output] if self._output else [])
+        outputs = [self._output] if self._output else []
+        files = recordings.pipeline | "Outputs" >> beam.Create(outputs, reshuffle=False)
         earlier = (
             files
             | "EarlierFiles" >> beam.ParDo(_FilesDoFn(self._storage_options)).with_output_types(tuple[str, str])
@@ -326,8 +331,8 @@ class ResumeRecordings(beam.PTransform):
         )
         letters = before[0] if before else recordings.pipeline | "NoLetters" >> beam.Create([])
         by_id = {
-            "recordings": recordings | "RecordingId" >> beam.WithKeys(lambda found: found.recording_id),
-            "dead_letters": letters | "DeadLetterId" >> beam.WithKeys(lambda found: found.recording_id),
+            "recordings": recordings | "RecordingId" >> beam.Map(_by_id).with_output_types(tuple[str, Recording]),
+            "dead_letters": letters | "DeadLetterId" >> beam.Map(_by_id).with_output_types(tuple[str, DeadLetter]),
             "earlier": earlier,
         }
         resumed = (
