@@ -23,7 +23,7 @@ from af3pipe.pipelines.accounting import (
 )
 from af3pipe.pipelines.batch import RunFailed, is_in_process, preflight
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options, make_job
-from af3pipe.pipelines.record import RunReport, read_started, write_record, write_started
+from af3pipe.pipelines.record import RunReport, read_started, started_uri, write_record, write_started
 from af3pipe.schemas import Rejected
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.write import new_run_id
@@ -51,7 +51,11 @@ def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
         pipeline = beam.Pipeline(options=options)
         graph.build(pipeline, job.model_copy(update=pinned), run_id)
         write_started(job, run_id, runner)
-        pipeline.run()
+        try:
+            pipeline.run()
+        except Exception:
+            storage.delete(started_uri(job.output, run_id))
+            raise
     except ValueError as error:  # Beam's own check of its options
         raise JobError(str(error)) from error
     return run_id
@@ -73,6 +77,8 @@ def finish(output: str, run_id: str) -> RunReport:
     try:
         found = json.loads(storage.read_bytes(found_uri(output, run_id)))["recordings_found"]
         counts = count_run(output, run_id, found)
+        wants_verified = job.verify_sample and counts.reconciled
+        verified = take_verified([verified_uri(output, run_id, 0)]) if wants_verified else None
     except Rejected as rejected:
         raise RunFailed(f"run {run_id} has not come far enough to be counted: {rejected.detail}") from rejected
     if not counts.reconciled:
@@ -81,7 +87,6 @@ def finish(output: str, run_id: str) -> RunReport:
             "says that it is done; if it is, run the job again into the same output"
         )
     started_at = datetime.fromisoformat(started["started_at"])
-    verified = take_verified([verified_uri(output, run_id, 0)]) if job.verify_sample else None
     report = RunReport(run_id, counts, time.time() - started_at.timestamp(), {}, verified)
     tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
     fill_empty_tables(output, sorted(tables), run_id, job.partition_by)

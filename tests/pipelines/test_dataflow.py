@@ -15,7 +15,10 @@ from typing import Any
 
 import apache_beam as beam
 import pytest
+from apache_beam.coders import BooleanCoder
 from apache_beam.pipeline import PipelineVisitor
+from apache_beam.transforms.periodicsequence import PeriodicImpulse
+from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
 from google.protobuf.json_format import MessageToDict
 
 from af3pipe.pipelines.graph import build
@@ -67,7 +70,10 @@ def test_the_gpu_has_decoding_and_asking_in_one_stage_and_nothing_else():
 
 def test_verifying_takes_one_more_step_on_the_gpu():
     found = fused(job_of(verify_sample=5))
-    assert {stage.steps for stage in found.stages if stage.accelerator} == {(DECODE, ASK), ("VerifyAnswers/AskAlone",)}
+    assert {stage.steps for stage in found.stages if stage.accelerator} == {
+        (DECODE, ASK),
+        ("VerifyAnswers/AskAlone",),
+    }
 
 
 def test_workers_of_one_kind_have_decoding_and_asking_in_one_stage():
@@ -98,11 +104,29 @@ class Grouped(DecodeAudio):
         decoded = super().expand(inputs)
         good = (
             decoded.good
-            | "Key" >> beam.Map(lambda segment: (segment.recording.recording_id, segment)).with_output_types(tuple[str, Any])
+            | "Key"
+            >> beam.Map(lambda segment: (segment.recording.recording_id, segment)).with_output_types(tuple[str, Any])
             | "Group" >> beam.GroupByKey()
             | "Each" >> beam.FlatMap(lambda group: group[1]).with_output_types(Segment)
         )
         return decoded._replace(good=good)
+
+
+class _Seen(beam.DoFn):
+    SEEN = ReadModifyWriteStateSpec("seen", BooleanCoder())
+
+    def process(self, keyed, seen=beam.DoFn.StateParam(SEEN)):
+        seen.write(True)
+        yield keyed[1]
+
+
+class Remembered(DecodeAudio):
+    """Keeps state by recording behind decoding, as a stream might."""
+
+    def expand(self, inputs):
+        decoded = super().expand(inputs)
+        keyed = decoded.good | "Key" >> beam.Map(lambda segment: (segment.recording.recording_id, segment))
+        return decoded._replace(good=keyed | "Seen" >> beam.ParDo(_Seen()).with_output_types(Segment))
 
 
 class Elsewhere(DecodeAudio):
@@ -117,12 +141,14 @@ class Elsewhere(DecodeAudio):
     [
         (Spread, None, {"AnswerRecordings/DecodeAudio/Spread", DECODE}),
         (Grouped, None, {"AnswerRecordings/DecodeAudio/Key", "AnswerRecordings/DecodeAudio/Group"}),
+        (Remembered, None, {"AnswerRecordings/DecodeAudio/Key"}),
         (Elsewhere, GPU, {DECODE}),
     ],
 )
 def test_audio_that_leaves_its_stage_is_seen(decode, accelerator, moved):
     pipeline = beam.Pipeline()
-    recordings = pipeline | beam.Create([Recording("a", "a.wav")]).with_output_types(Recording)
+    ticks = pipeline | PeriodicImpulse()  # bounded or not is the same
+    recordings = ticks | beam.Map(lambda tick: Recording("a", "a.wav")).with_output_types(Recording)
     ask = AskAudioFlamingo(model="demo", tasks=job_of().all_tasks())
     _ = recordings | "AnswerRecordings" >> AnswerRecordings(decode(model="demo"), ask, accelerator=accelerator)
     found = fuse(pipeline)
