@@ -157,20 +157,20 @@ def run(
             graph.build(pipeline, ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error
-    _tell_unfinished(job)
+    tell_unfinished(job)
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     write_started(job, run_id)
     before = metrics.tally()
-    background = _Background(
+    background = Background(
         lambda: (
             _run_in_chunks(ran_job, options, run_id, again) if in_chunks else _run_whole(pipeline, ran_job, run_id)
         )
     )
     while not background.wait(progress_every_s):
-        on_progress(_progress(metrics.tally() - before, time.monotonic() - started))
+        on_progress(progress(metrics.tally() - before, time.monotonic() - started))
     found, counted, chunks = background.result()
     wall_s = time.monotonic() - started
-    on_progress(_progress(metrics.tally() - before, wall_s))
+    on_progress(progress(metrics.tally() - before, wall_s))
     sampled = [verified_uri(job.output, run_id, chunk) for chunk in chunks]
     verified = take_verified(sampled) if job.verify_sample else None
     report = RunReport(run_id, count_run(job.output, run_id, found), wall_s, dict(sorted(counted.items())), verified)
@@ -180,7 +180,8 @@ def run(
     return report
 
 
-def _tell_unfinished(job: JobConfig) -> None:
+def tell_unfinished(job: JobConfig) -> None:
+    """Warns of other runs into the output that have begun and not ended."""
     for other in unfinished_runs(job.output):
         _log.warning(
             "run %s, begun at %s on %s (process %s), has not finished. If it goes on, both may ask the same; if it "
@@ -272,10 +273,10 @@ def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
     state = str(result.state)
     if state != "DONE":
         raise RunFailed(f"the runner ended the job in state {state}; see its log above")
-    return _counters(result)
+    return counters(result)
 
 
-class _Background(Generic[T]):
+class Background(Generic[T]):
     """Work on a thread of its own: Beam's in-process runner blocks until the job is done."""
 
     def __init__(self, work: Callable[[], T]) -> None:
@@ -316,7 +317,8 @@ def explain_failure(error: BaseException) -> str:
     return storage.redact(f"{type(error).__name__}: {error}")
 
 
-def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
+def progress(counted: Counter[str], elapsed_s: float) -> Progress:
+    """How far a run is that has counted this."""
     return Progress(
         found=counted["recordings_found"],
         done=counted["recordings_done"],
@@ -326,7 +328,7 @@ def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
     )
 
 
-def _counters(result: Any) -> Counter[str]:
+def counters(result: Any) -> Counter[str]:
     """Beam's counters of this package, over all steps; a runner without metrics gives none."""
     total: Counter[str] = Counter()
     for counter in result.metrics().query()["counters"]:

@@ -10,8 +10,10 @@ from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
 from af3pipe.pipelines.accounting import found_uri, verified_uri, write_found, write_verified
 from af3pipe.pipelines.job import JobConfig
 from af3pipe.pipelines.plan import Chunk
+from af3pipe.pipelines.record import stop_uri
 from af3pipe.schemas import DeadLetter, Recording
 from af3pipe.transforms import (
+    AnswerAndSettle,
     AnswerRecordings,
     AskAudioFlamingo,
     DecodeAudio,
@@ -19,10 +21,13 @@ from af3pipe.transforms import (
     ReadRecordings,
     ReconcileRecordings,
     ResumeRecordings,
+    SettleRejected,
     VerifyAnswers,
+    WatchRecordings,
     WriteAnswers,
     WriteDeadLetters,
     WriteRecordings,
+    WriteSettledRecordings,
 )
 from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
 from af3pipe.transforms.read import list_recordings
@@ -105,6 +110,49 @@ def build_chunk(
     )
     letters = pipeline | "Rejected" >> beam.Create(chunk.dead_letters, reshuffle=False).with_output_types(DeadLetter)
     return _answer(Outcome(recordings, letters), None, asking(job), job, run_id, chunk=number)
+
+
+def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Any:
+    """Lays the job as a stream that ends when it is stopped.
+
+    Returns:
+        (recording_id, content identity) of each recording, once its rows are there.
+    """
+    how = asking(job)
+    found = pipeline | "WatchRecordings" >> WatchRecordings(
+        job.inputs,
+        every_s=job.watch.every,
+        channel=job.channel,
+        stream=job.stream,
+        stop_uri=stop_uri(job.output, run_id),
+        stop_after_s=job.watch.stop_after,
+        storage_options=job.storage_options,
+    )
+    resume = ResumeRecordings(
+        job.output if job.resume else None, how.decode, how.ask, storage_options=job.storage_options
+    )
+    left = found | "ResumeRecordings" >> resume
+    settled = (
+        left.good
+        | "SpreadRecordings" >> beam.Reshuffle()
+        | "AnswerAndSettle" >> AnswerAndSettle(how.decode, how.ask, job.all_tasks(), accelerator=job.accelerator)
+    )
+    told = left.dead_letters | "NotYetTold" >> beam.Filter(lambda letter: not letter.run_id)
+    rejected = told | "SettleRejected" >> SettleRejected()
+    return (
+        (settled, rejected)
+        | "AllSettled" >> beam.Flatten()
+        | "WriteSettledRecordings"
+        >> WriteSettledRecordings(
+            job.output,
+            run_id=run_id,
+            window_s=job.watch.window,
+            pane_every_s=job.watch.pane_every,
+            shards=job.watch.shards,
+            partition_by=job.partition_by,
+            storage_options=job.storage_options,
+        )
+    )
 
 
 def _answer(

@@ -8,13 +8,17 @@ from af3pipe.transforms import coders as coders  # registers the coders of all r
 from af3pipe.transforms.ask import AnswerRecordings, AskAudioFlamingo
 from af3pipe.transforms.decode import DecodeAudio
 from af3pipe.transforms.outcome import Outcome
+from af3pipe.transforms.panes import WriteSettledRecordings
 from af3pipe.transforms.read import ReadRecordings
 from af3pipe.transforms.reconcile import ReconcileRecordings
 from af3pipe.transforms.resume import ResumeRecordings
+from af3pipe.transforms.settle import AnswerAndSettle, SettledRecording, SettleRejected
 from af3pipe.transforms.verify import VerifyAnswers
+from af3pipe.transforms.watch import WatchRecordings
 from af3pipe.transforms.write import WriteAnswers, WriteDeadLetters, WriteRecordings
 
 __all__ = [
+    "AnswerAndSettle",
     "AnswerRecordings",
     "AskAudioFlamingo",
     "DecodeAudio",
@@ -22,8 +26,12 @@ __all__ = [
     "ReadRecordings",
     "ReconcileRecordings",
     "ResumeRecordings",
+    "SettleRejected",
+    "SettledRecording",
     "VerifyAnswers",
+    "WatchRecordings",
     "WriteAnswers",
     "WriteDeadLetters",
     "WriteRecordings",
+    "WriteSettledRecordings",
 ]

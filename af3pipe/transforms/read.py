@@ -193,16 +193,17 @@ class _ListDoFn(beam.DoFn):
         count_retries()
 
     def process(self, name: str) -> Iterator[Any]:
-        return _tagged(list_recordings(name, allow_prefixes=self._allow_prefixes, **self._chosen))
+        return tagged(list_recordings(name, allow_prefixes=self._allow_prefixes, **self._chosen))
 
 
 class _MergeDoFn(beam.DoFn):
     def process(self, group: tuple[str, Iterable[Recording]]) -> Iterator[Any]:
         metrics.count("recordings_found")
-        return _tagged(merge(group[1]))
+        return tagged(merge(group[1]))
 
 
-def _tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
+def tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
+    """What was found, dead letters by their tag and counted."""
     for found in items:
         if isinstance(found, DeadLetter):
             metrics.count("recordings_found")
