@@ -36,6 +36,8 @@ CORRUPT_EVERY = 100
 
 
 class Seen(NamedTuple):
+    """When files landed, and when their rows were there; by path."""
+
     landed_s: dict[str, float]
     visible_s: dict[str, float]
 
@@ -44,8 +46,8 @@ def clips(folder: Path, number: int) -> list[Path]:
     """Recordings of 2 s, cut from those of the demo and each a little different."""
     draw = random.Random(7)
     with resources.as_file(resources.files("af3pipe.demo") / "clips") as found:
-        sources = [path for path in sorted(found.iterdir()) if "broken" not in path.name and path.suffix == ".flac"]
-        pcm = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sources[:6]])
+        sounds = [path for path in sorted(found.glob("*.flac")) if "command_go" not in path.name and path.stem != "corrupt"]
+        pcm = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sounds])
     made = []
     for index in range(number):
         start = draw.randrange(len(pcm) - 2 * RATE)
@@ -132,9 +134,8 @@ def run(args: argparse.Namespace, root: Path) -> None:
     writer.start()
     reader.start()
     if constant:
-        print(
-            "| minute | landed | visible | this process and decoders (MiB) | Prism (MiB) | CPU |\n|---|---|---|---|---|---|"
-        )
+        print("| minute | landed | visible | this process and decoders (MiB) | Prism (MiB) | CPU |")
+        print("|---|---|---|---|---|---|")
     next_s = 0.0
     while time.monotonic() - started < seconds and not watch.wait(1.0):
         if constant and time.monotonic() - started >= next_s:
@@ -169,9 +170,8 @@ def tell(report: object, seen: Seen, output: Path) -> None:
     print(f"landed {len(seen.landed_s)}, rows {len(uris)}, different {len(set(uris))}, {states}")
     print(f"never seen: {len(set(seen.landed_s) - set(uris))}; report: {report}")
     print("\n| landed to visible | p50 | p95 | max |\n|---|---|---|---|")
-    print(
-        f"| {len(waits)} files | {statistics.median(waits):.1f} s | {percentile(waits, 0.95):.1f} s | {max(waits):.1f} s |"
-    )
+    p50, p95 = statistics.median(waits), percentile(waits, 0.95)
+    print(f"| {len(waits)} files | {p50:.1f} s | {p95:.1f} s | {max(waits):.1f} s |")
 
 
 def main() -> None:
