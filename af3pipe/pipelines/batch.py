@@ -283,18 +283,19 @@ class Background(Generic[T]):
         self._work = work
         self._result: list[T] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="af3pipe-run", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="af3pipe-run", daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._result.append(self._work())
         except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
             self._error = error
+        finally:
+            self._ended.set()
 
     def wait(self, seconds: float) -> bool:
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return self._ended.wait(seconds)  # a join that Ctrl-C interrupts takes the thread for ended
 
     def result(self) -> T:
         if isinstance(self._error, RunFailed):
