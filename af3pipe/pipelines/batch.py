@@ -312,8 +312,9 @@ _FAULT = re.compile(
 )
 # What it looks like where a worker cannot make anything of what it was sent, before it could compare versions.
 _NOT_UNDERSTOOD = re.compile(
-    r"ModuleNotFoundError: No module named '(?:af3pipe|apache_beam)\b.*"
-    r"|AttributeError: (?:Can't get attribute|module) .*af3pipe\..*"
+    r"ModuleNotFoundError: No module named .*"
+    r"|ImportError: cannot import name .* from 'af3pipe.*"
+    r"|AttributeError: Can't get attribute .*"
     r"|TypeError: code(?:\(\)| expected) .*"
     r"|SystemError: unknown opcode.*"
 )
@@ -327,8 +328,8 @@ def explain_failure(error: BaseException) -> str:
     if not_understood := _NOT_UNDERSTOOD.search(str(error)):
         here = this_process()
         return (
-            f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have af3pipe "
-            f"{here.af3pipe}, Apache Beam {here.beam} and Python {here.python}, as this launcher has"
+            f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have what this launcher "
+            f"has: af3pipe {here.af3pipe} with what that needs, Apache Beam {here.beam} and Python {here.python}"
         )
     return storage.redact(f"{type(error).__name__}: {error}")
 

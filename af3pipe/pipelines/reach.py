@@ -75,8 +75,8 @@ def _check_flink(options: PipelineOptions) -> None:
     if not flink.flink_submit_uber_jar and not shutil.which(server.job_server_java_launcher):
         raise JobError(
             f"the Flink runner starts Beam's job server, which needs {server.job_server_java_launcher!r}, and that "
-            "is not on the path. Install a Java runtime, or start the job server elsewhere and name it: --job-endpoint "
-            "HOST:8099"
+            "is not on the path. Install a Java runtime, or start the job server elsewhere and name it: "
+            "--job-endpoint HOST:8099"
         )
 
 
@@ -108,7 +108,8 @@ def _check_job_server(endpoint: str) -> None:
             raise JobError(
                 f"no job server answers at {endpoint} ({why}), which is --job-endpoint. Start Beam's job server for "
                 "your runner (for Flink: java -jar beam-runners-flink-VERSION-job-server.jar --flink-master "
-                "HOST:8081; for Prism: prism), or correct the address; the port is 8099 or 8073 unless it was told another"
+                "HOST:8081; for Prism: prism), or correct the address; the port is 8099 or 8073 unless it was told "
+                "another"
             ) from error
 
 
@@ -139,8 +140,8 @@ def _check_environment(options: PipelineOptions, endpoint: str | None) -> None:
     except OSError as error:
         _log.warning(
             "no worker pool answers at %s:%s from here (%s). If none does from the task managers either, the job "
-            "waits for ever: start one beside each, with the `python` that comes first on its PATH being the one that "
-            "has af3pipe: %s",
+            "waits for ever: start one beside each, with a PATH on which the first `python` is one that has af3pipe: "
+            "%s",
             host,
             port,
             _in_words(error),
