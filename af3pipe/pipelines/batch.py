@@ -23,9 +23,12 @@ from af3pipe.pipelines import graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables, take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.plan import Plan, Settlement
+from af3pipe.pipelines.reach import check_runner
 from af3pipe.pipelines.record import RunReport, unfinished_runs, write_record, write_started
+from af3pipe.pipelines.runners import IN_PROCESS
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
+from af3pipe.transforms.launcher import this_process
 from af3pipe.transforms.resume import WorkKeys
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_folders
@@ -34,7 +37,6 @@ T = TypeVar("T")
 Items: TypeAlias = Iterable[Recording | DeadLetter | RecordingResult]
 _CHUNK_ELSEWHERE = 100_000  # other runners keep on disk what they shuffle
 _log = logging.getLogger(__name__)
-_IN_PROCESS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
 
 
 class RunFailed(Exception):
@@ -58,10 +60,11 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
         The checkpoint; None where it cannot be read here and the workers are elsewhere: they may well have it.
 
     Raises:
-        JobError: No input matches, one cannot be read, or the output cannot be written.
+        JobError: The runner cannot be reached, no input matches, one cannot be read, or the output cannot be written.
         ModelError: The checkpoint or the adapter cannot be found, the checkpoint is of a family that is not
             supported, or does not know a task.
     """
+    check_runner(options)
     try:
         if check_inputs:
             _check_inputs(job)
@@ -71,7 +74,7 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
         storage.check_writable(job.output)
     except storage.StorageError as error:
         raise JobError(f"output: {error}") from error
-    workers_are_here = options.view_as(StandardOptions).runner in _IN_PROCESS
+    workers_are_here = options.view_as(StandardOptions).runner in IN_PROCESS
     try:
         if job.adapter is not None:
             adapter_revision(job.adapter)
@@ -306,7 +309,16 @@ class Background(Generic[T]):
 
 
 _FAULT = re.compile(
-    r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError|CredentialsError): (.+?)(?= \[while running|\n|$)"
+    r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|WorkerError|StorageError|CredentialsError): "
+    r"(.+?)(?= \[while running|\n|$)"
+)
+# What it looks like where a worker cannot make anything of what it was sent, before it could compare versions.
+_NOT_UNDERSTOOD = re.compile(
+    r"ModuleNotFoundError: No module named .*"
+    r"|ImportError: cannot import name .* from 'af3pipe.*"
+    r"|AttributeError: Can't get attribute .*"
+    r"|TypeError: code(?:\(\)| expected) .*"
+    r"|SystemError: unknown opcode.*"
 )
 
 
@@ -315,6 +327,12 @@ def explain_failure(error: BaseException) -> str:
     faults: list[tuple[str, str]] = _FAULT.findall(f"{type(error).__name__}: {error}")
     if faults:
         return faults[-1][1].strip()
+    if not_understood := _NOT_UNDERSTOOD.search(str(error)):
+        here = this_process()
+        return (
+            f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have what this launcher "
+            f"has: af3pipe {here.af3pipe} with what that needs, Apache Beam {here.beam} and Python {here.python}"
+        )
     return storage.redact(f"{type(error).__name__}: {error}")
 
 
@@ -342,6 +360,6 @@ def counters(result: Any) -> Counter[str]:
 def is_in_process(options: PipelineOptions) -> bool:
     """Whether the run counts in this process, so that its progress can be shown live."""
     return (
-        options.view_as(StandardOptions).runner in _IN_PROCESS
+        options.view_as(StandardOptions).runner in IN_PROCESS
         and options.get_all_options().get("direct_running_mode") != "multi_processing"
     )

@@ -30,6 +30,7 @@ from af3pipe.transforms import (
     WriteSettledRecordings,
 )
 from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
+from af3pipe.transforms.launcher import CheckWorkers
 from af3pipe.transforms.read import list_recordings
 
 
@@ -40,8 +41,13 @@ class Asking(NamedTuple):
     ask: AskAudioFlamingo
 
 
-def asking(job: JobConfig) -> Asking:
-    """The two transforms that do the work."""
+def asking(job: JobConfig, *, keep_engine: bool = False) -> Asking:
+    """The two transforms that do the work.
+
+    Args:
+        job: What is asked.
+        keep_engine: As of `AskAudioFlamingo`.
+    """
     decode = DecodeAudio(
         model=job.model,
         revision=job.revision,
@@ -70,6 +76,7 @@ def asking(job: JobConfig) -> Asking:
         adapter=job.adapter,
         quantize=job.quantize,
         verifiable=job.verify_sample > 0,
+        keep_engine=keep_engine,
     )
     return Asking(decode, ask)
 
@@ -85,9 +92,9 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> AnswerOutcome
     Returns:
         The outcome before it is written: answers, and all dead letters.
     """
-    how = asking(job)
-    found = pipeline | "ReadRecordings" >> ReadRecordings(
-        job.inputs,
+    how = asking(job, keep_engine=True)
+    inputs = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
+    found = inputs | "ReadRecordings" >> ReadRecordings(
         channel=job.channel,
         stream=job.stream,
         allow_prefixes=job.allow_prefixes,
@@ -118,7 +125,7 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> Any:
     Returns:
         (recording_id, content identity) of each recording, once its rows are there.
     """
-    how = asking(job)
+    how = asking(job, keep_engine=True)
     found = pipeline | "WatchRecordings" >> WatchRecordings(
         job.inputs,
         every_s=job.watch.every,

@@ -18,6 +18,7 @@ from af3pipe.models.engine import (
     EngineInfo,
     EngineOptions,
     acquire_engine,
+    keep_engine,
     release_engine,
 )
 from af3pipe.models.family import DEFAULT_MODEL, model_revision, open_checkpoint
@@ -216,6 +217,9 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     The engine is held once per process, whatever the number of instances, threads and bundles; it is opened when
     there is something to ask. What is pending is bounded by count and by seconds of audio: one runner gives a whole
     stage as one bundle.
+
+    With `keep_engine` the process keeps it until it ends: a runner tears an instance down that had nothing to do for
+    a while, and a model takes a minute to load.
     """
 
     def __init__(
@@ -226,6 +230,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         question_think: bool = False,
         *,
         verifiable: bool = False,
+        keep_engine: bool = False,
     ) -> None:
         super().__init__(_PENDING_PER_SLOT, 2 * options.queue_audio_s)  # how many slots is known once it is open
         self._options = options
@@ -234,12 +239,14 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         self._question_think = question_think
         self._engine: Engine | None = None
         self.verifiable = verifiable
+        self._keep_engine = keep_engine
 
     def setup(self) -> None:
         options = self._options
-        checkpoint = open_checkpoint(options.model, options.revision)
+        with self.telling_where():
+            checkpoint = open_checkpoint(options.model, options.revision)
+            self._model = checkpoint.model_id, model_revision(checkpoint, options.adapter, options.quantize)
         self._family = checkpoint.family
-        self._model = checkpoint.model_id, model_revision(checkpoint, options.adapter, options.quantize)
         self._tasks = tuple(resolve(task, self._family) for task in self._asked)
 
     def teardown(self) -> None:
@@ -252,7 +259,10 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     def engine(self) -> Engine:
         """The process's; opened the first time that it is wanted between setup and teardown."""
         if self._engine is None:
-            self._engine = acquire_engine(self._options)
+            with self.telling_where():
+                self._engine = acquire_engine(self._options)
+            if self._keep_engine:
+                keep_engine(self._options)
             self._info = self._engine.info
             self._max_pending = _PENDING_PER_SLOT * self._info.slots
             self._max_weight = 2 * len(self._info.device.split(",")) * self._options.queue_audio_s
@@ -494,6 +504,9 @@ class AskAudioFlamingo(beam.PTransform):
         adapter: Directory of a PEFT LoRA that is merged into the weights; the workers must have it.
         quantize: `none`, or `int8` or `fp8` for the language model's weights.
         verifiable: Whether it gives a `VerifiableOutcome`, which `VerifyAnswers` takes.
+        keep_engine: Whether a worker's process keeps the engine, once it is open, until the process ends. Otherwise
+            it is closed when the runner closes the last of its users, which on Flink and Dataflow it does after a
+            minute without work, and opened again for the next recording.
 
     Raises:
         ValueError: No task, two of the same name and question, or a follow-up to what is not asked.
@@ -517,6 +530,7 @@ class AskAudioFlamingo(beam.PTransform):
         adapter: str | None = None,
         quantize: str = "none",
         verifiable: bool = False,
+        keep_engine: bool = False,
     ) -> None:
         super().__init__()
         check_tasks(tasks)
@@ -533,7 +547,9 @@ class AskAudioFlamingo(beam.PTransform):
             adapter=adapter,
             quantize=quantize,
         )
-        self.dofn = AskDoFn(options, tasks, question_tokens, question_think, verifiable=verifiable)
+        self.dofn = AskDoFn(
+            options, tasks, question_tokens, question_think, verifiable=verifiable, keep_engine=keep_engine
+        )
 
     def expand(self, inputs: Any) -> Any:
         segments, before = split_input(inputs)

@@ -10,8 +10,14 @@ ANSWER_TABLES = ("captions", "transcripts", "answers")
 
 
 @contextlib.contextmanager
-def portable_runner(folder):
-    """Flags for a job service and an external pool of workers."""
+def portable_runner(folder, *, workers=None, workers_folder=None):
+    """Flags for a job service and an external pool of workers.
+
+    Args:
+        folder: For logs.
+        workers: Variables of the pool's environment, beside this process's.
+        workers_folder: The current one of the pool and its workers; the default is this process's.
+    """
     job_port, pool_port = free_port(), free_port()
     with (
         serving(
@@ -23,6 +29,8 @@ def portable_runner(folder):
             python_module("apache_beam.runners.worker.worker_pool_main", f"--service_port={pool_port}"),
             pool_port,
             log=folder / "worker_pool.log",
+            environment=workers,
+            folder=workers_folder,
         ),
     ):
         yield [

@@ -181,7 +181,7 @@ def python_module(name, *arguments):
 
 
 @contextlib.contextmanager
-def serving(command, port, *, log, environment=None):
+def serving(command, port, *, log, environment=None, folder=None):
     """Runs a server in a process group of its own until it listens, and ends the whole group afterwards."""
     # Beam's pool starts its workers as `python`, whichever comes first on the path.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -192,6 +192,7 @@ def serving(command, port, *, log, environment=None):
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=os.environ | {"PATH": path} | (environment or {}),
+            cwd=folder,
         )
         try:
             wait_for_port(port, process)
