@@ -3,6 +3,8 @@
 `providers.yaml`, beside this file, lists them for a pipeline's `providers`.
 """
 
+from pathlib import Path
+
 from af3pipe.yaml.steps import (
     AnswerRecordings,
     AskAudioFlamingo,
@@ -14,7 +16,11 @@ from af3pipe.yaml.steps import (
     WriteRecordings,
 )
 
+PROVIDERS = str(Path(__file__).parent / "providers.yaml")
+"""Where the list of steps is, for `include`."""
+
 __all__ = [
+    "PROVIDERS",
     "AnswerRecordings",
     "AskAudioFlamingo",
     "DecodeAudio",

@@ -47,8 +47,9 @@ def _column(hint: Any) -> _Column:
             list,
             lambda items: tuple(inner.from_row(item) for item in items or ()),
         )
-    if isinstance(hint, UnionType):  # Beam's schemas take `str | None` for any object, which only Python can read
-        hint = Optional[get_args(hint)[0]]
+    if isinstance(hint, UnionType):
+        # Beam's schemas know Optional only: `str | None` would be an object that only Python can read.
+        hint = Optional[get_args(hint)[0]]  # noqa: UP045
     return _Column(hint, _same, _same)
 
 

@@ -51,6 +51,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 _REQUIRED = ("inputs", "output")
 _NOT_OF_A_JOB = ("error_handling", "run_id")
 _GOOD = "good"  # what Beam's own steps call it
+_FILE = RowTypeConstraint.from_fields([("uri", str)])
 _run_ids: "weakref.WeakKeyDictionary[beam.Pipeline, str]" = weakref.WeakKeyDictionary()
 
 
@@ -68,10 +69,9 @@ class _Step(beam.PTransform):
         self._job = _job(type(self).__name__, config)
 
     def _outputs(self, good: Any, dead_letters: Any) -> Any:
-        letters = dead_letters | "DeadLetterRows" >> ToRows(DeadLetter)
         if self._errors is not None:
-            return {_GOOD: good, self._errors: letters}
-        _ = letters | "FailOnDeadLetter" >> beam.Map(_fail)
+            return {_GOOD: good, self._errors: dead_letters | "DeadLetterRows" >> ToRows(DeadLetter)}
+        _ = dead_letters | "FailOnDeadLetter" >> beam.Map(_fail)
         return good
 
 
@@ -102,11 +102,13 @@ class DecodeAudio(_Step):
 
 
 class AskAudioFlamingo(_Step):
-    """Asks `tasks` and `questions` of the segments that `DecodeAudio` gives. Gives rows with the columns of `Answer`."""
+    """Asks `tasks` and `questions` of the segments of `DecodeAudio`; gives rows with the columns of `Answer`."""
 
     def expand(self, segments: Any) -> Any:
         if segments.element_type is not Segment:
-            raise ValueError(f"its input must be that of DecodeAudio, which is segments; it is {segments.element_type}")
+            raise ValueError(
+                f"its input must be that of DecodeAudio, which is segments; it is {segments.element_type}"
+            )
         answers = segments | "AskAudioFlamingo" >> graph.asking(self._job).ask
         return self._outputs(answers.good | "Rows" >> ToRows(Answer), answers.dead_letters)
 
@@ -157,13 +159,8 @@ class _WriteStep(_Step):
         write = self._TRANSFORM(
             job.output, run_id=run_id, partition_by=job.partition_by, storage_options=job.storage_options
         )
-        return (
-            rows
-            | FromRows(self._ROWS)
-            | type(self).__name__ >> write
-            | "Files"
-            >> beam.Map(lambda uri: beam.Row(uri=uri)).with_output_types(RowTypeConstraint.from_fields([("uri", str)]))
-        )
+        files = rows | FromRows(self._ROWS) | type(self).__name__ >> write
+        return files | "Files" >> beam.Map(lambda uri: beam.Row(uri=uri)).with_output_types(_FILE)
 
 
 class WriteAnswers(_WriteStep):
@@ -227,7 +224,7 @@ def _refuse(step: str, key: str) -> NoReturn:
     raise JobError(f"config: {key} is not a key of {step}; {hint}")
 
 
-def _fail(letter: Any) -> NoReturn:
+def _fail(letter: DeadLetter) -> NoReturn:
     raise Rejected(
         letter.stage,
         letter.reason,
