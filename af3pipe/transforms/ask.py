@@ -444,9 +444,7 @@ class _Stitch(beam.PTransform):
     """
 
     def expand(self, inputs: Any) -> Any:
-        parts = inputs["parts"] | "ByRecordingAndTask" >> beam.WithKeys(_key_of_part).with_output_types(
-            tuple[str, Answer]
-        )
+        parts = inputs["parts"] | "ByRecordingAndTask" >> beam.Map(_keyed_part).with_output_types(tuple[str, Answer])
         return (
             {"parts": parts, "known": inputs["known"]}
             | "GroupParts" >> beam.CoGroupByKey()
@@ -462,8 +460,8 @@ def stitch_key(recording_id: str, task: str, question_id: str | None) -> str:
     return json.dumps([recording_id, task, question_id])  # ids may hold any separator
 
 
-def _key_of_part(part: Answer) -> str:
-    return stitch_key(part.recording_id, part.task, part.question_id)
+def _keyed_part(part: Answer) -> tuple[str, Answer]:
+    return stitch_key(part.recording_id, part.task, part.question_id), part
 
 
 def stitch_group(_: str, found: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
@@ -550,6 +548,12 @@ class AskAudioFlamingo(beam.PTransform):
         self.dofn = AskDoFn(
             options, tasks, question_tokens, question_think, verifiable=verifiable, keep_engine=keep_engine
         )
+        self._hints: dict[str, Any] = {}
+
+    def with_resource_hints(self, **hints: Any) -> "AskAudioFlamingo":
+        """Beam's resource hints, for the step that asks alone: see `AnswerRecordings`."""
+        self._hints.update(hints)
+        return self
 
     def expand(self, inputs: Any) -> Any:
         segments, before = split_input(inputs)
@@ -561,9 +565,8 @@ class AskAudioFlamingo(beam.PTransform):
         }
         if self.dofn.verifiable:
             tags[_ASKED] = AskedRequest
-        asked = segments | "Ask" >> beam.ParDo(self.dofn).with_output_types(Answer, **tags).with_outputs(
-            *tags, main="whole"
-        )
+        ask = beam.ParDo(self.dofn).with_output_types(Answer, **tags)
+        asked = segments | "Ask" >> ask.with_outputs(*tags, main="whole").with_resource_hints(**self._hints)
         stitched = {"parts": asked[PARTS], "known": asked[KNOWN]} | "Stitch" >> _Stitch()
         good = (asked.whole, stitched.stitched) | "AllAnswers" >> beam.Flatten()
         kept = (asked[KEPT], stitched[KEPT]) | "AllKept" >> beam.Flatten()
@@ -582,8 +585,8 @@ class AnswerRecordings(beam.PTransform):
         decode: How recordings are decoded.
         ask: What is asked.
         accelerator: Beam's accelerator resource hint, for example
-            `type:nvidia-l4;count:1;install-nvidia-driver`. It is set on this step and not on its parts: a hint on
-            one of them would put them into different worker environments.
+            `type:nvidia-l4;count:1;install-nvidia-driver`. Decoding and asking have it both, since steps of different
+            hints are in different worker environments, with a shuffle between; stitching, which is text, has not.
     """
 
     def __init__(self, decode: DecodeAudio, ask: AskAudioFlamingo, *, accelerator: str | None = None) -> None:
@@ -592,6 +595,12 @@ class AnswerRecordings(beam.PTransform):
         self._ask = ask
         if accelerator:
             self.with_resource_hints(accelerator=accelerator)
+
+    def with_resource_hints(self, **hints: Any) -> "AnswerRecordings":
+        """Beam's resource hints, for decoding and asking."""
+        self._decode.with_resource_hints(**hints)
+        self._ask.with_resource_hints(**hints)
+        return self
 
     def expand(self, inputs: Any) -> Any:
         answers: AnswerOutcome | VerifiableOutcome = (

@@ -256,14 +256,16 @@ class ReadRecordings(beam.PTransform):
         if not isinstance(names, beam.PCollection):
             if not self._inputs:
                 raise ValueError("inputs is empty; name at least one file, folder, glob or manifest")
-            names = pipeline_or_names | "Inputs" >> beam.Create(self._inputs, reshuffle=True)
+            # Create spreads several by itself, and one not: the graph would be another one for another number of inputs.
+            created = pipeline_or_names | "Inputs" >> beam.Create(self._inputs, reshuffle=False)
+            names = created | "SpreadInputs" >> beam.Reshuffle()
         list_all = _ListDoFn(self._chosen, self._allow_prefixes, self._storage_options)
         listed = names | "List" >> beam.ParDo(list_all).with_output_types(
             Recording, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="recordings")
         merged = (
             listed.recordings
-            | "ById" >> beam.WithKeys(lambda found: found.recording_id).with_output_types(tuple[str, Recording])
+            | "ById" >> beam.Map(lambda found: (found.recording_id, found)).with_output_types(tuple[str, Recording])
             | "EachOnce" >> beam.GroupByKey()
             | "Merge"
             >> beam.ParDo(_MergeDoFn())

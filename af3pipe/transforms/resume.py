@@ -304,6 +304,10 @@ class _ResumeEachDoFn(beam.DoFn):
         return self._resume.process((item.recording_id, found))
 
 
+def _by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:
+    return found.recording_id, found
+
+
 class ResumeOutcome(NamedTuple):
     """An `Outcome` of the recordings there is something to ask of, and the `RecordingResult` of all others."""
 
@@ -340,7 +344,8 @@ class ResumeRecordings(beam.PTransform):
 
     def expand(self, inputs: Any) -> Any:
         recordings, before = split_input(inputs)
-        files = recordings.pipeline | "Outputs" >> beam.Create([self._output] if self._output else [])
+        outputs = [self._output] if self._output else []
+        files = recordings.pipeline | "Outputs" >> beam.Create(outputs, reshuffle=False)
         earlier = (
             files
             | "EarlierFiles" >> beam.ParDo(_FilesDoFn(self._storage_options)).with_output_types(tuple[str, str])
@@ -358,8 +363,8 @@ class ResumeRecordings(beam.PTransform):
 
 def _meet(recordings: Any, letters: Any, earlier: Any) -> Any:
     by_id = {
-        "recordings": recordings | "RecordingId" >> beam.WithKeys(lambda found: found.recording_id),
-        "dead_letters": letters | "DeadLetterId" >> beam.WithKeys(lambda found: found.recording_id),
+        "recordings": recordings | "RecordingId" >> beam.Map(_by_id).with_output_types(tuple[str, Recording]),
+        "dead_letters": letters | "DeadLetterId" >> beam.Map(_by_id).with_output_types(tuple[str, DeadLetter]),
         "earlier": earlier,
     }
     return by_id | "MeetById" >> beam.CoGroupByKey()
