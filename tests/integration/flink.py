@@ -1,7 +1,7 @@
 """A true Flink session cluster on this machine, and Beam's way into it: each a process that can be killed.
 
 A JobManager, TaskManagers, a pool of external Beam workers beside each TaskManager, and Beam's job server. In a
-deployment a pool is a sidecar of its TaskManager, and `localhost:50000` is another one in every pod. Here they share a
+deployment the pool is a sidecar, and `localhost:50000` is another one in every TaskManager's pod. Here all share a
 machine, so each TaskManager has a hosts file of its own, in which the one name `worker-pool` is its own pool.
 """
 
@@ -62,8 +62,10 @@ _TASK_MANAGER = {
     "taskmanager.memory.framework.off-heap.size": "128m",
     "taskmanager.memory.task.heap.size": "256m",
     "taskmanager.memory.task.off-heap.size": "0",
-    "taskmanager.memory.network.min": "64m",
-    "taskmanager.memory.network.max": "64m",
+    "taskmanager.memory.network.min": "96m",
+    "taskmanager.memory.network.max": "96m",
+    # Each exchange that waits for all of its input holds 512 of 32 KiB otherwise, in every slot.
+    "taskmanager.network.sort-shuffle.min-buffers": "64",
     "taskmanager.memory.managed.size": "128m",
     "taskmanager.memory.jvm-metaspace.size": "256m",
     "taskmanager.memory.jvm-overhead.min": "192m",
@@ -85,6 +87,8 @@ _CLUSTER = {
     "restart-strategy.fixed-delay.delay": "1 s",
 }
 
+# They start several times as fast, and run for a minute.
+_JAVA = ["java", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
 # To the console, which is each server's log.
 _LOGGING = """rootLogger.level = INFO
 rootLogger.appenderRef.console.ref = console
@@ -192,7 +196,7 @@ class Cluster:
 
     def _flink(self, name, entry_point, port, *, java=(), settings=None):
         log = self._folder / f"{name}.log"
-        command = ["java", *java, *_JAVA_OPENS, f"-Dlog4j.configurationFile={self._folder / 'log4j.properties'}"]
+        command = [*_JAVA, *java, *_JAVA_OPENS, f"-Dlog4j.configurationFile={self._folder / 'log4j.properties'}"]
         command += ["-cp", f"{flink_home() / 'lib'}/*", f"org.apache.flink.{entry_point}"]
         command += ["--configDir", str(self._folder)]
         for key, value in (settings or {}).items():
@@ -205,7 +209,9 @@ class Cluster:
     def _pool(self, number, module):
         command = python_module(module, f"{self._pool_address(number)}:{self._pool_port}")
         log = self._folder / f"pool_{number}.log"
-        return Server(command, (self._pool_address(number), self._pool_port), log=log)
+        # As many threads as there are cores, in each of the pools, would be in each other's way.
+        settings = {"OMP_NUM_THREADS": "1"}
+        return Server(command, (self._pool_address(number), self._pool_port), log=log, environment=settings)
 
     def _task_manager(self, number):
         hosts = self._folder / f"hosts_{number}"
@@ -221,7 +227,7 @@ class Cluster:
 
     def _job_server(self):
         port = free_port()
-        command = ["java", "-Xmx512m", "-cp", f"{flink_home() / 'job_server'}/*"]
+        command = [*_JAVA, "-Xmx512m", "-cp", f"{flink_home() / 'job_server'}/*"]
         command += ["org.apache.beam.runners.flink.FlinkJobServerDriver", f"--flink-master=127.0.0.1:{self._rest}"]
         command += [f"--job-port={port}", "--artifact-port=0", "--expansion-port=0"]
         command += [f"--artifacts-dir={self._folder / 'artifacts'}"]
