@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from af3pipe import storage
@@ -272,11 +273,23 @@ def _write_settlements(batch: list[Settlement], job: JobConfig, run_id: str) -> 
 
 def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
     result = pipeline.run()
-    result.wait_until_finish()
-    state = str(result.state)
-    if state != "DONE":
-        raise RunFailed(f"the runner ended the job in state {state}; see its log above")
-    return counters(result)
+    try:
+        result.wait_until_finish()
+        state = str(result.state)
+        if state != "DONE":
+            raise RunFailed(f"the runner ended the job in state {state}; see its log above")
+        return counters(result)
+    except grpc.RpcError as error:  # a job that failed ends otherwise
+        raise RunFailed(
+            f"the connection to the job server was lost ({_rpc_fault(error)}). The job may go on at the cluster all "
+            "the same: look there, for example at Flink's web UI, and let it end or cancel it. Then run the same "
+            "again, into the same output: only what has not been written is asked"
+        ) from error
+
+
+def _rpc_fault(error: grpc.RpcError) -> str:
+    """The status of a call, which most such errors are."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else type(error).__name__
 
 
 class Background(Generic[T]):
