@@ -24,6 +24,11 @@ def emulator_jar():
     return None
 
 
+def is_missing():
+    """Whether something is not on this machine that these tests run."""
+    return emulator_jar() is None or not shutil.which("java") or not shutil.which("prism")
+
+
 @contextlib.contextmanager
 def pubsub_emulator(folder):
     """Starts it, and has clients in this process and in those it starts find it; yields its `host:port`."""

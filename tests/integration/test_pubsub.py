@@ -15,6 +15,7 @@ from google.cloud import pubsub_v1
 from af3pipe.schemas import DeadLetter
 from af3pipe.transforms import AcknowledgeMessages, PullMessages, ReadNotifications
 from af3pipe.transforms.outcome import recording_of
+from af3pipe.transforms.pubsub import pull
 from tests.integration.pubsub import prism, pubsub_emulator
 from tests.integration.servers import free_port, python_module, wait_for_port
 
@@ -36,24 +37,22 @@ class Topic:
     """A topic with one subscription."""
 
     def __init__(self, name):
-        self._publisher, self._subscriber = pubsub_v1.PublisherClient(), pubsub_v1.SubscriberClient()
+        self._publisher, subscriber = pubsub_v1.PublisherClient(), pubsub_v1.SubscriberClient()
         self._topic = self._publisher.topic_path("project", name)
-        self.subscription = self._subscriber.subscription_path("project", name)
+        self.subscription = subscriber.subscription_path("project", name)
         self._publisher.create_topic(name=self._topic)
-        self._subscriber.create_subscription(name=self.subscription, topic=self._topic, ack_deadline_seconds=LEASE_S)
+        subscriber.create_subscription(name=self.subscription, topic=self._topic, ack_deadline_seconds=LEASE_S)
 
     def publish(self, data, **attributes):
         """Gives the message's id."""
         return self._publisher.publish(self._topic, data, **attributes).result()
 
     def pull(self, seconds):
-        """Ids of messages, acknowledged here, for as long as some come."""
+        """Ids of the first messages that come in this time."""
         deadline = time.monotonic() + seconds
         found = []
         while not found and time.monotonic() < deadline:
-            told = self._subscriber.pull(subscription=self.subscription, max_messages=100, return_immediately=True)
-            found = [received.message.message_id for received in told.received_messages]
-            time.sleep(0.2)
+            found = [message.message_id for message in pull(self.subscription, 100, 600)]
         return found
 
 
