@@ -46,7 +46,9 @@ def clips(folder: Path, number: int) -> list[Path]:
     """Recordings of 2 s, cut from those of the demo and each a little different."""
     draw = random.Random(7)
     with resources.as_file(resources.files("af3pipe.demo") / "clips") as found:
-        sounds = [path for path in sorted(found.glob("*.flac")) if "command_go" not in path.name and path.stem != "corrupt"]
+        sounds = [
+            path for path in sorted(found.glob("*.flac")) if "command_go" not in path.name and path.stem != "corrupt"
+        ]
         pcm = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sounds])
     made = []
     for index in range(number):

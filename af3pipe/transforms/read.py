@@ -146,7 +146,7 @@ def stat_recording(recording: Recording) -> Recording | DeadLetter:
     return recording._replace(size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime)
 
 
-class _StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
+class StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
     """What a store takes to answer is waited for by many threads at once."""
 
     def __init__(self, storage_options: storage.StorageOptions) -> None:
@@ -272,7 +272,7 @@ class ReadRecordings(beam.PTransform):
             .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
             .with_outputs(DEAD_LETTERS, main="recordings")
         )
-        found = merged.recordings | "Stat" >> beam.ParDo(_StatDoFn(self._storage_options)).with_output_types(
+        found = merged.recordings | "Stat" >> beam.ParDo(StatDoFn(self._storage_options)).with_output_types(
             Recording, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="recordings")
         rejected = (listed[DEAD_LETTERS], merged[DEAD_LETTERS])
