@@ -17,6 +17,7 @@ from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.record import RunReport, started_uri, stop_uri, write_record, write_started
 from af3pipe.schemas import DeadLetter, Reason
 from af3pipe.transforms import metrics
+from af3pipe.transforms.pubsub import is_subscription, subscription_of
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.watch import check_watched
 from af3pipe.transforms.write import new_run_id
@@ -129,6 +130,9 @@ def _check_inputs(job: JobConfig) -> None:
     """What cannot be watched, or cannot be listed now, is told now; a folder that is not there yet may come."""
     for name in job.inputs:
         try:
+            if is_subscription(name):
+                subscription_of(name)
+                continue
             check_watched(name)
             first = next(graph.found_by(job, name), None)
         except (ValueError, storage.StorageError) as error:

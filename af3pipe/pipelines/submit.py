@@ -83,8 +83,8 @@ def finish(output: str, run_id: str) -> RunReport:
         raise RunFailed(f"run {run_id} has not come far enough to be counted: {rejected.detail}") from rejected
     if not counts.reconciled:
         raise RunFailed(
-            f"run {run_id} goes on, or something of it was lost: {'; '.join(counts.problems)}. Look whether the runner "
-            "says that it is done; if it is, run the job again into the same output"
+            f"run {run_id} goes on, or something of it was lost: {'; '.join(counts.problems)}. Look whether the "
+            "runner says that it is done; if it is, run the job again into the same output"
         )
     started_at = datetime.fromisoformat(started["started_at"])
     report = RunReport(run_id, counts, time.time() - started_at.timestamp(), {}, verified)

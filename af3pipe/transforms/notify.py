@@ -54,8 +54,14 @@ def work_name(recording_id: str, content_identity: str) -> str:
 
 def work_of(found: Recording | DeadLetter) -> str:
     """`work_name` of a recording, or of the one that a dead letter is about."""
-    recording = recording_of(found.input) if isinstance(found, DeadLetter) else found
-    return work_name(found.recording_id, recording.content_identity)
+    if isinstance(found, DeadLetter):
+        return work_name(*rejected_version(found))
+    return work_name(found.recording_id, found.content_identity)
+
+
+def rejected_version(letter: DeadLetter) -> tuple[str, str]:
+    """Id and content identity of the recording that a dead letter is about."""
+    return letter.recording_id, recording_of(letter.input).content_identity
 
 
 class _ParseDoFn(beam.DoFn):

@@ -1,8 +1,8 @@
 """Google Pub/Sub as an input whose messages are acknowledged when their answers are on disk, and not before.
 
 Beam's own ReadFromPubSub runs on Dataflow alone, and acknowledges as soon as the runner holds the message. Here
-messages are pulled by a splittable DoFn, which runs wherever Beam does, and each is leased until all its recordings
-are durable. What is not acknowledged is delivered again, so that a job that dies loses nothing.
+messages are pulled at the ticks of a clock, which runs wherever Beam does, and each is leased until all that it names
+is durable. What is not acknowledged is delivered again, so that a job that dies loses nothing.
 """
 
 import functools
@@ -15,18 +15,17 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.coders import BooleanCoder
-from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
-from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
 from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import TimestampedValue
-from apache_beam.utils.timestamp import Duration, Timestamp
+from apache_beam.utils.timestamp import Timestamp
 
 from af3pipe import storage
 from af3pipe.schemas import MIX, DeadLetter, Recording
 from af3pipe.transforms import metrics
 from af3pipe.transforms.messages import Message
 from af3pipe.transforms.notify import Notified, ParseNotification, work_of
+from af3pipe.transforms.ticks import Ticks
 
 ACK_DEADLINE_S = 600
 """What Pub/Sub allows at most."""
@@ -34,7 +33,9 @@ REMEMBER_S = 24 * 3600
 """Stores tell of an object twice within minutes, if they do. What is told of later is asked again."""
 _MOST_AT_ONCE = 1000
 _WAIT_S = 2.0
-_FOR_EVER = 2**62
+_EVERY_S = 1.0
+_PULLS_A_TICK = 10  # then what was pulled goes on
+_SCHEME = "pubsub://"
 _SUBSCRIPTION = re.compile(r"projects/[^/]+/subscriptions/[^/]+")
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,16 @@ def _subscriber() -> Any:
     except ImportError as error:
         raise ImportError("Pub/Sub needs google-cloud-pubsub: pip install 'af3pipe[pubsub]'") from error
     return pubsub_v1.SubscriberClient()
+
+
+def is_subscription(name: str) -> bool:
+    """Whether an input is a subscription, as `pubsub://projects/PROJECT/subscriptions/NAME`."""
+    return name.startswith(_SCHEME)
+
+
+def subscription_of(name: str) -> str:
+    """The subscription that an input names; else raises ValueError."""
+    return check_subscription(name.removeprefix(_SCHEME))
 
 
 def check_subscription(subscription: str) -> str:
@@ -115,89 +126,67 @@ def _tell(call: Any, subscription: str, ack_ids: Sequence[str]) -> int:
     return told
 
 
-class _PullRestrictions(beam.RestrictionProvider):
-    def initial_restriction(self, subscription: str) -> OffsetRange:
-        return OffsetRange(0, _FOR_EVER)
-
-    def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
-        return OffsetRestrictionTracker(restriction)
-
-    def restriction_size(self, subscription: str, restriction: OffsetRange) -> int:
-        return 1
-
-    def split(self, subscription: str, restriction: OffsetRange) -> Iterator[OffsetRange]:
-        yield restriction
-
-    def truncate(self, subscription: str, restriction: OffsetRange) -> None:
-        """On drain: pull no more."""
-        return
-
-
-_RESTRICTIONS = _PullRestrictions()
-_WATERMARK = ManualWatermarkEstimator.default_provider()
-
-
 class _PullDoFn(beam.DoFn):
-    """Each bundle pulls once, so that what it got goes on at once."""
+    """At each tick, all that waits; a bundle pulls once more only where there was as much as it may take."""
 
-    def __init__(self, max_messages: int, ack_deadline_s: int) -> None:
+    def __init__(self, subscription: str, max_messages: int, ack_deadline_s: int) -> None:
+        self._subscription = subscription
         self._max_messages = max_messages
         self._ack_deadline_s = ack_deadline_s
 
-    @beam.DoFn.unbounded_per_element()
-    def process(
-        self,
-        subscription: str,
-        tracker: Any = beam.DoFn.RestrictionParam(_RESTRICTIONS),
-        watermark: Any = beam.DoFn.WatermarkEstimatorParam(_WATERMARK),
-    ) -> Iterator[Any]:
-        if not tracker.try_claim(tracker.current_restriction().start):
-            return
-        found = pull(subscription, self._max_messages, self._ack_deadline_s)
-        # The time of arrival: that of publishing may be behind the watermark, and such elements may be dropped.
-        now = Timestamp.now()
-        for message in found:
-            yield TimestampedValue(message, now)
-        watermark.set_watermark(now)
-        tracker.defer_remainder(Duration(0))
+    def process(self, tick: float) -> Iterator[Any]:
+        for _ in range(_PULLS_A_TICK):
+            found = pull(self._subscription, self._max_messages, self._ack_deadline_s)
+            # The time of arrival: that of publishing may be behind the watermark, and such elements may be dropped.
+            now = Timestamp.now()
+            for message in found:
+                yield TimestampedValue(message, now)
+            if not found:
+                return
 
 
 class PullMessages(beam.PTransform):
     """Pulls messages, and acknowledges none. Starts a pipeline; gives an unbounded PCollection of `Message`.
 
-    Runs wherever splittable DoFns checkpoint themselves: Prism, Flink, Dataflow. Not in the in-process runner.
+    Runs where `Ticks` does: on Prism, Flink, Dataflow.
 
     Args:
         subscription: `projects/PROJECT/subscriptions/NAME`.
         max_messages: Most that are pulled at a time.
         ack_deadline_s: How long a message is leased at first, 10 to 600 s; `AcknowledgeMessages` extends it. Where a
             job dies, its messages come again when this is over.
+        stop_uri: As of `Ticks`, with the next two: when it pulls no more.
+        stop_after_s: After so many seconds.
+        storage_options: Of the store where `stop_uri` is.
 
     Raises:
         ValueError: No such name or number.
     """
 
     def __init__(
-        self, subscription: str, *, max_messages: int = _MOST_AT_ONCE, ack_deadline_s: int = ACK_DEADLINE_S
+        self,
+        subscription: str,
+        *,
+        max_messages: int = _MOST_AT_ONCE,
+        ack_deadline_s: int = ACK_DEADLINE_S,
+        stop_uri: str | None = None,
+        stop_after_s: float | None = None,
+        storage_options: storage.StorageOptions = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self._subscription = check_subscription(subscription)
+        check_subscription(subscription)
+        self._ticks = Ticks(_EVERY_S, stop_uri=stop_uri, stop_after_s=stop_after_s, storage_options=storage_options)
         if not 1 <= max_messages <= _MOST_AT_ONCE:
             raise ValueError(f"max_messages is {max_messages}; 1 to {_MOST_AT_ONCE} can be pulled at a time")
-        self._pull = _PullDoFn(max_messages, check_deadline(ack_deadline_s))
+        self._pull = _PullDoFn(subscription, max_messages, check_deadline(ack_deadline_s))
 
     def expand(self, pipeline: Any) -> Any:
         return (
             pipeline
-            | "Impulse" >> beam.Impulse()
-            | "Subscription" >> beam.Map(_constant, self._subscription).with_output_types(str)
+            | "Ticks" >> self._ticks
             | "Pull" >> beam.ParDo(self._pull).with_output_types(Message)
             | "Spread" >> beam.Reshuffle()
         )
-
-
-def _constant(_: object, value: str) -> str:
-    return value
 
 
 def check_deadline(ack_deadline_s: int) -> int:
@@ -256,9 +245,11 @@ class ReadNotifications(beam.PTransform):
     so, too. Nothing is acknowledged before `AcknowledgeMessages` was given `waiting` and what became durable.
 
     Args:
-        subscription: As of `PullMessages`, with the next two.
+        subscription: As of `PullMessages`, with the next four.
         max_messages: Most that are pulled at a time.
         ack_deadline_s: First lease of a message.
+        stop_uri: When it pulls no more.
+        stop_after_s: After so many seconds.
         allow_prefixes: As of `ParseNotification`, with the rest.
         channel: What is heard of each recording.
         stream: Index among the audio streams.
@@ -279,10 +270,19 @@ class ReadNotifications(beam.PTransform):
         storage_options: storage.StorageOptions = MappingProxyType({}),
         max_messages: int = _MOST_AT_ONCE,
         ack_deadline_s: int = ACK_DEADLINE_S,
+        stop_uri: str | None = None,
+        stop_after_s: float | None = None,
         remember_s: float = REMEMBER_S,
     ) -> None:
         super().__init__()
-        self._pull = PullMessages(subscription, max_messages=max_messages, ack_deadline_s=ack_deadline_s)
+        self._pull = PullMessages(
+            subscription,
+            max_messages=max_messages,
+            ack_deadline_s=ack_deadline_s,
+            stop_uri=stop_uri,
+            stop_after_s=stop_after_s,
+            storage_options=storage_options,
+        )
         self._parse = ParseNotification(
             allow_prefixes=allow_prefixes, channel=channel, stream=stream, storage_options=storage_options
         )
