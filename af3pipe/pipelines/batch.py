@@ -328,8 +328,8 @@ def explain_failure(error: BaseException) -> str:
     if not_understood := _NOT_UNDERSTOOD.search(str(error)):
         here = this_process()
         return (
-            f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have what this launcher "
-            f"has: af3pipe {here.af3pipe} with what that needs, Apache Beam {here.beam} and Python {here.python}"
+            f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have what this "
+            f"launcher has: af3pipe {here.af3pipe} with what that needs, Apache Beam {here.beam}, Python {here.python}"
         )
     return storage.redact(f"{type(error).__name__}: {error}")
 
