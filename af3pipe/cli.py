@@ -116,8 +116,8 @@ def _demo_inputs() -> Iterator[list[str]]:
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     epilog="Options that are not listed here go to Beam, for example `--runner flink --flink-master HOST:8081`. "
-    "Exit codes: 0 done; 1 the run failed, its counts do not reconcile or its replies do not verify; 2 the job is wrong; 3 "
-    "more dead letters than allowed.",
+    "Exit codes: 0 done; 1 the run failed, its counts do not reconcile or its replies do not verify; 2 the job is "
+    "wrong; 3 more dead letters than allowed.",
 )
 def run(
     inputs: Annotated[

@@ -329,7 +329,7 @@ def explain_failure(error: BaseException) -> str:
         here = this_process()
         return (
             f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have what this "
-            f"launcher has: af3pipe {here.af3pipe} with what that needs, Apache Beam {here.beam}, Python {here.python}"
+            f"launcher has: af3pipe {here.af3pipe} and all that needs, Apache Beam {here.beam}, Python {here.python}"
         )
     return storage.redact(f"{type(error).__name__}: {error}")
 
