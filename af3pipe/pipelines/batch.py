@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from af3pipe import storage
@@ -160,20 +161,20 @@ def run(
             graph.build(pipeline, ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error
-    _tell_unfinished(job)
+    tell_unfinished(job)
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     write_started(job, run_id)
     before = metrics.tally()
-    background = _Background(
+    background = Background(
         lambda: (
             _run_in_chunks(ran_job, options, run_id, again) if in_chunks else _run_whole(pipeline, ran_job, run_id)
         )
     )
     while not background.wait(progress_every_s):
-        on_progress(_progress(metrics.tally() - before, time.monotonic() - started))
+        on_progress(progress(metrics.tally() - before, time.monotonic() - started))
     found, counted, chunks = background.result()
     wall_s = time.monotonic() - started
-    on_progress(_progress(metrics.tally() - before, wall_s))
+    on_progress(progress(metrics.tally() - before, wall_s))
     sampled = [verified_uri(job.output, run_id, chunk) for chunk in chunks]
     verified = take_verified(sampled) if job.verify_sample else None
     report = RunReport(run_id, count_run(job.output, run_id, found), wall_s, dict(sorted(counted.items())), verified)
@@ -183,7 +184,8 @@ def run(
     return report
 
 
-def _tell_unfinished(job: JobConfig) -> None:
+def tell_unfinished(job: JobConfig) -> None:
+    """Warns of other runs into the output that have begun and not ended."""
     for other in unfinished_runs(job.output):
         _log.warning(
             "run %s, begun at %s on %s (process %s), has not finished. If it goes on, both may ask the same; if it "
@@ -271,32 +273,45 @@ def _write_settlements(batch: list[Settlement], job: JobConfig, run_id: str) -> 
 
 def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
     result = pipeline.run()
-    result.wait_until_finish()
-    state = str(result.state)
-    if state != "DONE":
-        raise RunFailed(f"the runner ended the job in state {state}; see its log above")
-    return _counters(result)
+    try:
+        result.wait_until_finish()
+        state = str(result.state)
+        if state != "DONE":
+            raise RunFailed(f"the runner ended the job in state {state}; see its log above")
+        return counters(result)
+    except grpc.RpcError as error:  # a job that failed ends otherwise
+        raise RunFailed(
+            f"the connection to the job server was lost ({_rpc_fault(error)}). The job may go on at the cluster all "
+            "the same: look there, for example at Flink's web UI, and let it end or cancel it. Then run the same "
+            "again, into the same output: only what has not been written is asked"
+        ) from error
 
 
-class _Background(Generic[T]):
+def _rpc_fault(error: grpc.RpcError) -> str:
+    """The status of a call, which most such errors are."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else type(error).__name__
+
+
+class Background(Generic[T]):
     """Work on a thread of its own: Beam's in-process runner blocks until the job is done."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
         self._result: list[T] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="af3pipe-run", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="af3pipe-run", daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._result.append(self._work())
         except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
             self._error = error
+        finally:
+            self._ended.set()
 
     def wait(self, seconds: float) -> bool:
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return self._ended.wait(seconds)  # a join that Ctrl-C interrupts takes the thread for ended
 
     def result(self) -> T:
         if isinstance(self._error, RunFailed):
@@ -329,12 +344,14 @@ def explain_failure(error: BaseException) -> str:
         here = this_process()
         return (
             f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have what this "
-            f"launcher has: af3pipe {here.af3pipe} and all that needs, Apache Beam {here.beam}, Python {here.python}"
+            f"launcher has: af3pipe {here.af3pipe} with what that needs, Apache Beam {here.beam} and Python "
+            f"{here.python}"
         )
     return storage.redact(f"{type(error).__name__}: {error}")
 
 
-def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
+def progress(counted: Counter[str], elapsed_s: float) -> Progress:
+    """How far a run is that has counted this."""
     return Progress(
         found=counted["recordings_found"],
         done=counted["recordings_done"],
@@ -344,7 +361,7 @@ def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
     )
 
 
-def _counters(result: Any) -> Counter[str]:
+def counters(result: Any) -> Counter[str]:
     """Beam's counters of this package, over all steps; a runner without metrics gives none."""
     total: Counter[str] = Counter()
     for counter in result.metrics().query()["counters"]:

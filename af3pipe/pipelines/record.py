@@ -54,16 +54,32 @@ def started_uri(output: str, run_id: str) -> str:
     return storage.join(output, "_runs", f"{run_id}{_STARTED}")
 
 
-def write_started(job: JobConfig, run_id: str) -> None:
+def stop_uri(output: str, run_id: str) -> str:
+    """A file that stops a watching run when it is there, whatever is in it."""
+    return storage.join(output, "_runs", f"{run_id}.stop")
+
+
+def write_started(job: JobConfig, run_id: str, runner: str | None = None) -> None:
     """Written before anything else of the run: whoever finds it alone knows that the run goes on, or was killed."""
     record = {
         "run_id": run_id,
         "started_at": _now(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "runner": runner,
         "job": storage.redact_values(job.model_dump(mode="json")),
     }
     _write(started_uri(job.output, run_id), record)
+
+
+def read_started(output: str, run_id: str) -> dict[str, Any]:
+    """What a run that has not finished said when it began.
+
+    Raises:
+        Rejected: There is none of this id.
+    """
+    found: dict[str, Any] = json.loads(storage.read_bytes(started_uri(output, run_id)))
+    return found
 
 
 def read_job(output: str, run_id: str) -> dict[str, Any]:

@@ -55,9 +55,9 @@ from af3pipe.transforms.outcome import (
 from af3pipe.transforms.overlap import OverlapDoFn
 
 _ASKED = "asked"
-_KEPT = "kept"
-_KNOWN = "known"
-_PARTS = "parts"
+KEPT = "kept"
+KNOWN = "known"
+PARTS = "parts"
 _PENDING_PER_SLOT = 3  # one that the engine works on, two that it finds when that is done
 _ENGINE_COUNTERS = (
     "windows",
@@ -352,7 +352,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
             metrics.count("recordings_done")
         for found in left.kept.values():
             metrics.count("answers_kept")
-            yield beam.pvalue.TaggedOutput(_KEPT, (segment.recording.recording_id, found))
+            yield beam.pvalue.TaggedOutput(KEPT, (segment.recording.recording_id, found))
         for outcome in self._answers(segment, left, future):
             if isinstance(outcome, DeadLetter):
                 metrics.count(f"dead_letters_{outcome.reason.value}")
@@ -363,12 +363,12 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
                 continue
             metrics.count("answers")
             is_part = outcome.segments and not (segment.segment_index == 0 and segment.is_last)
-            yield beam.pvalue.TaggedOutput(_PARTS, outcome) if is_part else outcome
+            yield beam.pvalue.TaggedOutput(PARTS, outcome) if is_part else outcome
         for task in left.asked:
             if task not in left.kept and _is_part(segment, task):
                 for found in self._may_be_stitched(segment, task):
-                    key = _stitch_key(segment.recording.recording_id, task.name, task.question_id)
-                    yield beam.pvalue.TaggedOutput(_KNOWN, (key, found))
+                    key = stitch_key(segment.recording.recording_id, task.name, task.question_id)
+                    yield beam.pvalue.TaggedOutput(KNOWN, (key, found))
         if self._engine is not None:
             self._count_engine(self._engine)
 
@@ -444,35 +444,35 @@ class _Stitch(beam.PTransform):
     """
 
     def expand(self, inputs: Any) -> Any:
-        parts = inputs["parts"] | "ByRecordingAndTask" >> beam.WithKeys(_key_of_part).with_output_types(
-            tuple[str, Answer]
-        )
+        parts = inputs["parts"] | "ByRecordingAndTask" >> beam.Map(_keyed_part).with_output_types(tuple[str, Answer])
         return (
             {"parts": parts, "known": inputs["known"]}
             | "GroupParts" >> beam.CoGroupByKey()
             | "Join"
-            >> beam.FlatMapTuple(_stitch_group)
-            .with_output_types(Answer, **{_KEPT: tuple[str, Covered]})
-            .with_outputs(_KEPT, main="stitched")
+            >> beam.FlatMapTuple(stitch_group)
+            .with_output_types(Answer, **{KEPT: tuple[str, Covered]})
+            .with_outputs(KEPT, main="stitched")
         )
 
 
-def _stitch_key(recording_id: str, task: str, question_id: str | None) -> str:
+def stitch_key(recording_id: str, task: str, question_id: str | None) -> str:
+    """What parts of one answer have in common."""
     return json.dumps([recording_id, task, question_id])  # ids may hold any separator
 
 
-def _key_of_part(part: Answer) -> str:
-    return _stitch_key(part.recording_id, part.task, part.question_id)
+def _keyed_part(part: Answer) -> tuple[str, Answer]:
+    return stitch_key(part.recording_id, part.task, part.question_id), part
 
 
-def _stitch_group(_: str, found: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
+def stitch_group(_: str, found: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
+    """One answer of the `parts` of one recording and task, or of `known` ones to the tag `kept` where it is there."""
     parts = sorted(found["parts"], key=operator.attrgetter("segment_index"))
     if not parts:
         return  # each of them is a dead letter
     stitched = stitch(parts)
     known = {earlier.answer_key: earlier for earlier in found["known"]}
     if stitched.answer_key in known:
-        yield beam.pvalue.TaggedOutput(_KEPT, (stitched.recording_id, known[stitched.answer_key]))
+        yield beam.pvalue.TaggedOutput(KEPT, (stitched.recording_id, known[stitched.answer_key]))
     else:
         yield stitched
 
@@ -548,23 +548,28 @@ class AskAudioFlamingo(beam.PTransform):
         self.dofn = AskDoFn(
             options, tasks, question_tokens, question_think, verifiable=verifiable, keep_engine=keep_engine
         )
+        self._hints: dict[str, Any] = {}
+
+    def with_resource_hints(self, **hints: Any) -> "AskAudioFlamingo":
+        """Beam's resource hints, for the step that asks alone: see `AnswerRecordings`."""
+        self._hints.update(hints)
+        return self
 
     def expand(self, inputs: Any) -> Any:
         segments, before = split_input(inputs)
         tags: dict[str, Any] = {
             DEAD_LETTERS: DeadLetter,
-            _PARTS: Answer,
-            _KEPT: tuple[str, Covered],
-            _KNOWN: tuple[str, Covered],
+            PARTS: Answer,
+            KEPT: tuple[str, Covered],
+            KNOWN: tuple[str, Covered],
         }
         if self.dofn.verifiable:
             tags[_ASKED] = AskedRequest
-        asked = segments | "Ask" >> beam.ParDo(self.dofn).with_output_types(Answer, **tags).with_outputs(
-            *tags, main="whole"
-        )
-        stitched = {"parts": asked[_PARTS], "known": asked[_KNOWN]} | "Stitch" >> _Stitch()
+        ask = beam.ParDo(self.dofn).with_output_types(Answer, **tags)
+        asked = segments | "Ask" >> ask.with_outputs(*tags, main="whole").with_resource_hints(**self._hints)
+        stitched = {"parts": asked[PARTS], "known": asked[KNOWN]} | "Stitch" >> _Stitch()
         good = (asked.whole, stitched.stitched) | "AllAnswers" >> beam.Flatten()
-        kept = (asked[_KEPT], stitched[_KEPT]) | "AllKept" >> beam.Flatten()
+        kept = (asked[KEPT], stitched[KEPT]) | "AllKept" >> beam.Flatten()
         dead_letters = join_dead_letters(asked[DEAD_LETTERS], before)
         if self.dofn.verifiable:
             return VerifiableOutcome(good, dead_letters, kept, asked[_ASKED])
@@ -580,8 +585,8 @@ class AnswerRecordings(beam.PTransform):
         decode: How recordings are decoded.
         ask: What is asked.
         accelerator: Beam's accelerator resource hint, for example
-            `type:nvidia-l4;count:1;install-nvidia-driver`. It is set on this step and not on its parts: a hint on
-            one of them would put them into different worker environments.
+            `type:nvidia-l4;count:1;install-nvidia-driver`. Decoding and asking have it both, since steps of different
+            hints are in different worker environments, with a shuffle between; stitching, which is text, has not.
     """
 
     def __init__(self, decode: DecodeAudio, ask: AskAudioFlamingo, *, accelerator: str | None = None) -> None:
@@ -590,6 +595,12 @@ class AnswerRecordings(beam.PTransform):
         self._ask = ask
         if accelerator:
             self.with_resource_hints(accelerator=accelerator)
+
+    def with_resource_hints(self, **hints: Any) -> "AnswerRecordings":
+        """Beam's resource hints, for decoding and asking."""
+        self._decode.with_resource_hints(**hints)
+        self._ask.with_resource_hints(**hints)
+        return self
 
     def expand(self, inputs: Any) -> Any:
         answers: AnswerOutcome | VerifiableOutcome = (

@@ -278,12 +278,19 @@ class DecodeAudio(beam.PTransform):
             guard=guard if IS_SUPPORTED else None,
             storage_options=dict(storage_options),
         )
+        self._hints: dict[str, Any] = {}
+
+    def with_resource_hints(self, **hints: Any) -> "DecodeAudio":
+        """Beam's resource hints, for the step that decodes alone: see `AnswerRecordings`."""
+        self._hints.update(hints)
+        return self
 
     def expand(self, inputs: Any) -> Any:
         recordings, before = split_input(inputs)
-        decoded = recordings | "Decode" >> beam.ParDo(self.dofn).with_output_types(
-            Segment, **{DEAD_LETTERS: DeadLetter}
-        ).with_outputs(DEAD_LETTERS, main="segments")
+        decode = beam.ParDo(self.dofn).with_output_types(Segment, **{DEAD_LETTERS: DeadLetter})
+        decoded = recordings | "Decode" >> decode.with_outputs(DEAD_LETTERS, main="segments").with_resource_hints(
+            **self._hints
+        )
         return Outcome(decoded.segments, join_dead_letters(decoded[DEAD_LETTERS], before))
 
 

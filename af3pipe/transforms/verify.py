@@ -255,7 +255,7 @@ class VerifyAnswers(beam.PTransform):
         decode: How the recordings were decoded.
         ask: What was asked.
         sample: How many requests; all of them where there are fewer.
-        accelerator: Beam's resource hint, as of `AnswerRecordings`.
+        accelerator: Beam's resource hint, as of `AnswerRecordings`, for the step that asks.
 
     Raises:
         ValueError: `sample` is less than 1, or `ask` is not verifiable.
@@ -271,8 +271,7 @@ class VerifyAnswers(beam.PTransform):
             raise ValueError("VerifyAnswers has nothing to verify; make it AskAudioFlamingo(verifiable=True, ...)")
         self._dofn = VerifyDoFn(decode.dofn, ask.dofn)
         self._sample = sample
-        if accelerator:
-            self.with_resource_hints(accelerator=accelerator)
+        self._hints = {"accelerator": accelerator} if accelerator else {}
 
     def expand(self, answers: Any) -> Any:
         return (
@@ -280,6 +279,6 @@ class VerifyAnswers(beam.PTransform):
             | "Sample" >> beam.combiners.Sample.FixedSizeGlobally(self._sample)
             | "ByRecording" >> beam.FlatMap(_by_recording).with_output_types(list[AskedRequest])
             | "Spread" >> beam.Reshuffle()
-            | "AskAlone" >> beam.ParDo(self._dofn).with_output_types(Verified)
+            | "AskAlone" >> beam.ParDo(self._dofn).with_output_types(Verified).with_resource_hints(**self._hints)
             | "Total" >> beam.CombineGlobally(total)
         )

@@ -1,0 +1,99 @@
+"""A run that nobody waits for: started on workers elsewhere, and its books closed when it is done."""
+
+import json
+import time
+from collections.abc import Iterable
+from datetime import datetime, timezone
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import StandardOptions
+
+from af3pipe import storage
+from af3pipe.models.engine import ModelError
+from af3pipe.models.family import open_checkpoint
+from af3pipe.models.tasks import table_of
+from af3pipe.pipelines import graph
+from af3pipe.pipelines.accounting import (
+    count_run,
+    fill_empty_tables,
+    found_uri,
+    take_found,
+    take_verified,
+    verified_uri,
+)
+from af3pipe.pipelines.batch import RunFailed, is_in_process, preflight
+from af3pipe.pipelines.job import JobConfig, JobError, beam_options, make_job
+from af3pipe.pipelines.record import RunReport, read_started, started_uri, write_record, write_started
+from af3pipe.schemas import Rejected
+from af3pipe.transforms.stores import set_storage
+from af3pipe.transforms.write import new_run_id
+
+
+def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
+    """Starts a job and does not wait for it: what the launcher of a Dataflow Flex Template has to do.
+
+    Returns:
+        The run's id. `finish` closes the books when the runner says that the job is done.
+
+    Raises:
+        JobError, ModelError: Found before anything was started.
+    """
+    options = beam_options(job, list(beam_flags))
+    runner = options.view_as(StandardOptions).runner
+    if is_in_process(options):
+        raise JobError(f"runner is {runner!r}, which ends with this program; name the one to leave the job with")
+    set_storage(job.storage_options)
+    checkpoint = preflight(job, options)
+    # A branch may move while the run lasts: every worker takes the commit that was looked at here.
+    pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
+    run_id = new_run_id()
+    try:
+        pipeline = beam.Pipeline(options=options)
+        graph.build(pipeline, job.model_copy(update=pinned), run_id)
+        write_started(job, run_id, runner)
+        try:
+            pipeline.run()
+        except Exception:
+            storage.delete(started_uri(job.output, run_id))
+            raise
+    except ValueError as error:  # Beam's own check of its options
+        raise JobError(str(error)) from error
+    return run_id
+
+
+def finish(output: str, run_id: str) -> RunReport:
+    """Counts what a submitted run wrote, and writes its record.
+
+    Raises:
+        JobError: No run of this id was begun there.
+        RunFailed: The books do not reconcile, most likely because the run goes on: nothing is written.
+        StorageError, Rejected: They cannot be read or written.
+    """
+    try:
+        started = read_started(output, run_id)
+    except Rejected as rejected:
+        raise JobError(f"{output} has no run {run_id} to be finished: {rejected.detail}") from rejected
+    job = make_job(started["job"] | {"output": output}, f"the job of run {run_id}")
+    try:
+        found = json.loads(storage.read_bytes(found_uri(output, run_id)))["recordings_found"]
+        counts = count_run(output, run_id, found)
+        wants_verified = job.verify_sample and counts.reconciled
+        verified = take_verified([verified_uri(output, run_id, 0)]) if wants_verified else None
+    except Rejected as rejected:
+        raise RunFailed(f"run {run_id} has not come far enough to be counted: {rejected.detail}") from rejected
+    if not counts.reconciled:
+        raise RunFailed(
+            f"run {run_id} goes on, or something of it was lost: {'; '.join(counts.problems)}. Look whether the "
+            "runner says that it is done; if it is, run the job again into the same output"
+        )
+    started_at = datetime.fromisoformat(started["started_at"])
+    report = RunReport(run_id, counts, time.time() - started_at.timestamp(), {}, verified)
+    tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
+    fill_empty_tables(output, sorted(tables), run_id, job.partition_by)
+    try:
+        checkpoint = open_checkpoint(job.model, job.revision)
+    except ModelError:  # only the workers have it
+        checkpoint = None
+    write_record(job, checkpoint, started["runner"], started_at.astimezone(timezone.utc), report)
+    take_found(output, run_id)
+    return report

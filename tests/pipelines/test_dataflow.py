@@ -1,0 +1,251 @@
+"""The job that Dataflow would get: laid and translated by its own runner, and not sent (`--dry_run`).
+
+What is sent is held against a committed description. To renew that after a change that is meant:
+
+    AF3PIPE_RENEW=1 python -m pytest tests/pipelines/test_dataflow.py -k committed
+"""
+
+import difflib
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.coders import BooleanCoder
+from apache_beam.pipeline import PipelineVisitor
+from apache_beam.transforms.periodicsequence import PeriodicImpulse
+from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
+from google.protobuf.json_format import MessageToDict
+
+from af3pipe.pipelines.graph import build
+from af3pipe.pipelines.job import beam_options, load_job_values, make_job
+from af3pipe.schemas import Recording, Segment
+from af3pipe.transforms import AnswerRecordings, AskAudioFlamingo, DecodeAudio
+from tests.fused import fuse, fuse_proto
+
+JOB_FILE = Path(__file__).parents[2] / "deploy" / "dataflow" / "job.yaml"
+COMMITTED = Path(__file__).with_name("dataflow_job.json")
+NO_PIP_FREEZE = "--experiments=disable_logging_submission_environment"
+RENEW = "AF3PIPE_RENEW=1 python -m pytest tests/pipelines/test_dataflow.py -k committed"
+GPU = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
+DECODE = "AnswerRecordings/DecodeAudio/Decode/ParDo(DecodeDoFn)"
+ASK = "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)"
+
+
+def job_of(**changes):
+    return make_job(load_job_values(str(JOB_FILE)) | {"model": "demo"} | changes)
+
+
+def dry_run(job, run_id="20261121T000000Z-000000"):
+    """The pipeline as Dataflow's runner has made it, and what it would send."""
+    pipeline = beam.Pipeline(options=beam_options(job, ["--dry_run=True", NO_PIP_FREEZE]))
+    build(pipeline, job, run_id)
+    return pipeline, pipeline.run().job
+
+
+def fused(job):
+    pipeline, _ = dry_run(job)
+    proto, context = pipeline.runner.proto_pipeline, pipeline.runner.proto_context
+    return fuse_proto(
+        proto, {key: context.pcollections.get_by_id(key).element_type for key in proto.components.pcollections}
+    )
+
+
+def step_names(job, run_id):
+    _, sent = dry_run(job, run_id)
+    return {found.unique_name for found in sent.proto_pipeline.components.transforms.values()}
+
+
+def test_the_gpu_has_decoding_and_asking_in_one_stage_and_nothing_else():
+    found = fused(job_of())
+    assert found.stage_of(DECODE) == found.stage_of(ASK)
+    assert found.stage_of(DECODE).steps == (DECODE, ASK)
+    assert {stage.accelerator for stage in found.stages} == {"", GPU}
+    assert [stage.steps for stage in found.stages if stage.accelerator] == [(DECODE, ASK)]
+
+
+def test_verifying_takes_one_more_step_on_the_gpu():
+    found = fused(job_of(verify_sample=5))
+    assert {stage.steps for stage in found.stages if stage.accelerator} == {
+        (DECODE, ASK),
+        ("VerifyAnswers/AskAlone",),
+    }
+
+
+def test_workers_of_one_kind_have_decoding_and_asking_in_one_stage():
+    found = fused(job_of(accelerator=None))
+    assert found.stage_of(DECODE) == found.stage_of(ASK)
+    assert {stage.accelerator for stage in found.stages} == {""}
+
+
+@pytest.mark.parametrize("changes", [{}, {"accelerator": None}, {"verify_sample": 5}, {"resume": False}], ids=str)
+def test_no_audio_leaves_its_stage(changes):
+    found = fused(job_of(**changes))
+    assert found.audio_moved == []
+    assert len(found.moved) > 20  # rows of text, of which there are many
+
+
+class Spread(DecodeAudio):
+    """Decodes, and then does what must not be done."""
+
+    def expand(self, inputs):
+        decoded = super().expand(inputs)
+        return decoded._replace(good=decoded.good | "Spread" >> beam.Reshuffle())
+
+
+class Grouped(DecodeAudio):
+    """Groups segments by a step that says nothing of what it gives."""
+
+    def expand(self, inputs):
+        decoded = super().expand(inputs)
+        good = (
+            decoded.good
+            | "Key"
+            >> beam.Map(lambda segment: (segment.recording.recording_id, segment)).with_output_types(tuple[str, Any])
+            | "Group" >> beam.GroupByKey()
+            | "Each" >> beam.FlatMap(lambda group: group[1]).with_output_types(Segment)
+        )
+        return decoded._replace(good=good)
+
+
+class _Seen(beam.DoFn):
+    SEEN = ReadModifyWriteStateSpec("seen", BooleanCoder())
+
+    def process(self, keyed, seen=beam.DoFn.StateParam(SEEN)):
+        seen.write(True)
+        yield keyed[1]
+
+
+class Remembered(DecodeAudio):
+    """Keeps state by recording behind decoding, as a stream might."""
+
+    def expand(self, inputs):
+        decoded = super().expand(inputs)
+        keyed = decoded.good | "Key" >> beam.Map(lambda segment: (segment.recording.recording_id, segment))
+        return decoded._replace(good=keyed | "Seen" >> beam.ParDo(_Seen()).with_output_types(Segment))
+
+
+class Elsewhere(DecodeAudio):
+    """Decodes where there is no GPU."""
+
+    def with_resource_hints(self, **hints):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("decode", "accelerator", "moved"),
+    [
+        (Spread, None, {"AnswerRecordings/DecodeAudio/Spread", DECODE}),
+        (Grouped, None, {"AnswerRecordings/DecodeAudio/Key", "AnswerRecordings/DecodeAudio/Group"}),
+        (Remembered, None, {"AnswerRecordings/DecodeAudio/Key"}),
+        (Elsewhere, GPU, {DECODE}),
+    ],
+)
+def test_audio_that_leaves_its_stage_is_seen(decode, accelerator, moved):
+    pipeline = beam.Pipeline()
+    ticks = pipeline | PeriodicImpulse()  # bounded or not is the same
+    recordings = ticks | beam.Map(lambda tick: Recording("a", "a.wav")).with_output_types(Recording)
+    ask = AskAudioFlamingo(model="demo", tasks=job_of().all_tasks())
+    _ = recordings | "AnswerRecordings" >> AnswerRecordings(decode(model="demo"), ask, accelerator=accelerator)
+    found = fuse(pipeline)
+    assert {one.made_by for one in found.moved if one.may_hold_audio} == moved
+    assert all("in another stage" in told for told in found.audio_moved)
+
+
+def test_names_are_those_of_another_run_over_other_recordings():
+    one = job_of()
+    other = job_of(
+        inputs=["gs://other/a.wav", "gs://other/b/"],
+        output="gs://other-labels/x",
+        tasks=[{"name": "mood", "prompt": "What mood is it?"}],
+        questions=["Who speaks?", "Where?"],
+    )
+    assert step_names(one, "20261121T000000Z-000000") == step_names(other, "20271231T235959Z-ffffff")
+
+
+def test_names_are_given_and_no_accident_of_a_source_file():
+    """A line number in a name makes another step of it with Beam's next version, which `--update` refuses."""
+    ours = {name for name in step_names(job_of(), "20261121T000000Z-000000") if "lambda" in name}
+    # Of Beam's own Create, which reads nothing that lasts and is not in a stream.
+    assert {name for name in ours if not re.fullmatch(r".*/FlatMap\(<lambda at core\.py:\d+>\)", name)} == set()
+
+
+def described():
+    """What is sent, without what differs from one machine, run or version of Beam to the next."""
+    from apache_beam.runners.dataflow.internal.apiclient import Environment
+
+    pipeline, sent = dry_run(job_of())
+    environment = Environment([], sent.options, "8", "", proto_pipeline=sent.proto_pipeline).proto
+    told = MessageToDict(environment._pb)
+    pool = told["workerPools"][0]
+    hints = {
+        key: {name.split(":")[2]: bytes(value).decode() for name, value in found.resource_hints.items()}
+        for key, found in sent.proto_pipeline.components.environments.items()
+    }
+    images = sorted(
+        ({"containerImage": found["containerImage"], "hints": hints[found["environmentId"]]}
+         for found in pool["sdkHarnessContainerImages"]),
+        key=str,
+    )  # fmt: skip
+    settings = ("machineType", "diskSizeGb", "numThreadsPerWorker", "autoscalingSettings")
+    return {
+        "type": sent.proto.type_.name,
+        "experiments": [name for name in told["experiments"] if "sdk_containers" in name],  # the rest is Beam's own
+        "workers": {name: pool[name] for name in settings} | {"sdkHarnessContainerImages": images},
+        "steps": _steps(pipeline, sent.proto_pipeline.components, hints),
+    }
+
+
+def _steps(pipeline, components, hints):
+    """The steps as they are laid; what Beam makes its own of is one."""
+    outermost = _Outermost()
+    pipeline.visit(outermost)
+
+    def step_of(name):
+        return next((step for step in outermost.kinds if f"{name}/".startswith(f"{step}/")), None)
+
+    leaves = [found for found in components.transforms.values() if not found.subtransforms]
+    made_by, takes, accelerators = {}, defaultdict(set), defaultdict(set)
+    for found in leaves:
+        for tag, key in found.outputs.items():
+            made_by[key] = step_of(found.unique_name), "" if tag == "None" else f"[{tag}]"
+        accelerators[step_of(found.unique_name)] |= {hints.get(found.environment_id, {}).get("accelerator")} - {None}
+    for found in leaves:
+        for key in found.inputs.values():
+            maker, tag = made_by[key]
+            if maker != step_of(found.unique_name):
+                takes[step_of(found.unique_name)].add(maker + tag)
+    return {
+        name: {"does": kind, "takes": sorted(takes[name])}
+        | ({"accelerator": sorted(accelerators[name])} if accelerators[name] else {})
+        for name, kind in outermost.kinds.items()
+    }
+
+
+class _Outermost(PipelineVisitor):
+    """Names of the outermost transforms that are Beam's own, and what they are."""
+
+    def __init__(self):
+        self.kinds = {}
+
+    def enter_composite_transform(self, node):
+        self.visit_transform(node)
+
+    def visit_transform(self, node):
+        if node.transform is None or type(node.transform).__module__.startswith("af3pipe"):
+            return
+        if not any(node.full_label.startswith(f"{name}/") for name in self.kinds):
+            self.kinds[node.full_label] = type(node.transform).__name__.strip("_").replace("MultiParDo", "ParDo")
+
+
+def test_the_job_is_the_one_that_is_committed():
+    found = json.dumps(described(), indent=1) + "\n"
+    if os.environ.get("AF3PIPE_RENEW"):
+        COMMITTED.write_text(found, encoding="utf-8")
+    committed = COMMITTED.read_text(encoding="utf-8")
+    difference = "".join(difflib.unified_diff(committed.splitlines(True), found.splitlines(True), "committed", "now"))
+    assert found == committed, f"the job for Dataflow is another one; if that is meant: {RENEW}\n{difference}"
