@@ -287,9 +287,9 @@ def _takes_job_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    epilog="Options that are not listed here go to Beam, for example `--runner FlinkRunner`. Exit codes: 0 done; "
-    "1 the run failed, its counts do not reconcile or its replies do not verify; 2 the job is wrong; 3 more dead "
-    "letters than allowed.",
+    epilog="Options that are not listed here go to Beam, for example `--runner flink --flink-master HOST:8081`. "
+    "Exit codes: 0 done; 1 the run failed, its counts do not reconcile or its replies do not verify; 2 the job is "
+    "wrong; 3 more dead letters than allowed.",
 )
 @_takes_job_flags
 def run(
