@@ -256,7 +256,7 @@ class ReadRecordings(beam.PTransform):
         if not isinstance(names, beam.PCollection):
             if not self._inputs:
                 raise ValueError("inputs is empty; name at least one file, folder, glob or manifest")
-            # Create spreads several by itself, and one not: the graph would be another one for another number of inputs.
+            # Create itself spreads several and not one: the graph would be another one for another number of inputs.
             created = pipeline_or_names | "Inputs" >> beam.Create(self._inputs, reshuffle=False)
             names = created | "SpreadInputs" >> beam.Reshuffle()
         list_all = _ListDoFn(self._chosen, self._allow_prefixes, self._storage_options)

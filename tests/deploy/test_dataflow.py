@@ -1,6 +1,7 @@
 """What deploy/dataflow holds, as far as it can be looked at without Docker and without Google."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ DOCKERFILES = sorted(FOLDER.glob("*.Dockerfile"))
 METADATA = json.loads((FOLDER / "metadata.json").read_text(encoding="utf-8"))
 PARAMETERS = {found["name"]: found for found in METADATA["parameters"]}
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-# Options of Beam have parameters of their own; chunks are for runs in one process; parameters are there for all to see.
+# Beam's options have parameters of their own; chunks are for runs in one process; what a parameter says, all can see.
 NO_PARAMETERS = {"beam", "chunk_recordings", "storage_options"}
 LEAST = {"inputs": "gs://archive/in/*.wav", "output": "gs://labels/out", "sdk_container_image": "registry/worker:1"}
 
@@ -199,7 +200,7 @@ def test_the_commands_shown_name_what_there_is():
     (template,) = [words for words in shown if words[:4] == ["gcloud", "dataflow", "flex-template", "run"]]
     given = [
         word.removeprefix("^~^").replace("$WORKER_IMAGE", LEAST["sdk_container_image"]).split("=", 1)
-        for before, word in zip(template, template[1:], strict=False)
+        for before, word in itertools.pairwise(template)
         if before == "--parameters"
     ]
     assert len(given) > 5
@@ -208,7 +209,7 @@ def test_the_commands_shown_name_what_there_is():
     arguments = {
         word.partition("=")[0]
         for words in shown
-        for before, word in zip(words, words[1:], strict=False)
+        for before, word in itertools.pairwise(words)
         if before == "--build-arg"
     }
     declared = {name for path in DOCKERFILES for name in re.findall(r"^ARG (\w+)", path.read_text(), re.MULTILINE)}

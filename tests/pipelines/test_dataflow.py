@@ -19,6 +19,7 @@ from apache_beam.coders import BooleanCoder
 from apache_beam.pipeline import PipelineVisitor
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
+from apache_beam.transforms.window import FixedWindows
 from google.protobuf.json_format import MessageToDict
 
 from af3pipe.pipelines.graph import build
@@ -97,6 +98,10 @@ class Spread(DecodeAudio):
         return decoded._replace(good=decoded.good | "Spread" >> beam.Reshuffle())
 
 
+def _keyed(segment):
+    return segment.recording.recording_id, segment
+
+
 class Grouped(DecodeAudio):
     """Groups segments by a step that says nothing of what it gives."""
 
@@ -104,8 +109,7 @@ class Grouped(DecodeAudio):
         decoded = super().expand(inputs)
         good = (
             decoded.good
-            | "Key"
-            >> beam.Map(lambda segment: (segment.recording.recording_id, segment)).with_output_types(tuple[str, Any])
+            | "Key" >> beam.Map(_keyed).with_output_types(tuple[str, Any])
             | "Group" >> beam.GroupByKey()
             | "Each" >> beam.FlatMap(lambda group: group[1]).with_output_types(Segment)
         )
@@ -113,9 +117,9 @@ class Grouped(DecodeAudio):
 
 
 class _Seen(beam.DoFn):
-    SEEN = ReadModifyWriteStateSpec("seen", BooleanCoder())
+    SEEN = beam.DoFn.StateParam(ReadModifyWriteStateSpec("seen", BooleanCoder()))
 
-    def process(self, keyed, seen=beam.DoFn.StateParam(SEEN)):
+    def process(self, keyed, seen=SEEN):
         seen.write(True)
         yield keyed[1]
 
@@ -125,7 +129,7 @@ class Remembered(DecodeAudio):
 
     def expand(self, inputs):
         decoded = super().expand(inputs)
-        keyed = decoded.good | "Key" >> beam.Map(lambda segment: (segment.recording.recording_id, segment))
+        keyed = decoded.good | "Key" >> beam.Map(_keyed).with_output_types(tuple[str, Any])
         return decoded._replace(good=keyed | "Seen" >> beam.ParDo(_Seen()).with_output_types(Segment))
 
 
@@ -147,7 +151,7 @@ class Elsewhere(DecodeAudio):
 )
 def test_audio_that_leaves_its_stage_is_seen(decode, accelerator, moved):
     pipeline = beam.Pipeline()
-    ticks = pipeline | PeriodicImpulse()  # bounded or not is the same
+    ticks = pipeline | PeriodicImpulse() | beam.WindowInto(FixedWindows(60))  # bounded or not is the same
     recordings = ticks | beam.Map(lambda tick: Recording("a", "a.wav")).with_output_types(Recording)
     ask = AskAudioFlamingo(model="demo", tasks=job_of().all_tasks())
     _ = recordings | "AnswerRecordings" >> AnswerRecordings(decode(model="demo"), ask, accelerator=accelerator)
