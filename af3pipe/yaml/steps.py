@@ -41,7 +41,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "DecodeAudio": (*_MODEL, *_DECODE, *_FAILING),
     "AskAudioFlamingo": (*_MODEL, *_TASKS, *_ENGINE, *_FAILING),
     "AnswerRecordings": (*_MODEL, *_TASKS, *_DECODE, *_ENGINE, "accelerator", *_FAILING),
-    "ReconcileRecordings": _TASKS,
+    "ReconcileRecordings": ("tasks", "questions"),
     "WriteAnswers": (*_WRITE, "run_id"),
     "WriteDeadLetters": (*_WRITE, "run_id"),
     "WriteRecordings": (*_WRITE, "run_id"),
@@ -53,6 +53,8 @@ _NOT_OF_A_JOB = ("error_handling", "run_id")
 _GOOD = "good"  # what Beam's own steps call it
 _FILE = RowTypeConstraint.from_fields([("uri", str)])
 _run_ids: "weakref.WeakKeyDictionary[beam.Pipeline, str]" = weakref.WeakKeyDictionary()
+_jobs: "weakref.WeakKeyDictionary[beam.PCollection, JobConfig]" = weakref.WeakKeyDictionary()
+"""What segments were decoded for and answers were asked, while the pipeline is built."""
 
 
 class _Step(beam.PTransform):
@@ -73,6 +75,11 @@ class _Step(beam.PTransform):
             return {_GOOD: good, self._errors: dead_letters | "DeadLetterRows" >> ToRows(DeadLetter)}
         _ = dead_letters | "FailOnDeadLetter" >> beam.Map(_fail)
         return good
+
+    def _answers(self, answers: Any) -> Any:
+        rows = answers.good | "Rows" >> ToRows(Answer)
+        _jobs[rows] = self._job
+        return self._outputs(rows, answers.dead_letters)
 
 
 class ReadRecordings(_Step):
@@ -98,6 +105,7 @@ class DecodeAudio(_Step):
 
     def expand(self, recordings: Any) -> Any:
         decoded = recordings | FromRows(Recording) | "DecodeAudio" >> graph.asking(self._job).decode
+        _jobs[decoded.good] = self._job
         return self._outputs(decoded.good, decoded.dead_letters)
 
 
@@ -109,8 +117,13 @@ class AskAudioFlamingo(_Step):
             raise ValueError(
                 f"its input must be that of DecodeAudio, which is segments; it is {segments.element_type}"
             )
+        decoded_for = _jobs.get(segments, self._job)
+        for key in _MODEL:
+            here, there = getattr(self._job, key), getattr(decoded_for, key)
+            if here != there:
+                raise ValueError(f"{key} is {here!r} here and {there!r} in DecodeAudio; it must be the same")
         answers = segments | "AskAudioFlamingo" >> graph.asking(self._job).ask
-        return self._outputs(answers.good | "Rows" >> ToRows(Answer), answers.dead_letters)
+        return self._answers(answers)
 
 
 class AnswerRecordings(_Step):
@@ -124,13 +137,14 @@ class AnswerRecordings(_Step):
             | "AnswerRecordings"
             >> transforms.AnswerRecordings(how.decode, how.ask, accelerator=self._job.accelerator)
         )
-        return self._outputs(answers.good | "Rows" >> ToRows(Answer), answers.dead_letters)
+        return self._answers(answers)
 
 
 class ReconcileRecordings(_Step):
     """Gives a row per recording, with the columns of `RecordingResult`: how it ended.
 
-    Its input is a mapping: `recordings`, `answers`, and `dead_letters`, which are those of all steps before it.
+    Its input is a mapping: `recordings`, `answers`, and `dead_letters`, which are those of all steps before it. What
+    was asked it knows from the step that gives the answers; the config says it where another is in between.
     """
 
     _INPUTS: ClassVar = {"recordings": Recording, "answers": Answer, "dead_letters": DeadLetter}
@@ -139,8 +153,14 @@ class ReconcileRecordings(_Step):
         if not isinstance(inputs, dict) or inputs.keys() != self._INPUTS.keys():
             found = ", ".join(inputs) if isinstance(inputs, dict) else "a single one"
             raise ValueError(f"its input must be a mapping of {', '.join(self._INPUTS)}; it is {found}")
+        asked = self._job if self._config else _jobs.get(inputs["answers"])
+        if asked is None:
+            raise ValueError(
+                "its answers come from another step than the one that asked; say what was asked, by the same tasks "
+                "and questions as there"
+            )
         rows = {name: inputs[name] | f"From_{name}" >> FromRows(self._INPUTS[name]) for name in self._INPUTS}
-        settled = rows | "ReconcileRecordings" >> transforms.ReconcileRecordings(self._job.all_tasks())
+        settled = rows | "ReconcileRecordings" >> transforms.ReconcileRecordings(asked.all_tasks())
         return settled | "Rows" >> ToRows(RecordingResult)
 
 

@@ -102,16 +102,26 @@ def test_as_a_program_with_workers_elsewhere(expected, empty, tmp_path):
     look_at(empty, expected)
 
 
-def test_without_error_handling_a_dead_letter_ends_the_pipeline(empty):
+def one_step_over(uri):
     steps = [
-        {"type": "ReadRecordings", "config": {"inputs": "archive/broken.wav"}},
-        {"type": "AnswerRecordings", "config": {"model": "demo", "tasks": "caption"}},
-        {"type": "WriteAnswers", "config": {"output": "labels/"}},
+        {"type": "ReadRecordings", "config": {"inputs": uri}},
+        {"type": "AnswerRecordings", "config": {"model": "demo", "tasks": ["caption", "transcript"]}},
+        {"type": "WriteAnswers", "config": {"output": "labels/", "run_id": "20260102T030405Z-mine"}},
     ]
-    text = yaml.safe_dump(
-        {"pipeline": {"type": "chain", "transforms": steps}, "providers": [{"include": "providers.yaml"}]}
-    )
+    pipeline = {"pipeline": {"type": "chain", "transforms": steps}, "providers": [{"include": "providers.yaml"}]}
+    main.run([f"--yaml_pipeline={yaml.safe_dump(pipeline)}", "--runner=FnApiRunner"])
+
+
+def test_one_step_answers_as_two_do(expected, empty):
+    one_step_over("archive/beeps_three_low.flac")
+    for table, found in table_rows(empty / "labels").items():
+        if table in ("captions", "transcripts"):
+            assert found == [row for row in expected[table] if row["uri"].endswith("/beeps_three_low.flac")] != []
+    assert {path.name[:21] for path in (empty / "labels").rglob("*.parquet")} == {"20260102T030405Z-mine"}
+
+
+def test_without_error_handling_a_dead_letter_ends_the_pipeline(empty):
     told = "unsupported_format: .*broken.wav: .*error_handling: {output: dead_letters}"
     with pytest.raises(Exception, match=f"(?s){told}"):
-        main.run([f"--yaml_pipeline={text}", "--runner=FnApiRunner"])
+        one_step_over("archive/broken.wav")
     assert not list(empty.glob("labels/**/*.parquet"))

@@ -36,6 +36,8 @@ def step(name, input_=None, **config):
 READ = step("ReadRecordings", inputs=["archive/"])
 DECODE = step("DecodeAudio", "ReadRecordings", model="demo")
 ASK = step("AskAudioFlamingo", "DecodeAudio", model="demo")
+ACCOUNTS = {"recordings": "ReadRecordings", "answers": "Filter", "dead_letters": "ReadRecordings"}
+RECONCILE = step("ReconcileRecordings", ACCOUNTS)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,14 @@ ASK = step("AskAudioFlamingo", "DecodeAudio", model="demo")
                 step("ReconcileRecordings", {"answers": "AskAudioFlamingo", "letters": "ReadRecordings"}),
             ],
             "must be a mapping of recordings, answers, dead_letters; it is answers, letters",
+        ),
+        (
+            [READ, DECODE, step("AskAudioFlamingo", "DecodeAudio", model="nvidia/other")],
+            "model is 'nvidia/other' here and 'demo' in DecodeAudio; it must be the same",
+        ),
+        (
+            [READ, DECODE, ASK, step("Filter", "AskAudioFlamingo", language="python", keep="silent"), RECONCILE],
+            "its answers come from another step .* same tasks and questions",
         ),
         ([READ, step("ReconcileRecordings", "ReadRecordings")], "must be a mapping of .*; it is a single one"),
         (
