@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from af3pipe.pipelines.job import make_job
 from af3pipe.pipelines.view import export_latest
 from tests import fixtures_audio as make
 from tests.integration.flink import children, flink_cluster, wait_until
-from tests.integration.runners import TABLES, same_rows
+from tests.integration.runners import OF_A_RUN, ON_THE_WAY, TABLES, same_rows
 from tests.integration.servers import S3, free_port, python_module, serving, store_server, using
 
 pytestmark = pytest.mark.integration
@@ -124,24 +125,39 @@ def recordings_read(store):
     """How often each recording was asked for, since the server started."""
     with urllib.request.urlopen(f"http://127.0.0.1:{store.port}/_faults") as answer:
         calls = json.load(answer)["calls"]
-    return {call: number for call, number in calls.items() if call.startswith("GET /archive/in/")}
+    return Counter({call: number for call, number in calls.items() if call.startswith("GET /archive/in/")})
+
+
+class Midway:
+    """A run on the cluster that has read some of its recordings, and not all.
+
+    Attributes:
+        report: Future of its report.
+    """
+
+    def __init__(self, store, report):
+        self._store = store
+        self._before = recordings_read(store)
+        self.report = report
+
+    def read(self, *, times=1):
+        """How many recordings were read so often in this run."""
+        return sum(number - self._before[call] >= times for call, number in recordings_read(self._store).items())
+
+    def wait(self, number, *, times=1):
+        """Until so many have been read."""
+        wait_until(lambda: self.report.done() or self.read(times=times) >= number, "recordings to be read", 240)
+        assert not self.report.done(), self.report.result()
+        assert self.read(times=times) < 12 * COPIES
 
 
 @contextlib.contextmanager
 def midway(store, cluster, job):
-    """A run on the cluster, when a fourth of its recordings have been read; yields the future of its report."""
-    before = recordings_read(store)
-
-    def read():
-        return sum(number > before.get(call, 0) for call, number in recordings_read(store).items())
-
+    """Starts a run and waits until a fourth of its recordings have been read."""
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(batch.run, job, cluster.flags)
-        wait_until(lambda: running.done() or read() > 10, "recordings to be read", 240)
-        assert not running.done(), running.result()
-        assert read() < 12 * COPIES
-        yield running
-        running.exception(240)
+        found = Midway(store, pool.submit(batch.run, job, cluster.flags))
+        found.wait(10)
+        yield found
 
 
 def model_process(pool):
@@ -166,7 +182,7 @@ def nothing_lost_or_twice(store, output, in_process, tmp_path):
     for table in TABLES:
         (tmp_path / table).mkdir()
         (tmp_path / "export" / f"{table}.parquet").rename(tmp_path / table / "latest.parquet")
-    same_rows(in_process, tmp_path)
+    same_rows(in_process, tmp_path, without=(*OF_A_RUN, *ON_THE_WAY))
 
 
 def slowly(store, model, output):
@@ -174,39 +190,33 @@ def slowly(store, model, output):
     return job(store, model, output, slots=1, queue_audio_s=5, decode_threads=1)
 
 
-def test_a_killed_task_manager_costs_time_only(store, cluster, model, in_process, tmp_path):
-    with midway(store, cluster, slowly(store, model, "task_manager")) as running:
+def test_a_killed_model_process_and_a_killed_task_manager_cost_time_only(store, cluster, model, in_process, tmp_path):
+    with midway(store, cluster, slowly(store, model, "killed")) as running:
+        os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
+        running.wait(10, times=2)  # begun again
         orphan = model_process(cluster.pools[1])
         cluster.task_managers[1].kill()
-        # It holds a GPU: without the TaskManager it must not stay.
+        # It holds a GPU: without its TaskManager it must not stay.
         wait_until(lambda: not is_running(orphan), "the worker of the killed TaskManager to end")
         cluster.task_managers[1].start()
-    counts = running.result().counts
+    counts = running.report.result().counts
     assert counts.reconciled, counts.problems
-    nothing_lost_or_twice(store, "task_manager", in_process, tmp_path)
-
-
-def test_a_killed_model_process_costs_time_only(store, cluster, model, in_process, tmp_path):
-    with midway(store, cluster, slowly(store, model, "model_process")) as running:
-        os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
-    counts = running.result().counts
-    assert counts.reconciled, counts.problems
-    nothing_lost_or_twice(store, "model_process", in_process, tmp_path)
+    nothing_lost_or_twice(store, "killed", in_process, tmp_path)
 
 
 def test_without_its_job_server_a_run_fails_and_the_same_again_completes_it(
-    store, cluster, model, in_process, tmp_path
+    store, cluster, model, in_process, tmp_path, capfd
 ):
     again = slowly(store, model, "job_server")
     with midway(store, cluster, again) as running:
         cluster.job_server.kill()
-        with pytest.raises(batch.RunFailed, match="lost") as failed:
-            running.result(60)
-    print(failed.value)
-    wait_until(lambda: cluster.jobs()[0]["state"] != "RUNNING", "the job to end without its job server", 200)
-    print(cluster.jobs()[0])
+        with pytest.raises(batch.RunFailed, match=r"connection to the job server was lost .* run the same again"):
+            running.report.result(60)
+    assert "Traceback" not in capfd.readouterr().err
+    wait_until(lambda: cluster.jobs()[0]["state"] == "FINISHED", "the job to end without its job server", 240)
     cluster.job_server.start()
     counts = batch.run(again, cluster.flags).counts
-    print(counts)
     assert counts.reconciled, counts.problems
+    assert counts.states["skipped_done"] == counts.found - 1  # the manifest's bad line is none to skip
+    assert not counts.answers
     nothing_lost_or_twice(store, "job_server", in_process, tmp_path)
