@@ -7,7 +7,7 @@ import pytest
 
 from tests.integration import flink
 
-# Not everywhere can it be fetched: in CI its tests are then left out; elsewhere they skip, so that the reason is seen.
+# Not everywhere can it be fetched: in CI its tests are then left out; elsewhere they skip, and say why.
 collect_ignore = ["test_flink.py"] if os.environ.get("AF3PIPE_REQUIRE_ALL") and flink.missing() else []
 
 

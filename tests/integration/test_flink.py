@@ -128,36 +128,25 @@ def recordings_read(store):
     return Counter({call: number for call, number in calls.items() if call.startswith("GET /archive/in/")})
 
 
-class Midway:
-    """A run on the cluster that has read some of its recordings, and not all.
-
-    Attributes:
-        report: Future of its report.
-    """
-
-    def __init__(self, store, report):
-        self._store = store
-        self._before = recordings_read(store)
-        self.report = report
-
-    def read(self, *, times=1):
-        """How many recordings were read so often in this run."""
-        return sum(number - self._before[call] >= times for call, number in recordings_read(self._store).items())
-
-    def wait(self, number, *, times=1):
-        """Until so many have been read."""
-        wait_until(lambda: self.report.done() or self.read(times=times) >= number, "recordings to be read", 240)
-        assert not self.report.done(), self.report.result()
-        assert self.read(times=times) < 12 * COPIES
-
-
 @contextlib.contextmanager
 def midway(store, cluster, job):
-    """Starts a run and waits until a fourth of its recordings have been read."""
+    """Starts a run; yields the future of its report when it has read some of its recordings, and not all."""
     with ThreadPoolExecutor(1) as pool:
-        found = Midway(store, pool.submit(batch.run, job, cluster.flags))
-        found.wait(10)
-        yield found
+        report = pool.submit(batch.run, job, cluster.flags)
+        wait_for_reading(store, report)
+        yield report
+
+
+def wait_for_reading(store, report):
+    """Until a fourth of the recordings have been read, counted from now."""
+    before = recordings_read(store)
+
+    def read():
+        return sum(number > before[call] for call, number in recordings_read(store).items())
+
+    wait_until(lambda: report.done() or read() >= 10, "recordings to be read", 240)
+    assert not report.done(), report.result()
+    assert read() < 12 * COPIES
 
 
 def model_process(pool):
@@ -191,15 +180,15 @@ def slowly(store, model, output):
 
 
 def test_a_killed_model_process_and_a_killed_task_manager_cost_time_only(store, cluster, model, in_process, tmp_path):
-    with midway(store, cluster, slowly(store, model, "killed")) as running:
+    with midway(store, cluster, slowly(store, model, "killed")) as report:
         os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
-        running.wait(10, times=2)  # begun again
+        wait_for_reading(store, report)  # from the start again
         orphan = model_process(cluster.pools[1])
         cluster.task_managers[1].kill()
         # It holds a GPU: without its TaskManager it must not stay.
         wait_until(lambda: not is_running(orphan), "the worker of the killed TaskManager to end")
         cluster.task_managers[1].start()
-    counts = running.report.result().counts
+    counts = report.result().counts
     assert counts.reconciled, counts.problems
     nothing_lost_or_twice(store, "killed", in_process, tmp_path)
 
@@ -208,10 +197,10 @@ def test_without_its_job_server_a_run_fails_and_the_same_again_completes_it(
     store, cluster, model, in_process, tmp_path, capfd
 ):
     again = slowly(store, model, "job_server")
-    with midway(store, cluster, again) as running:
+    with midway(store, cluster, again) as report:
         cluster.job_server.kill()
         with pytest.raises(batch.RunFailed, match=r"connection to the job server was lost .* run the same again"):
-            running.report.result(60)
+            report.result(60)
     assert "Traceback" not in capfd.readouterr().err
     wait_until(lambda: cluster.jobs()[0]["state"] == "FINISHED", "the job to end without its job server", 240)
     cluster.job_server.start()
