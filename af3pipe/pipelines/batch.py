@@ -6,8 +6,8 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -274,7 +274,8 @@ def _write_settlements(batch: list[Settlement], job: JobConfig, run_id: str) -> 
 def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
     result = pipeline.run()
     try:
-        result.wait_until_finish()
+        with _without_traceback_of_messages():
+            result.wait_until_finish()
         state = str(result.state)
         if state != "DONE":
             raise RunFailed(f"the runner ended the job in state {state}; see its log above")
@@ -285,6 +286,25 @@ def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
             "the same: look there, for example at Flink's web UI, and let it end or cancel it. Then run the same "
             "again, into the same output: only what has not been written is asked"
         ) from error
+
+
+@contextmanager
+def _without_traceback_of_messages() -> Iterator[None]:
+    """Beam reads a job's messages on a thread of its own, which ends in a traceback when the connection is lost."""
+    before = threading.excepthook
+
+    def tell(ended: threading.ExceptHookArgs) -> None:
+        if not isinstance(ended.exc_value, grpc.RpcError):
+            before(ended)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if thread.name == "wait_until_finish_read":
+                thread.join(5)  # it loses the same connection
+        threading.excepthook = before
 
 
 def _rpc_fault(error: grpc.RpcError) -> str:

@@ -5,10 +5,15 @@ from importlib import resources
 
 import pytest
 
-from tests.integration.pubsub import is_missing
+from tests.integration import flink, pubsub
 
-# Neither Debian nor PyPI has them: in CI these tests are left out, and elsewhere skipped, so that the reason is seen.
-collect_ignore = ["test_pubsub.py"] if os.environ.get("AF3PIPE_REQUIRE_ALL") and is_missing() else []
+# Not everywhere can they be fetched: in CI their tests are then left out; elsewhere they skip, and say why.
+_MISSING = {
+    "test_flink.py": flink.missing(),
+    "test_pubsub.py": pubsub.is_missing(),
+    "test_watch.py": not shutil.which("prism"),
+}
+collect_ignore = [name for name, missing in _MISSING.items() if missing and os.environ.get("AF3PIPE_REQUIRE_ALL")]
 
 
 @pytest.fixture(scope="session")

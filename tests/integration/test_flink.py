@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from af3pipe.pipelines.job import make_job
 from af3pipe.pipelines.view import export_latest
 from tests import fixtures_audio as make
 from tests.integration.flink import children, flink_cluster, wait_until
-from tests.integration.runners import TABLES, same_rows
+from tests.integration.runners import OF_A_RUN, ON_THE_WAY, TABLES, same_rows
 from tests.integration.servers import S3, free_port, python_module, serving, store_server, using
 
 pytestmark = pytest.mark.integration
@@ -124,24 +125,28 @@ def recordings_read(store):
     """How often each recording was asked for, since the server started."""
     with urllib.request.urlopen(f"http://127.0.0.1:{store.port}/_faults") as answer:
         calls = json.load(answer)["calls"]
-    return {call: number for call, number in calls.items() if call.startswith("GET /archive/in/")}
+    return Counter({call: number for call, number in calls.items() if call.startswith("GET /archive/in/")})
 
 
 @contextlib.contextmanager
 def midway(store, cluster, job):
-    """A run on the cluster, when a fourth of its recordings have been read; yields the future of its report."""
+    """Starts a run; yields the future of its report when it has read some of its recordings, and not all."""
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(batch.run, job, cluster.flags)
+        wait_for_reading(store, report)
+        yield report
+
+
+def wait_for_reading(store, report):
+    """Until a fourth of the recordings have been read, counted from now."""
     before = recordings_read(store)
 
     def read():
-        return sum(number > before.get(call, 0) for call, number in recordings_read(store).items())
+        return sum(number > before[call] for call, number in recordings_read(store).items())
 
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(batch.run, job, cluster.flags)
-        wait_until(lambda: running.done() or read() > 10, "recordings to be read", 240)
-        assert not running.done(), running.result()
-        assert read() < 12 * COPIES
-        yield running
-        running.exception(240)
+    wait_until(lambda: report.done() or read() >= 10, "recordings to be read", 240)
+    assert not report.done(), report.result()
+    assert read() < 12 * COPIES
 
 
 def model_process(pool):
@@ -166,7 +171,7 @@ def nothing_lost_or_twice(store, output, in_process, tmp_path):
     for table in TABLES:
         (tmp_path / table).mkdir()
         (tmp_path / "export" / f"{table}.parquet").rename(tmp_path / table / "latest.parquet")
-    same_rows(in_process, tmp_path)
+    same_rows(in_process, tmp_path, without=(*OF_A_RUN, *ON_THE_WAY))
 
 
 def slowly(store, model, output):
@@ -174,39 +179,33 @@ def slowly(store, model, output):
     return job(store, model, output, slots=1, queue_audio_s=5, decode_threads=1)
 
 
-def test_a_killed_task_manager_costs_time_only(store, cluster, model, in_process, tmp_path):
-    with midway(store, cluster, slowly(store, model, "task_manager")) as running:
+def test_a_killed_model_process_and_a_killed_task_manager_cost_time_only(store, cluster, model, in_process, tmp_path):
+    with midway(store, cluster, slowly(store, model, "killed")) as report:
+        os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
+        wait_for_reading(store, report)  # from the start again
         orphan = model_process(cluster.pools[1])
         cluster.task_managers[1].kill()
-        # It holds a GPU: without the TaskManager it must not stay.
+        # It holds a GPU: without its TaskManager it must not stay.
         wait_until(lambda: not is_running(orphan), "the worker of the killed TaskManager to end")
         cluster.task_managers[1].start()
-    counts = running.result().counts
+    counts = report.result().counts
     assert counts.reconciled, counts.problems
-    nothing_lost_or_twice(store, "task_manager", in_process, tmp_path)
-
-
-def test_a_killed_model_process_costs_time_only(store, cluster, model, in_process, tmp_path):
-    with midway(store, cluster, slowly(store, model, "model_process")) as running:
-        os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
-    counts = running.result().counts
-    assert counts.reconciled, counts.problems
-    nothing_lost_or_twice(store, "model_process", in_process, tmp_path)
+    nothing_lost_or_twice(store, "killed", in_process, tmp_path)
 
 
 def test_without_its_job_server_a_run_fails_and_the_same_again_completes_it(
-    store, cluster, model, in_process, tmp_path
+    store, cluster, model, in_process, tmp_path, capfd
 ):
     again = slowly(store, model, "job_server")
-    with midway(store, cluster, again) as running:
+    with midway(store, cluster, again) as report:
         cluster.job_server.kill()
-        with pytest.raises(batch.RunFailed, match="lost") as failed:
-            running.result(60)
-    print(failed.value)
-    wait_until(lambda: cluster.jobs()[0]["state"] != "RUNNING", "the job to end without its job server", 200)
-    print(cluster.jobs()[0])
+        with pytest.raises(batch.RunFailed, match=r"connection to the job server was lost .* run the same again"):
+            report.result(60)
+    assert "Traceback" not in capfd.readouterr().err
+    wait_until(lambda: cluster.jobs()[0]["state"] == "FINISHED", "the job to end without its job server", 240)
     cluster.job_server.start()
     counts = batch.run(again, cluster.flags).counts
-    print(counts)
     assert counts.reconciled, counts.problems
+    assert counts.states["skipped_done"] == counts.found - 1  # the manifest's bad line is none to skip
+    assert not counts.answers
     nothing_lost_or_twice(store, "job_server", in_process, tmp_path)
