@@ -2,14 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.coders import BooleanCoder, FastPrimitivesCoder, StrUtf8Coder, VarIntCoder
 from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
-from apache_beam.transforms.window import GlobalWindows
+from apache_beam.transforms.window import GlobalWindow, GlobalWindows
 from apache_beam.utils.timestamp import Timestamp
+from apache_beam.utils.windowed_value import WindowedValue
 
 from af3pipe.transforms import metrics
 from af3pipe.transforms.notify import Waiting, work_name
@@ -17,6 +18,12 @@ from af3pipe.transforms.pubsub import ACK_DEADLINE_S, REMEMBER_S, acknowledge, c
 
 # (item, items, ack_id) of a message: item is None where it was delivered, ack_id is empty where an item is done.
 _Event = tuple[int | None, int, str]
+
+
+class _Finished(NamedTuple):
+    ack_id: str
+    message: str
+    timestamp: Any
 
 
 class _AwaitDoFn(beam.DoFn):
@@ -70,12 +77,13 @@ class _AcknowledgeDoFn(beam.DoFn):
         self._ack_deadline_s = ack_deadline_s
 
     def start_bundle(self) -> None:
-        self._to_acknowledge: dict[str, list[str]] = defaultdict(list)
+        self._to_acknowledge: dict[str, list[_Finished]] = defaultdict(list)
         self._to_lease: dict[str, list[str]] = defaultdict(list)
 
     def process(
         self,
         keyed: tuple[str, _Event],
+        timestamp: Any = beam.DoFn.TimestampParam,
         ack_id: Any = beam.DoFn.StateParam(_ACK_ID),
         done: Any = beam.DoFn.StateParam(_DONE),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
@@ -92,7 +100,7 @@ class _AcknowledgeDoFn(beam.DoFn):
             lease.set(Timestamp.now() + self._ack_deadline_s / 2)
         if not latest or len(found) < items:
             return
-        self._to_acknowledge[_subscription_of(message)].append(latest)
+        self._to_acknowledge[_subscription_of(message)].append(_Finished(latest, message, timestamp))
         ack_id.clear()
         done.clear()
         lease.clear()
@@ -111,9 +119,12 @@ class _AcknowledgeDoFn(beam.DoFn):
         else:  # told again of what had been acknowledged
             done.clear()
 
-    def finish_bundle(self) -> None:
-        for subscription, ack_ids in self._to_acknowledge.items():
-            metrics.count("messages_acknowledged", acknowledge(subscription, ack_ids))
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        for subscription, finished in self._to_acknowledge.items():
+            metrics.count("messages_acknowledged", acknowledge(subscription, [found.ack_id for found in finished]))
+            for found in finished:
+                message_id = found.message.partition(" ")[2]
+                yield WindowedValue((subscription, message_id), found.timestamp, (GlobalWindow(),))
         for subscription, ack_ids in self._to_lease.items():
             metrics.count("leases_extended", modify_deadline(subscription, ack_ids, self._ack_deadline_s))
 
@@ -123,7 +134,9 @@ class AcknowledgeMessages(beam.PTransform):
 
     Takes a dict of PCollections: `waiting`, of `Notified`, and `durable`: (recording id, content identity) of each
     recording whose rows are written, of dead letters, too. Each may come first. A message that is delivered again
-    after that is acknowledged at once; so is another one about the same recording. Gives an empty PCollection.
+    after that is acknowledged at once; so is another one about the same recording.
+
+    Gives (subscription, message id) of each message that was acknowledged.
 
     Args:
         ack_deadline_s: How long each lease is, 10 to 600 s; half of it before its end, it is extended.
@@ -151,7 +164,7 @@ class AcknowledgeMessages(beam.PTransform):
         return (
             (delivered, done)
             | "ByMessage" >> beam.Flatten()
-            | "Acknowledge" >> beam.ParDo(_AcknowledgeDoFn(self._ack_deadline_s)).with_output_types(str)
+            | "Acknowledge" >> beam.ParDo(_AcknowledgeDoFn(self._ack_deadline_s)).with_output_types(tuple[str, str])
         )
 
 
