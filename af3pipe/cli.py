@@ -1,9 +1,13 @@
-"""The command line: `af3pipe demo`, `run` and `redrive`; the rest is in `cli_output`."""
+"""The command line: `af3pipe demo`, `run`, `watch` and `redrive`; the rest is in `cli_output`."""
 
+import functools
+import inspect
 import json
 import logging
+import signal
 import sys
 import tempfile
+import time
 import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +27,7 @@ from af3pipe.cli_output import stop
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import ANSWER_TABLES
-from af3pipe.pipelines import batch
+from af3pipe.pipelines import batch, streaming
 from af3pipe.pipelines import redrive as redriving
 from af3pipe.pipelines.accounting import read_rows, run_files
 from af3pipe.pipelines.job import (
@@ -44,6 +48,7 @@ from af3pipe.transforms.verify import Verified
 EXIT_FAILED = 1
 EXIT_WRONG_JOB = 2
 EXIT_DEAD_LETTERS = 3
+_SAME_SIGNAL_S = 1.0  # a terminal and a program that waits for this one may both pass one on
 
 app = typer.Typer(
     name="af3pipe",
@@ -113,22 +118,7 @@ def _demo_inputs() -> Iterator[list[str]]:
         yield [str(clips), folder]
 
 
-@app.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    epilog="Options that are not listed here go to Beam, for example `--runner FlinkRunner`. Exit codes: 0 done; "
-    "1 the run failed, its counts do not reconcile or its replies do not verify; 2 the job is wrong; 3 more dead "
-    "letters than allowed.",
-)
-def run(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="INPUT...",
-            help="Files, folders, globs, manifests (.jsonl, .csv, .tsv, .parquet), tar shards or Hugging Face data "
-            "sets, local or on any fsspec URL; or one job file (.yaml).",
-            show_default=False,
-        ),
-    ] = None,
+def _job_flags(
     output: Annotated[str | None, typer.Option(help="Folder or URL for the Parquet.")] = None,
     partition_by: Annotated[
         list[str] | None,
@@ -240,11 +230,8 @@ def run(
             "fails where a reply differs, else it is told how many agree."
         ),
     ] = None,
-) -> None:
-    """Ask a model about recordings and write the answers as Parquet.
-
-    Give inputs and options, or a job file with the same words as keys; options win over the file.
-    """
+) -> dict[str, Any]:
+    """What a job's flags say, by key of the job."""
     flags = {
         "output": output,
         "partition_by": partition_by,
@@ -281,10 +268,90 @@ def run(
         "fail_on_dead_letters": fail_on_dead_letters,
         "verify_sample": verify_sample,
     }
-    job, beam_flags = _checked(
-        lambda: _job(inputs or [], {key: value for key, value in flags.items() if value is not None})
-    )
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def _takes_job_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the flags of a job beside its own; it gets them as `flags`, as `_job_flags` gives them."""
+    own = [found for found in inspect.signature(command).parameters.values() if found.name != "flags"]
+    shared = list(inspect.signature(_job_flags).parameters.values())
+
+    @functools.wraps(command)
+    def with_flags(**values: Any) -> None:
+        command(**{found.name: values.pop(found.name) for found in own}, flags=_job_flags(**values))
+
+    vars(with_flags)["__signature__"] = inspect.Signature([*own, *shared])
+    with_flags.__annotations__ = {found.name: found.annotation for found in (*own, *shared)}
+    return with_flags
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="Options that are not listed here go to Beam, for example `--runner flink --flink-master HOST:8081`. "
+    "Exit codes: 0 done; 1 the run failed, its counts do not reconcile or its replies do not verify; 2 the job is "
+    "wrong; 3 more dead letters than allowed.",
+)
+@_takes_job_flags
+def run(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT...",
+            help="Files, folders, globs, manifests (.jsonl, .csv, .tsv, .parquet), tar shards or Hugging Face data "
+            "sets, local or on any fsspec URL; or one job file (.yaml).",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Ask a model about recordings and write the answers as Parquet.
+
+    Give inputs and options, or a job file with the same words as keys; options win over the file.
+    """
+    job, beam_flags = _checked(lambda: _job(inputs or [], flags))
     report = _run(job, beam_flags)
+    _show_counts(job, report)
+    _exit(job, report)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="Options that are not listed here go to Beam; the runner is Prism unless `--runner` names Flink or "
+    "Dataflow. Exit codes are those of `run`.",
+)
+@_takes_job_flags
+def watch(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT...",
+            help="Folders, globs or files, local or on any fsspec URL; or one job file (.yaml).",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[str | None, typer.Option(help="How often to look: 30s by default.")] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Windows of the files' modification time that rows land in: 5m by default.")
+    ] = None,
+    pane_every: Annotated[
+        str | None, typer.Option(help="How long rows wait for others to land with: 60s by default.")
+    ] = None,
+    stop_after: Annotated[str | None, typer.Option(help="When to stop; the default is when it is told to.")] = None,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Watch folders, and ask a model about what lands in them or changes, until told to stop.
+
+    Ctrl-C (or SIGTERM) has it write what it has found, and end; a second one ends it at once. What is not written
+    then is asked by the next run or watch into the same output. What that has answered already is not asked again.
+    """
+    own = {"every": every, "window": window, "pane_every": pane_every, "stop_after": stop_after}
+    given = {key: value for key, value in own.items() if value is not None}
+    job, beam_flags = _checked(lambda: _job(inputs or [], flags | ({"watch": given} if given else {})))
+    report = _watch(job, beam_flags)
+    if report is None:
+        stop("cancelled; what was not written is asked by the next run or watch into the same output", EXIT_FAILED)
     _show_counts(job, report)
     _exit(job, report)
 
@@ -366,6 +433,7 @@ def _job(tokens: list[str], flags: dict[str, Any]) -> tuple[JobConfig, list[str]
         raise JobError(f"one job file at a time, not {', '.join(job_files)}")
     values = load_job_values(job_files[0])
     others = [name for name in inputs if name not in job_files]
+    flags = flags | ({"watch": (values.get("watch") or {}) | flags["watch"]} if "watch" in flags else {})
     return make_job(values | flags | ({"inputs": others} if others else {}), job_files[0]), beam_flags
 
 
@@ -401,6 +469,45 @@ def _run(job: JobConfig, beam_flags: list[str]) -> RunReport:
         live = batch.is_in_process(beam_options(job, beam_flags))
         with _progress_line() if live else _no_progress() as show:
             return batch.run(job, beam_flags, on_progress=show)
+
+
+def _watch(job: JobConfig, beam_flags: list[str]) -> RunReport | None:
+    with _faults_told(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
+        watching = streaming.Watch(job, beam_flags)
+    with _faults_told(), _progress_line() as show, _signals_are(_interrupt):
+        _until_stopped(watching, show)
+        return watching.report()
+
+
+def _until_stopped(watching: streaming.Watch, show: Callable[[batch.Progress], None]) -> None:
+    told_at = float("inf")
+    while True:
+        try:
+            while not watching.wait(0.5):
+                show(watching.progress())
+            return
+        except KeyboardInterrupt:
+            if time.monotonic() - told_at > _SAME_SIGNAL_S:
+                watching.cancel()
+                return
+            if told_at == float("inf"):
+                told_at = time.monotonic()
+                _log.warning("stopping: what was found is written first; once more ends it now")
+                watching.stop()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _signals_are(handler: Any) -> Iterator[None]:
+    before = {which: signal.signal(which, handler) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for which, earlier in before.items():
+            signal.signal(which, earlier)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The engine contract, and the only door to torch: an engine is opened by its name, on the machine that runs it."""
 
+import atexit
 import importlib
 import threading
 from concurrent.futures import Future
@@ -160,6 +161,7 @@ class _Shared:
 
 _shared: dict[EngineOptions, _Shared] = {}
 _shared_lock = threading.Lock()
+_kept: set[EngineOptions] = set()
 
 
 def acquire_engine(options: EngineOptions) -> Engine:
@@ -190,6 +192,26 @@ def hold_engine(options: EngineOptions) -> None:
         shared = _shared.setdefault(options, _Shared())
     with shared.lock:
         shared.users += 1
+
+
+def keep_engine(options: EngineOptions) -> None:
+    """Keeps the process's engine for these options open until the process ends, however often it is called."""
+    with _shared_lock:
+        if options in _kept:
+            return
+        _kept.add(options)
+    hold_engine(options)
+    # Not left to the system: a thread that is in the middle of native code when Python ends may crash it.
+    atexit.register(_close_engine, options)
+
+
+def _close_engine(options: EngineOptions) -> None:
+    """Whoever still uses it."""
+    shared = _shared[options]
+    with shared.lock:
+        if shared.engine is not None:
+            shared.engine.close()
+            shared.engine = None
 
 
 def release_engine(options: EngineOptions) -> None:

@@ -122,10 +122,15 @@ def read_rows(uris: Iterable[str], columns: list[str]) -> Iterator[dict[str, Any
             yield from pq.read_table(file, columns=columns).to_pylist()
 
 
-def count_run(output: str, run_id: str, found: int) -> RunCounts:
+def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
     """Reads back what a run wrote and holds it against the number of recordings that it found.
 
     What is compared is kept on disk: memory does not grow with the run.
+
+    Args:
+        output: Of the run.
+        run_id: Of the run.
+        found: How many; None of a stream, which cannot know, and may have settled a recording more than once.
 
     Raises:
         Rejected: The output cannot be read.
@@ -150,13 +155,25 @@ def count_run(output: str, run_id: str, found: int) -> RunCounts:
             books.executemany("INSERT INTO rows VALUES (?, 'dead_letters')", zip(ids, strict=True))
             reasons.update(told)
         written, distinct = books.execute("SELECT count(*), count(DISTINCT id) FROM recordings").fetchone()
-        problems = [
-            *_differ("recordings found", found, "recordings with a terminal state", written),
+        found_once = [
+            *_differ("recordings found", found or 0, "recordings with a terminal state", written),
             *_differ("recordings with a state", written, "different ones", distinct),
+        ]
+        problems = [
+            *([] if found is None else found_once),
             *_rows_differ("answers", books),
             *_rows_differ("dead_letters", books),
         ]
-    return RunCounts(found, dict(states), dict(+answers), dict(reasons), kept, audio_s, tuple(problems))
+    found = written if found is None else found
+    return RunCounts(
+        found,
+        dict(states),
+        dict(+answers),
+        dict(reasons),
+        kept,
+        audio_s,
+        tuple(problems),
+    )
 
 
 def _open_books(folder: str) -> sqlite3.Connection:

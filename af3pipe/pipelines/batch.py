@@ -6,12 +6,13 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from af3pipe import storage
@@ -23,9 +24,12 @@ from af3pipe.pipelines import graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables, take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.plan import Plan, Settlement
+from af3pipe.pipelines.reach import check_runner
 from af3pipe.pipelines.record import RunReport, unfinished_runs, write_record, write_started
+from af3pipe.pipelines.runners import IN_PROCESS
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
+from af3pipe.transforms.launcher import this_process
 from af3pipe.transforms.resume import WorkKeys
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_folders
@@ -34,7 +38,6 @@ T = TypeVar("T")
 Items: TypeAlias = Iterable[Recording | DeadLetter | RecordingResult]
 _CHUNK_ELSEWHERE = 100_000  # other runners keep on disk what they shuffle
 _log = logging.getLogger(__name__)
-_IN_PROCESS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
 
 
 class RunFailed(Exception):
@@ -58,10 +61,11 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
         The checkpoint; None where it cannot be read here and the workers are elsewhere: they may well have it.
 
     Raises:
-        JobError: No input matches, one cannot be read, or the output cannot be written.
+        JobError: The runner cannot be reached, no input matches, one cannot be read, or the output cannot be written.
         ModelError: The checkpoint or the adapter cannot be found, the checkpoint is of a family that is not
             supported, or does not know a task.
     """
+    check_runner(options)
     try:
         if check_inputs:
             _check_inputs(job)
@@ -71,7 +75,7 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
         storage.check_writable(job.output)
     except storage.StorageError as error:
         raise JobError(f"output: {error}") from error
-    workers_are_here = options.view_as(StandardOptions).runner in _IN_PROCESS
+    workers_are_here = options.view_as(StandardOptions).runner in IN_PROCESS
     try:
         if job.adapter is not None:
             adapter_revision(job.adapter)
@@ -157,20 +161,20 @@ def run(
             graph.build(pipeline, ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error
-    _tell_unfinished(job)
+    tell_unfinished(job)
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     write_started(job, run_id)
     before = metrics.tally()
-    background = _Background(
+    background = Background(
         lambda: (
             _run_in_chunks(ran_job, options, run_id, again) if in_chunks else _run_whole(pipeline, ran_job, run_id)
         )
     )
     while not background.wait(progress_every_s):
-        on_progress(_progress(metrics.tally() - before, time.monotonic() - started))
+        on_progress(progress(metrics.tally() - before, time.monotonic() - started))
     found, counted, chunks = background.result()
     wall_s = time.monotonic() - started
-    on_progress(_progress(metrics.tally() - before, wall_s))
+    on_progress(progress(metrics.tally() - before, wall_s))
     sampled = [verified_uri(job.output, run_id, chunk) for chunk in chunks]
     verified = take_verified(sampled) if job.verify_sample else None
     report = RunReport(run_id, count_run(job.output, run_id, found), wall_s, dict(sorted(counted.items())), verified)
@@ -180,7 +184,8 @@ def run(
     return report
 
 
-def _tell_unfinished(job: JobConfig) -> None:
+def tell_unfinished(job: JobConfig) -> None:
+    """Warns of other runs into the output that have begun and not ended."""
     for other in unfinished_runs(job.output):
         _log.warning(
             "run %s, begun at %s on %s (process %s), has not finished. If it goes on, both may ask the same; if it "
@@ -268,32 +273,65 @@ def _write_settlements(batch: list[Settlement], job: JobConfig, run_id: str) -> 
 
 def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
     result = pipeline.run()
-    result.wait_until_finish()
-    state = str(result.state)
-    if state != "DONE":
-        raise RunFailed(f"the runner ended the job in state {state}; see its log above")
-    return _counters(result)
+    try:
+        with _without_traceback_of_messages():
+            result.wait_until_finish()
+        state = str(result.state)
+        if state != "DONE":
+            raise RunFailed(f"the runner ended the job in state {state}; see its log above")
+        return counters(result)
+    except grpc.RpcError as error:  # a job that failed ends otherwise
+        raise RunFailed(
+            f"the connection to the job server was lost ({_rpc_fault(error)}). The job may go on at the cluster all "
+            "the same: look there, for example at Flink's web UI, and let it end or cancel it. Then run the same "
+            "again, into the same output: only what has not been written is asked"
+        ) from error
 
 
-class _Background(Generic[T]):
+@contextmanager
+def _without_traceback_of_messages() -> Iterator[None]:
+    """Beam reads a job's messages on a thread of its own, which ends in a traceback when the connection is lost."""
+    before = threading.excepthook
+
+    def tell(ended: threading.ExceptHookArgs) -> None:
+        if not isinstance(ended.exc_value, grpc.RpcError):
+            before(ended)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if thread.name == "wait_until_finish_read":
+                thread.join(5)  # it loses the same connection
+        threading.excepthook = before
+
+
+def _rpc_fault(error: grpc.RpcError) -> str:
+    """The status of a call, which most such errors are."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else type(error).__name__
+
+
+class Background(Generic[T]):
     """Work on a thread of its own: Beam's in-process runner blocks until the job is done."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
         self._result: list[T] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="af3pipe-run", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="af3pipe-run", daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._result.append(self._work())
         except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
             self._error = error
+        finally:
+            self._ended.set()
 
     def wait(self, seconds: float) -> bool:
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return self._ended.wait(seconds)  # a join that Ctrl-C interrupts takes the thread for ended
 
     def result(self) -> T:
         if isinstance(self._error, RunFailed):
@@ -304,7 +342,16 @@ class _Background(Generic[T]):
 
 
 _FAULT = re.compile(
-    r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|StorageError|CredentialsError): (.+?)(?= \[while running|\n|$)"
+    r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|WorkerError|StorageError|CredentialsError): "
+    r"(.+?)(?= \[while running|\n|$)"
+)
+# What it looks like where a worker cannot make anything of what it was sent, before it could compare versions.
+_NOT_UNDERSTOOD = re.compile(
+    r"ModuleNotFoundError: No module named .*"
+    r"|ImportError: cannot import name .* from 'af3pipe.*"
+    r"|AttributeError: Can't get attribute .*"
+    r"|TypeError: code(?:\(\)| expected) .*"
+    r"|SystemError: unknown opcode.*"
 )
 
 
@@ -313,10 +360,18 @@ def explain_failure(error: BaseException) -> str:
     faults: list[tuple[str, str]] = _FAULT.findall(f"{type(error).__name__}: {error}")
     if faults:
         return faults[-1][1].strip()
+    if not_understood := _NOT_UNDERSTOOD.search(str(error)):
+        here = this_process()
+        return (
+            f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have what this "
+            f"launcher has: af3pipe {here.af3pipe} with what that needs, Apache Beam {here.beam} and Python "
+            f"{here.python}"
+        )
     return storage.redact(f"{type(error).__name__}: {error}")
 
 
-def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
+def progress(counted: Counter[str], elapsed_s: float) -> Progress:
+    """How far a run is that has counted this."""
     return Progress(
         found=counted["recordings_found"],
         done=counted["recordings_done"],
@@ -326,7 +381,7 @@ def _progress(counted: Counter[str], elapsed_s: float) -> Progress:
     )
 
 
-def _counters(result: Any) -> Counter[str]:
+def counters(result: Any) -> Counter[str]:
     """Beam's counters of this package, over all steps; a runner without metrics gives none."""
     total: Counter[str] = Counter()
     for counter in result.metrics().query()["counters"]:
@@ -339,6 +394,6 @@ def _counters(result: Any) -> Counter[str]:
 def is_in_process(options: PipelineOptions) -> bool:
     """Whether the run counts in this process, so that its progress can be shown live."""
     return (
-        options.view_as(StandardOptions).runner in _IN_PROCESS
+        options.view_as(StandardOptions).runner in IN_PROCESS
         and options.get_all_options().get("direct_running_mode") != "multi_processing"
     )

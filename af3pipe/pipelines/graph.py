@@ -10,21 +10,32 @@ from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
 from af3pipe.pipelines.accounting import found_uri, verified_uri, write_found, write_verified
 from af3pipe.pipelines.job import JobConfig
 from af3pipe.pipelines.plan import Chunk
+from af3pipe.pipelines.record import stop_uri
 from af3pipe.schemas import DeadLetter, Recording
 from af3pipe.transforms import (
+    AcknowledgeMessages,
+    AnswerAndSettle,
     AnswerRecordings,
     AskAudioFlamingo,
     DecodeAudio,
+    Notified,
     Outcome,
+    ReadNotifications,
     ReadRecordings,
     ReconcileRecordings,
     ResumeRecordings,
+    SettleRejected,
     VerifyAnswers,
+    WatchRecordings,
     WriteAnswers,
     WriteDeadLetters,
     WriteRecordings,
+    WriteSettledRecordings,
 )
 from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
+from af3pipe.transforms.launcher import CheckWorkers
+from af3pipe.transforms.notify import rejected_version
+from af3pipe.transforms.pubsub import is_subscription, subscription_of
 from af3pipe.transforms.read import list_recordings
 
 
@@ -35,8 +46,13 @@ class Asking(NamedTuple):
     ask: AskAudioFlamingo
 
 
-def asking(job: JobConfig) -> Asking:
-    """The two transforms that do the work."""
+def asking(job: JobConfig, *, keep_engine: bool = False) -> Asking:
+    """The two transforms that do the work.
+
+    Args:
+        job: What is asked.
+        keep_engine: As of `AskAudioFlamingo`.
+    """
     decode = DecodeAudio(
         model=job.model,
         revision=job.revision,
@@ -65,6 +81,7 @@ def asking(job: JobConfig) -> Asking:
         adapter=job.adapter,
         quantize=job.quantize,
         verifiable=job.verify_sample > 0,
+        keep_engine=keep_engine,
     )
     return Asking(decode, ask)
 
@@ -80,9 +97,9 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> AnswerOutcome
     Returns:
         The outcome before it is written: answers, and all dead letters.
     """
-    how = asking(job)
-    found = pipeline | "ReadRecordings" >> ReadRecordings(
-        job.inputs,
+    how = asking(job, keep_engine=True)
+    inputs = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
+    found = inputs | "ReadRecordings" >> ReadRecordings(
         channel=job.channel,
         stream=job.stream,
         allow_prefixes=job.allow_prefixes,
@@ -105,6 +122,71 @@ def build_chunk(
     )
     letters = pipeline | "Rejected" >> beam.Create(chunk.dead_letters, reshuffle=False).with_output_types(DeadLetter)
     return _answer(Outcome(recordings, letters), None, asking(job), job, run_id, chunk=number)
+
+
+def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
+    """Lays the job as a stream that ends when it is stopped: folders are watched, and subscriptions are read."""
+    how = asking(job, keep_engine=True)
+    _ = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
+    found, waiting = _found_in_stream(pipeline, job, run_id)
+    resume = ResumeRecordings(
+        job.output if job.resume else None, how.decode, how.ask, storage_options=job.storage_options
+    )
+    left = found | "ResumeRecordings" >> resume
+    settled = (
+        left.good
+        | "SpreadRecordings" >> beam.Reshuffle()
+        | "AnswerAndSettle" >> AnswerAndSettle(how.decode, how.ask, job.all_tasks(), accelerator=job.accelerator)
+    )
+    told = left.dead_letters | "NotYetTold" >> beam.Filter(lambda letter: not letter.run_id)
+    rejected = told | "SettleRejected" >> SettleRejected()
+    written = (
+        (settled, rejected)
+        | "AllSettled" >> beam.Flatten()
+        | "WriteSettledRecordings"
+        >> WriteSettledRecordings(
+            job.output,
+            run_id=run_id,
+            window_s=job.watch.window,
+            pane_every_s=job.watch.pane_every,
+            shards=job.watch.shards,
+            partition_by=job.partition_by,
+            storage_options=job.storage_options,
+        )
+    )
+    if waiting is not None:
+        before = left.dead_letters | "ToldBefore" >> beam.Filter(lambda letter: letter.run_id)
+        durable = (
+            written,
+            left.skipped | "Skipped" >> beam.Map(lambda result: (result.recording_id, result.content_identity)),
+            before | "RejectedBefore" >> beam.Map(rejected_version),
+        ) | "Durable" >> beam.Flatten()
+        _ = {"waiting": waiting, "durable": durable} | "AcknowledgeMessages" >> AcknowledgeMessages()
+
+
+def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tuple[Outcome, Any]:
+    """What all inputs find; and the messages that wait for it, None where no subscription is read."""
+    until: dict[str, Any] = {"stop_uri": stop_uri(job.output, run_id), "stop_after_s": job.watch.stop_after}
+    how: dict[str, Any] = {
+        "channel": job.channel,
+        "stream": job.stream,
+        "storage_options": job.storage_options,
+    }
+    folders = [name for name in job.inputs if not is_subscription(name)]
+    notified: list[Notified] = [
+        pipeline
+        | f"ReadNotifications_{number}"
+        >> ReadNotifications(subscription_of(name), allow_prefixes=job.allow_prefixes, **until, **how)
+        for number, name in enumerate(filter(is_subscription, dict.fromkeys(job.inputs)))
+    ]
+    found: list[Outcome | Notified] = [*notified]
+    if folders:
+        watch = WatchRecordings(folders, every_s=job.watch.every, **until, **how)
+        found.append(pipeline | "WatchRecordings" >> watch)
+    good = [one.good for one in found] | "AllFound" >> beam.Flatten()
+    letters = [one.dead_letters for one in found] | "AllRejected" >> beam.Flatten()
+    waiting = [one.waiting for one in notified] | "AllWaiting" >> beam.Flatten() if notified else None
+    return Outcome(good, letters), waiting
 
 
 def _answer(

@@ -2,12 +2,13 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias
 
 import yaml
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from af3pipe import storage
@@ -17,6 +18,7 @@ from af3pipe.audio.recording import OverLength
 from af3pipe.models.engine import ENGINES, EngineOptions
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, prompt, transcript
+from af3pipe.pipelines.runners import ON_BY_DEFAULT, runner_name
 from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.transforms.ask import check_tasks
 from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
@@ -158,6 +160,42 @@ def _are_storage_options(value: dict[str, dict[str, Any]]) -> dict[str, dict[str
     return value
 
 
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)?")
+_UNITS_S = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+_A_YEAR_S = 365 * 24 * 3600
+
+
+def _seconds(value: Any) -> Any:
+    """`30s`, `5m`, `1h`, `2d`, or a number of seconds."""
+    found = _DURATION.fullmatch(str(value).strip())
+    if found is None or isinstance(value, bool):
+        raise ValueError("it must be a time such as 30s, 5m or 1h")
+    return float(found[1]) * _UNITS_S[found[2]]
+
+
+Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+
+
+class WatchConfig(_Strict):
+    """How `af3pipe watch` looks for recordings and writes what it has. Times are `30s`, `5m`, `1h`, or seconds.
+
+    Attributes:
+        every: From one listing to the next; a file without an etag must stay the same for one of them.
+        window: Length of the windows, by the objects' modification time, that rows land in.
+        pane_every: How long rows wait for others of their window before they land.
+        stop_after: When to stop by itself; None for never.
+        shards: How many sets of files rows of a window land in at a time.
+    """
+
+    every: Seconds = 30.0
+    window: Seconds = 300.0
+    pane_every: Seconds = 60.0
+    stop_after: Seconds | None = None
+    shards: Annotated[int, Field(gt=0)] = 1
+
+
 class JobConfig(_Strict):
     """All of a job but Beam's own options.
 
@@ -196,6 +234,7 @@ class JobConfig(_Strict):
         storage_options: URL prefix (`s3://archive/`) to fsspec's options for what is below it: `endpoint_url`,
             `profile`, `anon`, `requester_pays`, ...; the longest prefix holds. What none covers has its credentials
             from the environment, where secrets are better kept.
+        watch: Only of `af3pipe watch`, see `WatchConfig`.
         beam: Beam's pipeline options.
     """
 
@@ -235,6 +274,7 @@ class JobConfig(_Strict):
     fail_on_dead_letters: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$")] | None = None
     verify_sample: Annotated[int, Field(ge=0)] = 0
     storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(_are_storage_options)] = {}
+    watch: WatchConfig = WatchConfig()
     beam: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -327,26 +367,35 @@ def _explain(found: dict[str, Any]) -> str:
 
 
 def _allowed_keys(loc: Sequence[Any]) -> list[str]:
-    nested: dict[Any, type[BaseModel]] = {"tasks": TaskConfig, "questions": QuestionConfig}
+    nested: dict[Any, type[BaseModel]] = {"tasks": TaskConfig, "questions": QuestionConfig, "watch": WatchConfig}
     owner = nested.get(loc[0], JobConfig) if len(loc) > 1 else JobConfig
     return list(owner.model_fields)
 
 
-def beam_options(job: JobConfig, flags: Sequence[str] = ()) -> PipelineOptions:
+def beam_options(
+    job: JobConfig, flags: Sequence[str] = (), *, default_runner: str = "FnApiRunner"
+) -> PipelineOptions:
     """The job's `beam` keys and the command line's flags for Beam; flags win.
 
     The default runner is Beam's in-process one, by name: `DirectRunner` first looks for another to download.
 
     Raises:
-        JobError: A setting that loses elements.
+        JobError: A setting that loses elements, or a runner that is not known.
     """
-    for key in job.beam:
-        _check_beam_name(f"--{key}", f"beam.{key}")
-    listed = [flag for key, value in job.beam.items() for flag in _beam_flags(key, value)]
-    options = PipelineOptions([*listed, *flags])
+    listed = [
+        flag
+        for key, value in job.beam.items()
+        for flag in _beam_flags(_beam_name(f"--{key}", f"beam.{key}").removeprefix("--"), value)
+    ]
+    options = PipelineOptions([*listed, *map(_as_beam_spells, flags)])
     found = options.get_all_options()
-    if found.get("runner") is None:
-        options = PipelineOptions(["--runner=FnApiRunner", *listed, *flags])
+    try:
+        options.view_as(StandardOptions).runner = runner_name(found.get("runner") or default_runner)
+    except ValueError as error:
+        raise JobError(str(error)) from error
+    # Beam ends the stream that tells a job's state when this is over, however well the job is: 300 s by default.
+    if found.get("job_server_timeout") == PortableOptions([]).job_server_timeout:
+        options.view_as(PortableOptions).job_server_timeout = _A_YEAR_S
     # 0 workers are as many as there are cores.
     if found.get("direct_running_mode") == "multi_threading" and found.get("direct_num_workers") not in (None, 1):
         raise JobError(
@@ -357,6 +406,8 @@ def beam_options(job: JobConfig, flags: Sequence[str] = ()) -> PipelineOptions:
 
 
 def _beam_flags(key: str, value: Any) -> list[str]:
+    if isinstance(value, bool) and key in ON_BY_DEFAULT:
+        return [f"--{key}={str(value).lower()}"]
     if value is True:
         return [f"--{key}"]
     if value is False or value is None:
@@ -367,19 +418,19 @@ def _beam_flags(key: str, value: Any) -> list[str]:
 
 
 def split_beam_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is left of a command line: the inputs, and the flags that are Beam's.
+    """What is left of a command line: the inputs, and the flags that are Beam's, spelt as Beam spells them.
 
     Raises:
         JobError: A flag that neither knows, so that a misspelt one is not taken for an input.
     """
-    parser = _beam_parser()
     for token in tokens:
         if token.startswith("-") and token != "-":
-            _check_beam_name(token.split("=")[0], token)
-    _, inputs = parser.parse_known_args(list(tokens))
+            _beam_name(token.split("=")[0], token)
+    spelt = [_as_beam_spells(token) for token in tokens]
+    _, inputs = _beam_parser().parse_known_args(spelt)
     left = list(inputs)
     flags = []
-    for token in tokens:
+    for token in spelt:
         if left and token == left[0]:
             left.pop(0)
         else:
@@ -401,9 +452,22 @@ def _beam_parser() -> _Parser:
     return parser
 
 
-def _check_beam_name(name: str, as_written: str) -> None:
-    names = {known for action in _beam_parser()._actions for known in action.option_strings}
-    if name not in names:
+def _beam_names() -> set[str]:
+    return {known for action in _beam_parser()._actions for known in action.option_strings}
+
+
+def _as_beam_spells(token: str) -> str:
+    """An option with `_` for `-`, as in `--flink-master=...`, where Beam knows that one."""
+    name, found, value = token.partition("=")
+    spelt = f"--{name[2:].replace('-', '_')}"
+    is_known = name.startswith("--") and name not in (names := _beam_names()) and spelt in names
+    return f"{spelt}{found}{value}" if is_known else token
+
+
+def _beam_name(name: str, as_written: str) -> str:
+    """Beam's spelling of an option. Raises JobError where it has none such."""
+    spelt, names = _as_beam_spells(name), _beam_names()
+    if spelt not in names:
         own = {f"--{key.replace('_', '-')}" for key in JobConfig.model_fields} | {
             "--task",
             "--question",
@@ -413,6 +477,7 @@ def _check_beam_name(name: str, as_written: str) -> None:
         near = difflib.get_close_matches(name, sorted(names | own), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise JobError(f"{as_written} is neither an option of af3pipe nor of Beam{hint}")
+    return spelt
 
 
 class _Tolerant:

@@ -54,6 +54,11 @@ def started_uri(output: str, run_id: str) -> str:
     return storage.join(output, "_runs", f"{run_id}{_STARTED}")
 
 
+def stop_uri(output: str, run_id: str) -> str:
+    """A file that stops a watching run when it is there, whatever is in it."""
+    return storage.join(output, "_runs", f"{run_id}.stop")
+
+
 def write_started(job: JobConfig, run_id: str, runner: str | None = None) -> None:
     """Written before anything else of the run: whoever finds it alone knows that the run goes on, or was killed."""
     record = {

@@ -297,6 +297,11 @@ class RecordingResult(NamedTuple):
     run_id: str
     created_at: int
 
+    @property
+    def content_identity(self) -> str:
+        """As of `Recording`."""
+        return self.etag or f"{self.size_bytes}:{self.mtime}"
+
 
 RECORDING_SCHEMA = pa.schema(
     [

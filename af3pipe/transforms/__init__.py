@@ -5,25 +5,41 @@ which takes seconds that a launcher need not spend.
 """
 
 from af3pipe.transforms import coders as coders  # registers the coders of all rows
+from af3pipe.transforms.acknowledge import AcknowledgeMessages
 from af3pipe.transforms.ask import AnswerRecordings, AskAudioFlamingo
 from af3pipe.transforms.decode import DecodeAudio
+from af3pipe.transforms.notify import Notified, ParseNotification
 from af3pipe.transforms.outcome import Outcome
+from af3pipe.transforms.panes import WriteSettledRecordings
+from af3pipe.transforms.pubsub import PullMessages, ReadNotifications
 from af3pipe.transforms.read import ReadRecordings
 from af3pipe.transforms.reconcile import ReconcileRecordings
 from af3pipe.transforms.resume import ResumeRecordings
+from af3pipe.transforms.settle import AnswerAndSettle, SettledRecording, SettleRejected
 from af3pipe.transforms.verify import VerifyAnswers
+from af3pipe.transforms.watch import WatchRecordings
 from af3pipe.transforms.write import WriteAnswers, WriteDeadLetters, WriteRecordings
 
 __all__ = [
+    "AcknowledgeMessages",
+    "AnswerAndSettle",
     "AnswerRecordings",
     "AskAudioFlamingo",
     "DecodeAudio",
+    "Notified",
     "Outcome",
+    "ParseNotification",
+    "PullMessages",
+    "ReadNotifications",
     "ReadRecordings",
     "ReconcileRecordings",
     "ResumeRecordings",
+    "SettleRejected",
+    "SettledRecording",
     "VerifyAnswers",
+    "WatchRecordings",
     "WriteAnswers",
     "WriteDeadLetters",
     "WriteRecordings",
+    "WriteSettledRecordings",
 ]

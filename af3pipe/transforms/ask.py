@@ -18,6 +18,7 @@ from af3pipe.models.engine import (
     EngineInfo,
     EngineOptions,
     acquire_engine,
+    keep_engine,
     release_engine,
 )
 from af3pipe.models.family import DEFAULT_MODEL, model_revision, open_checkpoint
@@ -54,9 +55,9 @@ from af3pipe.transforms.outcome import (
 from af3pipe.transforms.overlap import OverlapDoFn
 
 _ASKED = "asked"
-_KEPT = "kept"
-_KNOWN = "known"
-_PARTS = "parts"
+KEPT = "kept"
+KNOWN = "known"
+PARTS = "parts"
 _PENDING_PER_SLOT = 3  # one that the engine works on, two that it finds when that is done
 _ENGINE_COUNTERS = (
     "windows",
@@ -216,6 +217,9 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     The engine is held once per process, whatever the number of instances, threads and bundles; it is opened when
     there is something to ask. What is pending is bounded by count and by seconds of audio: one runner gives a whole
     stage as one bundle.
+
+    With `keep_engine` the process keeps it until it ends: a runner tears an instance down that had nothing to do for
+    a while, and a model takes a minute to load.
     """
 
     def __init__(
@@ -226,6 +230,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         question_think: bool = False,
         *,
         verifiable: bool = False,
+        keep_engine: bool = False,
     ) -> None:
         super().__init__(_PENDING_PER_SLOT, 2 * options.queue_audio_s)  # how many slots is known once it is open
         self._options = options
@@ -234,12 +239,14 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
         self._question_think = question_think
         self._engine: Engine | None = None
         self.verifiable = verifiable
+        self._keep_engine = keep_engine
 
     def setup(self) -> None:
         options = self._options
-        checkpoint = open_checkpoint(options.model, options.revision)
+        with self.telling_where():
+            checkpoint = open_checkpoint(options.model, options.revision)
+            self._model = checkpoint.model_id, model_revision(checkpoint, options.adapter, options.quantize)
         self._family = checkpoint.family
-        self._model = checkpoint.model_id, model_revision(checkpoint, options.adapter, options.quantize)
         self._tasks = tuple(resolve(task, self._family) for task in self._asked)
 
     def teardown(self) -> None:
@@ -252,7 +259,10 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
     def engine(self) -> Engine:
         """The process's; opened the first time that it is wanted between setup and teardown."""
         if self._engine is None:
-            self._engine = acquire_engine(self._options)
+            with self.telling_where():
+                self._engine = acquire_engine(self._options)
+            if self._keep_engine:
+                keep_engine(self._options)
             self._info = self._engine.info
             self._max_pending = _PENDING_PER_SLOT * self._info.slots
             self._max_weight = 2 * len(self._info.device.split(",")) * self._options.queue_audio_s
@@ -342,7 +352,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
             metrics.count("recordings_done")
         for found in left.kept.values():
             metrics.count("answers_kept")
-            yield beam.pvalue.TaggedOutput(_KEPT, (segment.recording.recording_id, found))
+            yield beam.pvalue.TaggedOutput(KEPT, (segment.recording.recording_id, found))
         for outcome in self._answers(segment, left, future):
             if isinstance(outcome, DeadLetter):
                 metrics.count(f"dead_letters_{outcome.reason.value}")
@@ -353,12 +363,12 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
                 continue
             metrics.count("answers")
             is_part = outcome.segments and not (segment.segment_index == 0 and segment.is_last)
-            yield beam.pvalue.TaggedOutput(_PARTS, outcome) if is_part else outcome
+            yield beam.pvalue.TaggedOutput(PARTS, outcome) if is_part else outcome
         for task in left.asked:
             if task not in left.kept and _is_part(segment, task):
                 for found in self._may_be_stitched(segment, task):
-                    key = _stitch_key(segment.recording.recording_id, task.name, task.question_id)
-                    yield beam.pvalue.TaggedOutput(_KNOWN, (key, found))
+                    key = stitch_key(segment.recording.recording_id, task.name, task.question_id)
+                    yield beam.pvalue.TaggedOutput(KNOWN, (key, found))
         if self._engine is not None:
             self._count_engine(self._engine)
 
@@ -439,28 +449,30 @@ class _Stitch(beam.PTransform):
             {"parts": parts, "known": inputs["known"]}
             | "GroupParts" >> beam.CoGroupByKey()
             | "Join"
-            >> beam.FlatMapTuple(_stitch_group)
-            .with_output_types(Answer, **{_KEPT: tuple[str, Covered]})
-            .with_outputs(_KEPT, main="stitched")
+            >> beam.FlatMapTuple(stitch_group)
+            .with_output_types(Answer, **{KEPT: tuple[str, Covered]})
+            .with_outputs(KEPT, main="stitched")
         )
 
 
-def _stitch_key(recording_id: str, task: str, question_id: str | None) -> str:
+def stitch_key(recording_id: str, task: str, question_id: str | None) -> str:
+    """What parts of one answer have in common."""
     return json.dumps([recording_id, task, question_id])  # ids may hold any separator
 
 
 def _keyed_part(part: Answer) -> tuple[str, Answer]:
-    return _stitch_key(part.recording_id, part.task, part.question_id), part
+    return stitch_key(part.recording_id, part.task, part.question_id), part
 
 
-def _stitch_group(_: str, found: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
+def stitch_group(_: str, found: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
+    """One answer of the `parts` of one recording and task, or of `known` ones to the tag `kept` where it is there."""
     parts = sorted(found["parts"], key=operator.attrgetter("segment_index"))
     if not parts:
         return  # each of them is a dead letter
     stitched = stitch(parts)
     known = {earlier.answer_key: earlier for earlier in found["known"]}
     if stitched.answer_key in known:
-        yield beam.pvalue.TaggedOutput(_KEPT, (stitched.recording_id, known[stitched.answer_key]))
+        yield beam.pvalue.TaggedOutput(KEPT, (stitched.recording_id, known[stitched.answer_key]))
     else:
         yield stitched
 
@@ -490,6 +502,9 @@ class AskAudioFlamingo(beam.PTransform):
         adapter: Directory of a PEFT LoRA that is merged into the weights; the workers must have it.
         quantize: `none`, or `int8` or `fp8` for the language model's weights.
         verifiable: Whether it gives a `VerifiableOutcome`, which `VerifyAnswers` takes.
+        keep_engine: Whether a worker's process keeps the engine, once it is open, until the process ends. Otherwise
+            it is closed when the runner closes the last of its users, which on Flink and Dataflow it does after a
+            minute without work, and opened again for the next recording.
 
     Raises:
         ValueError: No task, two of the same name and question, or a follow-up to what is not asked.
@@ -513,6 +528,7 @@ class AskAudioFlamingo(beam.PTransform):
         adapter: str | None = None,
         quantize: str = "none",
         verifiable: bool = False,
+        keep_engine: bool = False,
     ) -> None:
         super().__init__()
         check_tasks(tasks)
@@ -529,7 +545,9 @@ class AskAudioFlamingo(beam.PTransform):
             adapter=adapter,
             quantize=quantize,
         )
-        self.dofn = AskDoFn(options, tasks, question_tokens, question_think, verifiable=verifiable)
+        self.dofn = AskDoFn(
+            options, tasks, question_tokens, question_think, verifiable=verifiable, keep_engine=keep_engine
+        )
         self._hints: dict[str, Any] = {}
 
     def with_resource_hints(self, **hints: Any) -> "AskAudioFlamingo":
@@ -541,17 +559,17 @@ class AskAudioFlamingo(beam.PTransform):
         segments, before = split_input(inputs)
         tags: dict[str, Any] = {
             DEAD_LETTERS: DeadLetter,
-            _PARTS: Answer,
-            _KEPT: tuple[str, Covered],
-            _KNOWN: tuple[str, Covered],
+            PARTS: Answer,
+            KEPT: tuple[str, Covered],
+            KNOWN: tuple[str, Covered],
         }
         if self.dofn.verifiable:
             tags[_ASKED] = AskedRequest
         ask = beam.ParDo(self.dofn).with_output_types(Answer, **tags)
         asked = segments | "Ask" >> ask.with_outputs(*tags, main="whole").with_resource_hints(**self._hints)
-        stitched = {"parts": asked[_PARTS], "known": asked[_KNOWN]} | "Stitch" >> _Stitch()
+        stitched = {"parts": asked[PARTS], "known": asked[KNOWN]} | "Stitch" >> _Stitch()
         good = (asked.whole, stitched.stitched) | "AllAnswers" >> beam.Flatten()
-        kept = (asked[_KEPT], stitched[_KEPT]) | "AllKept" >> beam.Flatten()
+        kept = (asked[KEPT], stitched[KEPT]) | "AllKept" >> beam.Flatten()
         dead_letters = join_dead_letters(asked[DEAD_LETTERS], before)
         if self.dofn.verifiable:
             return VerifiableOutcome(good, dead_letters, kept, asked[_ASKED])

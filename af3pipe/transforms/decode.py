@@ -138,7 +138,8 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
 
     def setup(self) -> None:
         set_storage(self._storage_options)
-        self._limits = open_checkpoint(self._model, self._revision).limits
+        with self.telling_where():
+            self._limits = open_checkpoint(self._model, self._revision).limits
         self._open_decoding: OpenDecoding = open_decoding
         if self._guard is not None:
             self._open_decoding = acquire_decoders(self._guard).open

@@ -32,8 +32,8 @@ from af3pipe.transforms.trust import check_named
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 MANIFEST_SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES), ".parquet")
-_URI_COLUMNS = ("uri", "audio_filepath", "path")
-_ID_COLUMNS = ("id", "recording_id")
+URI_COLUMNS = ("uri", "audio_filepath", "path")
+ID_COLUMNS = ("id", "recording_id")
 _CONVERSATION_COLUMNS = ("conversation", "conversations")
 _QUESTION_KEYS = frozenset({"question", "choices", "id", "prompt"})
 _MOST_LINE_BYTES = 64 << 20
@@ -196,9 +196,9 @@ def _csv_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
 
 def _check_columns(uri: str, names: Sequence[str]) -> None:
     """Without a column of names every row would be a dead letter; of two columns of one name, one would be lost."""
-    if not set(names).intersection(_URI_COLUMNS):
+    if not set(names).intersection(URI_COLUMNS):
         raise _bad(
-            f"manifest {uri} names no audio; it needs one of the columns {', '.join(_URI_COLUMNS)}, and has "
+            f"manifest {uri} names no audio; it needs one of the columns {', '.join(URI_COLUMNS)}, and has "
             f"{', '.join(names)}"
         )
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -245,9 +245,9 @@ def _recording(
 ) -> Recording:
     where, held = row.where, row.held
     if held is None:
-        named = next((columns.pop(name) for name in _URI_COLUMNS if name in columns), None)
+        named = next((columns.pop(name) for name in URI_COLUMNS if name in columns), None)
         if not isinstance(named, str):
-            raise _bad(f"{where} names no audio; it needs one of the columns {', '.join(_URI_COLUMNS)}")
+            raise _bad(f"{where} names no audio; it needs one of the columns {', '.join(URI_COLUMNS)}")
         uri = storage.resolve(named, storage.parent(source))
         check_named(uri, source=source, where=where, allow_prefixes=allow_prefixes)
         held = storage.ObjectInfo(uri, None, None, None)
@@ -259,7 +259,7 @@ def _recording(
         questions, told = _questions(columns)
     except ValueError as error:
         raise _bad(f"{where}: {error}") from error
-    named_id = next((str(columns.pop(name)) for name in _ID_COLUMNS if name in columns), None)
+    named_id = next((str(columns.pop(name)) for name in ID_COLUMNS if name in columns), None)
     metadata = {**extra, **columns, **told}
     return Recording(
         recording_id=named_id or make_recording_id(held.uri, offset_s, duration_s, channel=channel, stream=stream),

@@ -14,6 +14,8 @@ import apache_beam as beam
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.utils.windowed_value import WindowedValue
 
+from af3pipe.transforms.launcher import SentByLauncher
+
 Element = TypeVar("Element")
 Result = TypeVar("Result")
 
@@ -26,7 +28,7 @@ class _Pending(NamedTuple):
     window: Any
 
 
-class OverlapDoFn(beam.DoFn, Generic[Element, Result]):
+class OverlapDoFn(SentByLauncher, beam.DoFn, Generic[Element, Result]):
     """Emits each element's outputs once its future is done, keeping a bounded number of them pending.
 
     Args:

@@ -146,7 +146,7 @@ def stat_recording(recording: Recording) -> Recording | DeadLetter:
     return recording._replace(size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime)
 
 
-class _StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
+class StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
     """What a store takes to answer is waited for by many threads at once."""
 
     def __init__(self, storage_options: storage.StorageOptions) -> None:
@@ -193,16 +193,17 @@ class _ListDoFn(beam.DoFn):
         count_retries()
 
     def process(self, name: str) -> Iterator[Any]:
-        return _tagged(list_recordings(name, allow_prefixes=self._allow_prefixes, **self._chosen))
+        return tagged(list_recordings(name, allow_prefixes=self._allow_prefixes, **self._chosen))
 
 
 class _MergeDoFn(beam.DoFn):
     def process(self, group: tuple[str, Iterable[Recording]]) -> Iterator[Any]:
         metrics.count("recordings_found")
-        return _tagged(merge(group[1]))
+        return tagged(merge(group[1]))
 
 
-def _tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
+def tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
+    """What was found, dead letters by their tag and counted."""
     for found in items:
         if isinstance(found, DeadLetter):
             metrics.count("recordings_found")
@@ -271,7 +272,7 @@ class ReadRecordings(beam.PTransform):
             .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
             .with_outputs(DEAD_LETTERS, main="recordings")
         )
-        found = merged.recordings | "Stat" >> beam.ParDo(_StatDoFn(self._storage_options)).with_output_types(
+        found = merged.recordings | "Stat" >> beam.ParDo(StatDoFn(self._storage_options)).with_output_types(
             Recording, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="recordings")
         rejected = (listed[DEAD_LETTERS], merged[DEAD_LETTERS])

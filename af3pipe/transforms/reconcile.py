@@ -193,8 +193,13 @@ class _SettleDoFn(beam.DoFn):
     def _settle(
         self, recording: Recording, covered: list[Covered], failed: list[Failed], kept: list[Covered]
     ) -> RecordingResult | None:
-        own = {task_key("answer", question.question_id) for question in recording.questions if question.question_id}
-        return settle(recording, covered, failed, self._asked | own, kept=kept)
+        return settle(recording, covered, failed, asked_of(recording, self._asked), kept=kept)
+
+
+def asked_of(recording: Recording, tasks: frozenset[str]) -> frozenset[str]:
+    """What must be answered for a recording: the tasks asked of all, and its own questions, by `task_key`."""
+    own = {task_key("answer", question.question_id) for question in recording.questions if question.question_id}
+    return tasks | own
 
 
 def _recording_pair(recording: Recording) -> tuple[str, Recording]:

@@ -1,6 +1,6 @@
 """What earlier runs left in the same output, held against what there is to do: nothing is paid for twice."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -282,6 +282,28 @@ class _ResumeDoFn(beam.DoFn):
             yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
 
 
+class _ResumeEachDoFn(beam.DoFn):
+    """As `_ResumeDoFn`, one at a time, with all earlier rows as a side input."""
+
+    def __init__(self, resume: _ResumeDoFn) -> None:
+        self._resume = resume
+
+    def setup(self) -> None:
+        self._resume.setup()
+
+    def teardown(self) -> None:
+        self._resume.teardown()
+
+    def process(self, item: Recording | DeadLetter, earlier: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
+        is_letter = isinstance(item, DeadLetter)
+        found: dict[str, Iterable[Any]] = {
+            "recordings": () if is_letter else (item,),
+            "dead_letters": (item,) if is_letter else (),
+            "earlier": earlier[item.recording_id],
+        }
+        return self._resume.process((item.recording_id, found))
+
+
 def _by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:
     return found.recording_id, found
 
@@ -297,7 +319,8 @@ class ResumeOutcome(NamedTuple):
 class ResumeRecordings(beam.PTransform):
     """Holds recordings against what an output has of earlier runs.
 
-    Takes `Recording` (a PCollection, or the Outcome of `ReadRecordings`); gives a `ResumeOutcome`.
+    Takes `Recording` (a PCollection, or the Outcome of `ReadRecordings` or `WatchRecordings`); gives a
+    `ResumeOutcome`. A stream is held against what there is when it starts.
 
     Args:
         output: Folder with the tables of earlier runs; None where none is to be resumed.
@@ -327,20 +350,26 @@ class ResumeRecordings(beam.PTransform):
             files
             | "EarlierFiles" >> beam.ParDo(_FilesDoFn(self._storage_options)).with_output_types(tuple[str, str])
             | "SpreadFiles" >> beam.Reshuffle()
-            | "ReadEarlier" >> beam.ParDo(_RowsDoFn(self._storage_options))
+            | "ReadEarlier" >> beam.ParDo(_RowsDoFn(self._storage_options)).with_output_types(tuple[str, Any])
         )
-        letters = before[0] if before else recordings.pipeline | "NoLetters" >> beam.Create([])
-        by_id = {
-            "recordings": recordings | "RecordingId" >> beam.Map(_by_id).with_output_types(tuple[str, Recording]),
-            "dead_letters": letters | "DeadLetterId" >> beam.Map(_by_id).with_output_types(tuple[str, DeadLetter]),
-            "earlier": earlier,
-        }
-        resumed = (
-            by_id
-            | "MeetById" >> beam.CoGroupByKey()
-            | "Resume"
-            >> beam.ParDo(self._dofn)
-            .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter, _SKIPPED: RecordingResult})
-            .with_outputs(DEAD_LETTERS, _SKIPPED, main="recordings")
-        )
+        if recordings.is_bounded:
+            letters = before[0] if before else recordings.pipeline | "NoLetters" >> beam.Create([])
+            resumed = _tagged(_meet(recordings, letters, earlier), beam.ParDo(self._dofn))
+        else:
+            each = beam.ParDo(_ResumeEachDoFn(self._dofn), beam.pvalue.AsMultiMap(earlier))
+            resumed = _tagged((recordings, *before) | "RecordingsAndLetters" >> beam.Flatten(), each)
         return ResumeOutcome(resumed.recordings, resumed[DEAD_LETTERS], resumed[_SKIPPED])
+
+
+def _meet(recordings: Any, letters: Any, earlier: Any) -> Any:
+    by_id = {
+        "recordings": recordings | "RecordingId" >> beam.Map(_by_id).with_output_types(tuple[str, Recording]),
+        "dead_letters": letters | "DeadLetterId" >> beam.Map(_by_id).with_output_types(tuple[str, DeadLetter]),
+        "earlier": earlier,
+    }
+    return by_id | "MeetById" >> beam.CoGroupByKey()
+
+
+def _tagged(inputs: Any, resume: Any) -> Any:
+    types = {DEAD_LETTERS: DeadLetter, _SKIPPED: RecordingResult}
+    return inputs | "Resume" >> resume.with_output_types(Recording, **types).with_outputs(*types, main="recordings")

@@ -1,4 +1,4 @@
-"""What a manifest may name: one that comes from elsewhere must not have this machine read what it likes."""
+"""What a manifest or a message may name: one from elsewhere must not have this machine read what it likes."""
 
 import re
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from af3pipe.schemas import Reason, Rejected, Stage
 _LOCAL = ("file", "local")
 # Where all that is below the first slash belongs to one owner. On other servers only a folder does.
 _BUCKET_STORES = ("s3", "gs", "az", "abfs", "abfss", "adl", "oss", "oci", "cos", "obs", "tos")
+_ELSEWHERE = "which may lead elsewhere; write it without '..' and control characters"
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "local": "file"}
 
 
@@ -31,12 +32,35 @@ def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[s
         return
     if any(_is_local(link) for link in url.split("::")):
         why = "a file of this machine, which only a local manifest may name"
-    elif ".." in re.split(r"[/\\]", unquote(url)) or not url.isprintable():
-        why = "which may lead elsewhere; write it without '..' and control characters"
+    elif _may_lead_elsewhere(url):
+        why = _ELSEWHERE
     elif any(is_below(url, prefix) for prefix in (own_prefix(source), *allow_prefixes)):
         return
     else:
         why = f"which is outside {own_prefix(source)}; if you trust it, allow it: --allow-prefix {own_prefix(url)}"
+    raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}")
+
+
+def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> None:
+    """Whether a message may name `url`: only what is below one of `allow_prefixes`, of this machine's files too.
+
+    A message has no bucket or folder of its own, and whoever may publish can have written it.
+
+    Args:
+        url: As it would be opened.
+        where: Names the message to the user.
+        allow_prefixes: URLs, or folders of this machine, that stand for all that is below them.
+
+    Raises:
+        Rejected: permission_denied; says which message, which URL and what to do.
+    """
+    if _may_lead_elsewhere(url):
+        why = _ELSEWHERE
+    elif any(is_below(url, prefix) for prefix in allow_prefixes):
+        return
+    else:
+        allowed = ", ".join(allow_prefixes) or "nothing"
+        why = f"and messages may name {allowed}; if you trust it, allow it: --allow-prefix {own_prefix(url)}"
     raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}")
 
 
@@ -60,6 +84,10 @@ def is_below(url: str, prefix: str) -> bool:
     if not wanted or found.count("::") != wanted.count("::"):
         return False
     return found == wanted or found.startswith(wanted + "/")
+
+
+def _may_lead_elsewhere(url: str) -> bool:
+    return ".." in re.split(r"[/\\]", unquote(url)) or not url.isprintable()
 
 
 def _scheme(uri: str) -> str:

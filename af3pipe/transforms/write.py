@@ -82,7 +82,7 @@ def _recording_table(_: RecordingResult) -> str:
 
 
 def _recording_key(row: RecordingResult) -> str:
-    return row.recording_id
+    return f"{row.recording_id}/{row.work_key or ''}"
 
 
 def _own_metadata(row: Answer | RecordingResult) -> Mapping[str, str]:
@@ -124,25 +124,32 @@ def check_partition_by(partition_by: Sequence[str]) -> None:
             raise ValueError(f"partition_by names {name!r} twice")
 
 
-def partition_folder(partition_by: Sequence[str], run_id: str, metadata: Mapping[str, str]) -> str:
+def partition_folder(
+    partition_by: Sequence[str], run_id: str, metadata: Mapping[str, str], *, day: str | None = None
+) -> str:
     """The folders below a table, as Hive names them: `date=2026-11-21/station=K%20Q`; empty without partitions.
 
     Args:
         partition_by: `date`, the UTC day on which the run began; `run`, its id; any other is a key of `metadata`.
         run_id: As `new_run_id` makes it, where `date` is asked for.
         metadata: Of a recording; what it lacks is null.
+        day: `date`, where it is not the run's.
 
     Raises:
         ValueError: The run's id does not begin with a time, and `date` is asked for.
     """
     known = {"run": run_id}
     if "date" in partition_by:
-        day = _RUN_DAY.match(run_id)
-        if day is None:
-            raise ValueError(f"partition_by date takes the day from the run's id, and {run_id!r} begins with none")
-        known["date"] = "-".join(day.groups())
+        known["date"] = day or _day_of(run_id)
     values = ((name, known.get(name) or metadata.get(name)) for name in partition_by)
     return "/".join(f"{name}={quote(value, safe='') if value else NO_VALUE}" for name, value in values)
+
+
+def _day_of(run_id: str) -> str:
+    day = _RUN_DAY.match(run_id)
+    if day is None:
+        raise ValueError(f"partition_by date takes the day from the run's id, and {run_id!r} begins with none")
+    return "-".join(day.groups())
 
 
 def to_table(rows: Iterable[Any], schema: pa.Schema) -> pa.Table:
@@ -161,7 +168,9 @@ def _columns(row: Any) -> dict[str, Any]:
     return found
 
 
-def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, folder: str, run_id: str) -> Iterator[str]:
+def write_rows(
+    rows: Iterable[Any], row_format: RowFormat, output: str, folder: str, run_id: str, *, pane: str = ""
+) -> Iterator[str]:
     """Writes the rows of one group to Parquet files and yields their URIs; the same rows give the same files.
 
     Args:
@@ -170,6 +179,7 @@ def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, folder: 
         output: Folder of all tables.
         folder: Below it: the table, and the partition where there are any.
         run_id: Goes into the rows and the names of the files.
+        pane: Goes into the names behind it: of a stream, that part of which these rows are.
 
     Raises:
         StorageError: The output cannot be written.
@@ -179,7 +189,7 @@ def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, folder: 
     for start in range(0, len(keys), ROWS_PER_FILE):
         chunk = keys[start : start + ROWS_PER_FILE]
         digest = hashlib.sha256("\n".join(chunk).encode()).hexdigest()[:16]
-        uri = storage.join(output, folder, f"{run_id}-{digest}.parquet")
+        uri = storage.join(output, folder, f"{run_id}{pane}-{digest}.parquet")
         buffer = BytesIO()
         arrow = to_table((by_key[key] for key in chunk), row_format.schema)
         pq.write_table(arrow, buffer, compression="zstd")
@@ -190,27 +200,37 @@ def write_rows(rows: Iterable[Any], row_format: RowFormat, output: str, folder: 
 class _Folder:
     """A row's folder below the output: its table and partition."""
 
-    def __init__(self, row_format: RowFormat, run_id: str, partition_by: Sequence[str]) -> None:
+    def __init__(
+        self, row_format: RowFormat, run_id: str, partition_by: Sequence[str], day: str | None = None
+    ) -> None:
         self._format = row_format
         self._run_id = run_id
         self._partition_by = partition_by
+        self._day = day
 
     def __call__(self, row: Any) -> str:
         metadata = self._format.metadata(row) if self._partition_by else {}
-        partition = partition_folder(self._partition_by, self._run_id, metadata)
+        partition = partition_folder(self._partition_by, self._run_id, metadata, day=self._day)
         return f"{self._format.table(row)}/{partition}".rstrip("/")
 
 
 def write_folders(
-    rows: Iterable[Any], row_format: RowFormat, output: str, run_id: str, partition_by: Sequence[str] = ()
+    rows: Iterable[Any],
+    row_format: RowFormat,
+    output: str,
+    run_id: str,
+    partition_by: Sequence[str] = (),
+    *,
+    day: str | None = None,
+    pane: str = "",
 ) -> Iterator[str]:
     """Writes rows as `write_rows` does, each to its table and partition: what the transforms do, without Beam."""
-    folder_of = _Folder(row_format, run_id, partition_by)
+    folder_of = _Folder(row_format, run_id, partition_by, day)
     by_folder: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         by_folder[folder_of(row)].append(row)
     for folder, found in sorted(by_folder.items()):
-        yield from write_rows(found, row_format, output, folder, run_id)
+        yield from write_rows(found, row_format, output, folder, run_id, pane=pane)
 
 
 class _ToShard(beam.DoFn):

@@ -165,11 +165,13 @@ def free_port():
 
 
 def wait_for_port(port, process, seconds=60):
+    """Waits until the process listens: on a port of 127.0.0.1, or on (host, port)."""
+    address = port if isinstance(port, tuple) else ("127.0.0.1", port)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"{process.args} ended with {process.returncode}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        with contextlib.suppress(OSError), socket.create_connection(address, 1):
             return
         time.sleep(0.2)
     raise TimeoutError(f"{process.args} did not listen on {port} in {seconds} s")
@@ -181,21 +183,22 @@ def python_module(name, *arguments):
 
 
 @contextlib.contextmanager
-def serving(command, port, *, log, environment=None):
-    """Runs a server in a process group of its own until it listens, and ends the whole group afterwards."""
+def serving(command, port, *, log, environment=None, folder=None):
+    """Runs a server in a process group of its own from when it listens, and ends the whole group afterwards."""
     # Beam's pool starts its workers as `python`, whichever comes first on the path.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=os.environ | {"PATH": path} | (environment or {}),
+            cwd=folder,
         )
         try:
             wait_for_port(port, process)
-            yield
+            yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)

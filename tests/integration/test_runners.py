@@ -9,10 +9,9 @@ import soundfile
 
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import make_job
-from tests.integration.runners import ANSWER_TABLES, portable_runner, rows
+from tests.integration.runners import portable_runner, rows, same_rows
 
 pytestmark = pytest.mark.integration
-TABLES = (*ANSWER_TABLES, "recordings", "dead_letters")
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +75,6 @@ def test_a_long_recording_gives_one_stitched_transcript(in_process):
     assert (found["start_s"], found["end_s"], found["duration_s"]) == (0.0, 65.0, 65.0)
     captions = [row for row in rows(output, "captions") if row["uri"].endswith("over.flac")]
     assert len(captions) == 2
-
-
-def same_rows(left, right):
-    for table in TABLES:
-        # A traceback names lines of the runner; the rest of a dead letter is ours.
-        found = rows(right, table, without=("run_id", "created_at", "traceback"))
-        assert found == rows(left, table, without=("run_id", "created_at", "traceback")), table
 
 
 def test_several_processes_give_the_same_rows(archive, model, in_process, tmp_path):

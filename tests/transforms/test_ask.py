@@ -1,5 +1,8 @@
 """AskAudioFlamingo on the real engine: what is asked, what comes back, and who holds the model."""
 
+import subprocess
+import sys
+import textwrap
 import threading
 
 import apache_beam as beam
@@ -97,6 +100,54 @@ def test_an_engine_is_loaded_anew_after_it_was_let_go():
     second = acquire_engine(OPTIONS)
     assert second is not first
     release_engine(OPTIONS)
+
+
+def opened_in_turn(keep_engine, **changes):
+    """The engine of each of two users, the second of whom comes when the first is gone."""
+    for _ in range(2):
+        dofn = AskDoFn(OPTIONS._replace(**changes), [caption()], keep_engine=keep_engine)
+        dofn.setup()
+        yield dofn.engine()
+        dofn.teardown()
+
+
+def test_a_kept_engine_outlives_its_users():
+    first, second = opened_in_turn(True, slots=2)
+    assert first is second
+    assert first.is_open
+    first.close()  # as when its device fails: one that is lost is not kept
+    third, fourth = opened_in_turn(True, slots=2)
+    assert third is fourth is not first
+    assert third.is_open
+    first, second = opened_in_turn(False, slots=3)
+    assert first is not second
+    assert not second.is_open
+
+
+def test_a_kept_engine_is_closed_when_its_process_ends():
+    code = """
+        from af3pipe.models import ENGINES, EngineInfo, EngineOptions, caption
+        from af3pipe.transforms.ask import AskDoFn
+
+        class Told:
+            is_open = True
+            info = EngineInfo("demo", "", "", "", "told", "", "cpu")
+
+            def __init__(self, options):
+                print("opened")
+
+            def close(self):
+                print("closed")
+
+        ENGINES["told"] = "__main__:Told"
+        for _ in range(2):
+            dofn = AskDoFn(EngineOptions("demo", "told"), [caption()], keep_engine=True)
+            dofn.setup()
+            dofn.engine()
+        print("the end")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert (done.stdout.splitlines(), done.returncode) == (["opened", "the end", "closed"], 0), done.stderr
 
 
 def test_an_engine_that_is_lost_is_replaced_for_the_next_try():

@@ -64,6 +64,7 @@ def transforms(found):
 def test_labels_read_as_the_job():
     top = {name for name in transforms(proto()) if name.partition("/")[0] == name}
     assert top == {
+        "CheckWorkers",
         "ReadRecordings",
         "ResumeRecordings",
         "AnswerRecordings",
