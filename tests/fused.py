@@ -9,11 +9,14 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
+from apache_beam.pipeline import PipelineVisitor
 from apache_beam.portability import common_urns
 from apache_beam.runners.portability.fn_api_runner import translations
 from apache_beam.runners.worker.bundle_processor import DATA_INPUT_URN, DATA_OUTPUT_URN
 from apache_beam.transforms import resources
 from apache_beam.typehints.typehints import TypeConstraint
+
+from af3pipe.transforms.decode import DecodeDoFn
 
 # What a runner does itself; all else is done in a worker.
 _RUNNERS_OWN = frozenset(
@@ -55,7 +58,7 @@ class Moved(NamedTuple):
         made_by: Name of the transform.
         taken_by: Names of transforms of other stages.
         element_type: Of the collection; None for one that Beam made while it fused.
-        may_hold_audio: Whether the type says so, or does not say and the collection is made of one that does.
+        may_hold_audio: Whether the type says so; or does not say, and it is decoded, or made of what may hold audio.
     """
 
     made_by: str
@@ -87,15 +90,19 @@ class Fused(NamedTuple):
         ]
 
 
-def fuse(pipeline):
-    """Fuses a pipeline that is laid, bounded or not, whatever its runner; nothing of it runs."""
-    proto, context = pipeline.to_runner_api(return_context=True)
+def fuse(pipeline, proto=None, context=None):
+    """Fuses a pipeline that is laid, bounded or not, whatever its runner; nothing of it runs.
+
+    Args:
+        pipeline: Which.
+        proto: What a runner has made of it, where it has.
+        context: Of the `proto`.
+    """
+    if proto is None:
+        proto, context = pipeline.to_runner_api(return_context=True)
     types = {key: context.pcollections.get_by_id(key).element_type for key in proto.components.pcollections}
-    return fuse_proto(proto, types)
-
-
-def fuse_proto(proto, types):
-    """Fuses a pipeline as a runner gets it; `types` are the element types of its collections, by id."""
+    decoding = _Decoding()
+    pipeline.visit(decoding)
     _, stages = translations.create_and_optimize_stages(proto, _PHASES, _RUNNERS_OWN)
     steps = [transform for stage in stages for transform in stage.transforms if not _is_port(transform)]
     makers = {output: step.unique_name for step in steps for output in step.outputs.values()}
@@ -103,7 +110,7 @@ def fuse_proto(proto, types):
     for step in steps:
         for taken in step.inputs.values():
             takers[taken].append(step.unique_name)
-    audio = _may_hold_audio(steps, types)
+    audio = _may_hold_audio(steps, types, decoding.names)
     leaving = sorted(
         {
             taken
@@ -119,6 +126,18 @@ def fuse_proto(proto, types):
     )
 
 
+class _Decoding(PipelineVisitor):
+    """Names of the steps that decode, or have something in them that does."""
+
+    def __init__(self):
+        self.names = set()
+
+    def visit_transform(self, node):
+        fn = getattr(node.transform, "fn", None)
+        if isinstance(fn, DecodeDoFn) or any(isinstance(part, DecodeDoFn) for part in vars(fn or self).values()):
+            self.names.add(node.full_label)
+
+
 def _is_port(transform):
     return transform.spec.urn in (DATA_INPUT_URN, DATA_OUTPUT_URN)
 
@@ -131,9 +150,14 @@ def _stage(stage, environments):
     )
 
 
-def _may_hold_audio(steps, types):
-    """Ids of collections, found by going on until nothing is added: the steps come in no order."""
+def _may_hold_audio(steps, types, decoding):
+    """Ids of collections, found by going on until nothing is added: the steps come in no order.
+
+    What a step that decodes gives may be audio, and so may what is made of that, unless its type says what it is.
+    """
+    made = {output for step in steps if step.unique_name in decoding for output in step.outputs.values()}
     found = {key for key, hint in types.items() if holds_audio(hint)}
+    found |= {key for key in made if holds_audio(types.get(key, Any)) is None}
     while True:
         made = {
             output

@@ -198,9 +198,7 @@ def test_objects_of_a_store(model, runner, tmp_path):
     with store_server(S3, tmp_path) as store, using(store) as found:
         local = tone(tmp_path / "local.flac")
         found.fs.pipe_file("archive/in/first.flac", local.read_bytes())
-        watched = job(
-            [found.url("archive/in/*.flac"), found.url("archive/not-yet/")], found.url("labels/out"), model
-        )
+        watched = job([found.url("archive/in/*.flac"), found.url("archive/not-yet/")], found.url("labels/out"), model)
         with watching(watched, runner) as watch:
             deadline = time.monotonic() + 120
             found.fs.pipe_file("archive/not-yet/second.flac", local.read_bytes())

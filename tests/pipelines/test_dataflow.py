@@ -22,17 +22,19 @@ from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
 from apache_beam.transforms.window import FixedWindows
 from google.protobuf.json_format import MessageToDict
 
-from af3pipe.pipelines.graph import build
+from af3pipe.pipelines.graph import build, build_stream
 from af3pipe.pipelines.job import beam_options, load_job_values, make_job
 from af3pipe.schemas import Recording, Segment
 from af3pipe.transforms import AnswerRecordings, AskAudioFlamingo, DecodeAudio
-from tests.fused import fuse, fuse_proto
+from af3pipe.transforms.settle import _TaggingDoFn
+from tests.fused import fuse
 
 JOB_FILE = Path(__file__).parents[2] / "deploy" / "dataflow" / "job.yaml"
 COMMITTED = Path(__file__).with_name("dataflow_job.json")
 NO_PIP_FREEZE = "--experiments=disable_logging_submission_environment"
 RENEW = "AF3PIPE_RENEW=1 python -m pytest tests/pipelines/test_dataflow.py -k committed"
 GPU = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
+STREAMED = ["gs://my-archive/2026/", "pubsub://projects/my-project/subscriptions/landed"]
 DECODE = "AnswerRecordings/DecodeAudio/Decode/ParDo(DecodeDoFn)"
 ASK = "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)"
 
@@ -41,23 +43,20 @@ def job_of(**changes):
     return make_job(load_job_values(str(JOB_FILE)) | {"model": "demo"} | changes)
 
 
-def dry_run(job, run_id="20261121T000000Z-000000"):
+def dry_run(job, run_id="20261121T000000Z-000000", lay=build):
     """The pipeline as Dataflow's runner has made it, and what it would send."""
     pipeline = beam.Pipeline(options=beam_options(job, ["--dry_run=True", NO_PIP_FREEZE]))
-    build(pipeline, job, run_id)
+    lay(pipeline, job, run_id)
     return pipeline, pipeline.run().job
 
 
-def fused(job):
-    pipeline, _ = dry_run(job)
-    proto, context = pipeline.runner.proto_pipeline, pipeline.runner.proto_context
-    return fuse_proto(
-        proto, {key: context.pcollections.get_by_id(key).element_type for key in proto.components.pcollections}
-    )
+def fused(job, lay=build):
+    pipeline, _ = dry_run(job, lay=lay)
+    return fuse(pipeline, pipeline.runner.proto_pipeline, pipeline.runner.proto_context)
 
 
-def step_names(job, run_id):
-    _, sent = dry_run(job, run_id)
+def step_names(job, run_id, lay=build):
+    _, sent = dry_run(job, run_id, lay)
     return {found.unique_name for found in sent.proto_pipeline.components.transforms.values()}
 
 
@@ -160,7 +159,8 @@ def test_audio_that_leaves_its_stage_is_seen(decode, accelerator, moved):
     assert all("in another stage" in told for told in found.audio_moved)
 
 
-def test_names_are_those_of_another_run_over_other_recordings():
+@pytest.mark.parametrize("lay", [build, build_stream])
+def test_names_are_those_of_another_run_over_other_recordings(lay):
     one = job_of()
     other = job_of(
         inputs=["gs://other/a.wav", "gs://other/b/"],
@@ -168,13 +168,45 @@ def test_names_are_those_of_another_run_over_other_recordings():
         tasks=[{"name": "mood", "prompt": "What mood is it?"}],
         questions=["Who speaks?", "Where?"],
     )
-    assert step_names(one, "20261121T000000Z-000000") == step_names(other, "20271231T235959Z-ffffff")
+    names = step_names(one, "20261121T000000Z-000000", lay)
+    assert names == step_names(other, "20271231T235959Z-ffffff", lay)
 
 
-def test_names_are_given_and_no_accident_of_a_source_file():
+def test_a_stream_has_decoding_and_asking_in_one_stage_and_moves_no_audio():
+    found = fused(job_of(inputs=STREAMED, allow_prefixes=["gs://my-archive"]), build_stream)
+    asking = ("AnswerAndSettle/Tag", "AnswerAndSettle/Decode", "AnswerAndSettle/Ask", "AnswerAndSettle/Settle")
+    assert [stage.steps for stage in found.stages if stage.accelerator] == [asking]
+    assert found.audio_moved == []
+
+
+class Roundabout(beam.PTransform):
+    """A stream's way from decoding to asking, with a shuffle in it; nothing has a type."""
+
+    def __init__(self, decode):
+        super().__init__()
+        self._decode = decode
+
+    def expand(self, recordings):
+        tagged = recordings | "Tag" >> beam.Map(lambda recording: ("recording", recording))
+        decode = _TaggingDoFn(self._decode.dofn, "recording", "segment", keeps_input=True)
+        return tagged | "Decode" >> beam.ParDo(decode) | "Spread" >> beam.Reshuffle() | beam.Map(print)
+
+
+def test_audio_without_a_type_is_seen_too():
+    pipeline = beam.Pipeline()
+    recordings = pipeline | beam.Create([Recording("a", "a.wav")]).with_output_types(Recording)
+    _ = recordings | "Roundabout" >> Roundabout(DecodeAudio(model="demo"))
+    assert {one.made_by for one in fuse(pipeline).moved if one.may_hold_audio} == {
+        "Roundabout/Decode",
+        "Roundabout/Spread",
+    }
+
+
+@pytest.mark.parametrize("lay", [build, build_stream])
+def test_names_are_given_and_no_accident_of_a_source_file(lay):
     """A line number in a name makes another step of it with Beam's next version, which `--update` refuses."""
-    ours = {name for name in step_names(job_of(), "20261121T000000Z-000000") if "lambda" in name}
-    # Of Beam's own Create, which reads nothing that lasts and is not in a stream.
+    ours = {name for name in step_names(job_of(), "20261121T000000Z-000000", lay) if "lambda" in name}
+    # Of Beam's own Create, which keeps nothing that an update would have to find again.
     assert {name for name in ours if not re.fullmatch(r".*/FlatMap\(<lambda at core\.py:\d+>\)", name)} == set()
 
 
