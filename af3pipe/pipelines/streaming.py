@@ -98,7 +98,7 @@ class Watch:
             storage.delete(stop_uri(self._job.output, self.run_id))
             return None
         self._background.result()
-        if self._result.state != PipelineState.DONE:
+        if self._result.state not in (PipelineState.DONE, PipelineState.DRAINED):
             raise batch.RunFailed(f"the runner ended the job in state {self._result.state}; see its log above")
         job, wall_s = self._job, time.monotonic() - self._started
         counted = batch.counters(self._result)
