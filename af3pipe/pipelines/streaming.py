@@ -1,5 +1,6 @@
 """The streaming pipeline: folders are watched, and what lands in them is answered, until it is stopped."""
 
+import logging
 import shutil
 import time
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from af3pipe.pipelines import batch, graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.record import RunReport, started_uri, stop_uri, write_record, write_started
+from af3pipe.pipelines.relist import InputError, relist
+from af3pipe.pipelines.view import Latest, table_files
 from af3pipe.schemas import DeadLetter, Reason
 from af3pipe.transforms import metrics
 from af3pipe.transforms.pubsub import is_subscription, subscription_of
@@ -22,6 +25,7 @@ from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.watch import check_watched
 from af3pipe.transforms.write import new_run_id
 
+_log = logging.getLogger(__name__)
 _PRISM = (
     "cannot start Prism, Beam's runner for streams on one machine: {}. Where it cannot be downloaded, build it "
     "(`go install github.com/apache/beam/sdks/v2/go/cmd/prism@v" + beam.__version__ + "`) and put it on the path or "
@@ -91,9 +95,10 @@ class Watch:
             StorageError, Rejected: Its books cannot be written or read back.
         """
         if self._result.state == PipelineState.CANCELLED:
+            storage.delete(stop_uri(self._job.output, self.run_id))
             return None
         self._background.result()
-        if self._result.state != PipelineState.DONE:
+        if self._result.state not in (PipelineState.DONE, PipelineState.DRAINED):
             raise batch.RunFailed(f"the runner ended the job in state {self._result.state}; see its log above")
         job, wall_s = self._job, time.monotonic() - self._started
         counted = batch.counters(self._result)
@@ -104,7 +109,26 @@ class Watch:
         fill_empty_tables(job.output, sorted(tables), self.run_id, job.partition_by)
         write_record(job, self._checkpoint, self._runner, self._started_at, report)
         storage.delete(stop_uri(job.output, self.run_id))
+        _tell_left(job)
         return report
+
+
+def _tell_left(job: JobConfig) -> None:
+    """A stream does not know what it never found: a last look at its folders does."""
+    folders = [name for name in job.inputs if not is_subscription(name)]
+    try:
+        found = relist(Latest(job.output, table_files(job.output)), folders, channel=job.channel, stream=job.stream)
+    except InputError as error:
+        _log.warning("what is left to ask cannot be told: %s", error)
+        return
+    for number, example in (found.never, found.changed):
+        if number:
+            _log.warning(
+                "%d files have no row as they are now, for example %s: they landed or changed after the last look, "
+                "or were still being written. The next watch or run into the same output asks them",
+                number,
+                example,
+            )
 
 
 def stream_options(job: JobConfig, flags: list[str]) -> PipelineOptions:

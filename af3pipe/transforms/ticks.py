@@ -1,5 +1,6 @@
 """The clock of a stream that looks for something again and again."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected
 from af3pipe.transforms.stores import set_storage
+
+_log = logging.getLogger(__name__)
 
 
 class _TickRanges(RestrictionProvider):
@@ -70,7 +73,10 @@ class _TickDoFn(beam.DoFn):
             storage.stat(self._stop_uri)
         except Rejected as rejected:
             if rejected.reason is not Reason.NOT_FOUND:
-                raise
+                _log.warning("whether to stop cannot be told now: %s", rejected.detail)
+            return False
+        except storage.StorageError as error:  # a store may be down for a while: the stream goes on
+            _log.warning("whether to stop cannot be told now: %s", error)
             return False
         return True
 

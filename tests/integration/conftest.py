@@ -10,6 +10,7 @@ from tests.integration import flink, pubsub
 # Not everywhere can they be fetched: in CI their tests are then left out; elsewhere they skip, and say why.
 _MISSING = {
     "test_flink.py": flink.missing(),
+    "test_flink_watch.py": flink.missing(),
     "test_pubsub.py": pubsub.is_missing(),
     "test_watch.py": not shutil.which("prism"),
 }

@@ -1,0 +1,74 @@
+"""A watched folder on a true Flink cluster: what a killed TaskManager had under way is done again, and lands once."""
+
+import shutil
+import time
+from importlib import resources
+
+import pyarrow.dataset as ds
+import pytest
+
+from af3pipe.pipelines import batch, streaming
+from af3pipe.pipelines.audit import audit
+from af3pipe.pipelines.job import make_job
+from af3pipe.pipelines.view import export_latest
+from tests.integration.flink import flink_cluster, wait_until
+from tests.integration.runners import TABLES, same_rows
+
+pytestmark = pytest.mark.integration
+
+
+def job(folder, output, model):
+    return make_job(
+        {
+            "inputs": [str(folder)],
+            "output": str(output),
+            "model": str(model),
+            "tasks": ["caption", "transcript"],
+            "max_new_tokens": 24,
+            "device": "cpu",
+            "watch": {"every": "2s", "pane_every": "2s"},
+        }
+    )
+
+
+def settled(output):
+    """URIs that have a row."""
+    files = list((output / "recordings").rglob("*.parquet"))
+    return set(ds.dataset(files, format="parquet").to_table(columns=["uri"])["uri"].to_pylist()) if files else set()
+
+
+def test_a_killed_task_manager_loses_nothing(model, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "watched"
+    folder.mkdir()
+    with resources.as_file(resources.files("af3pipe.demo") / "clips") as clips:
+        found = {clip.name: clip.read_bytes() for clip in sorted(clips.iterdir())}
+    names = list(found)
+    for name in names[:5]:
+        (folder / name).write_bytes(found[name])
+    with flink_cluster(tmp_path / "flink") as cluster:
+        watch = streaming.Watch(job(folder, output, model), [*cluster.flags, "--checkpointing_interval=1000"])
+        try:
+            wait_until(lambda: watch.wait(0) or len(settled(output)) == 5, "the first rows", 180)
+            for name in names[5:]:
+                (folder / name).write_bytes(found[name])
+            time.sleep(5)  # some of them are being asked
+            cluster.task_managers[1].kill()
+            cluster.task_managers[1].start()
+            wait_until(lambda: watch.wait(0) or len(settled(output)) == len(names), "all rows", 240)
+            watch.stop()
+            wait_until(lambda: watch.wait(0), "the end of the stream", 120)
+            report = watch.report()
+        finally:
+            if not watch.wait(0):
+                watch.cancel()
+    assert report.counts.reconciled, report.counts.problems
+    assert audit(str(output)).problems == []
+    assert settled(output) == {str(folder / name) for name in names}
+
+    batch.run(job(folder, tmp_path / "ran", model))
+    export_latest(str(output), str(tmp_path / "export"), TABLES)
+    for table in TABLES:
+        if (tmp_path / "export" / f"{table}.parquet").exists():
+            (tmp_path / "latest" / table).mkdir(parents=True)
+            shutil.move(tmp_path / "export" / f"{table}.parquet", tmp_path / "latest" / table / "latest.parquet")
+    same_rows(tmp_path / "ran", tmp_path / "latest")
