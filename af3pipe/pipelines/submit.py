@@ -21,7 +21,7 @@ from af3pipe.pipelines.accounting import (
     take_verified,
     verified_uri,
 )
-from af3pipe.pipelines.batch import RunFailed, is_in_process, preflight
+from af3pipe.pipelines.batch import RunFailed, is_in_process, preflight, tell_unfinished
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options, make_job
 from af3pipe.pipelines.record import RunReport, read_started, started_uri, write_record, write_started
 from af3pipe.schemas import Rejected
@@ -50,6 +50,7 @@ def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
     try:
         pipeline = beam.Pipeline(options=options)
         graph.build(pipeline, job.model_copy(update=pinned), run_id)
+        tell_unfinished(job)
         write_started(job, run_id, runner)
         try:
             pipeline.run()

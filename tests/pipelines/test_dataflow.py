@@ -34,7 +34,10 @@ COMMITTED = Path(__file__).with_name("dataflow_job.json")
 NO_PIP_FREEZE = "--experiments=disable_logging_submission_environment"
 RENEW = "AF3PIPE_RENEW=1 python -m pytest tests/pipelines/test_dataflow.py -k committed"
 GPU = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
-STREAMED = ["gs://my-archive/2026/", "pubsub://projects/my-project/subscriptions/landed"]
+STREAMED = {
+    "inputs": ["gs://my-archive/2026/", "pubsub://projects/my-project/subscriptions/landed"],
+    "allow_prefixes": ["gs://my-archive"],
+}
 DECODE = "AnswerRecordings/DecodeAudio/Decode/ParDo(DecodeDoFn)"
 ASK = "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)"
 
@@ -173,7 +176,7 @@ def test_names_are_those_of_another_run_over_other_recordings(lay):
 
 
 def test_a_stream_has_decoding_and_asking_in_one_stage_and_moves_no_audio():
-    found = fused(job_of(inputs=STREAMED, allow_prefixes=["gs://my-archive"]), build_stream)
+    found = fused(job_of(**STREAMED), build_stream)
     asking = ("AnswerAndSettle/Tag", "AnswerAndSettle/Decode", "AnswerAndSettle/Ask", "AnswerAndSettle/Settle")
     assert [stage.steps for stage in found.stages if stage.accelerator] == [asking]
     assert found.audio_moved == []
@@ -205,7 +208,8 @@ def test_audio_without_a_type_is_seen_too():
 @pytest.mark.parametrize("lay", [build, build_stream])
 def test_names_are_given_and_no_accident_of_a_source_file(lay):
     """A line number in a name makes another step of it with Beam's next version, which `--update` refuses."""
-    ours = {name for name in step_names(job_of(), "20261121T000000Z-000000", lay) if "lambda" in name}
+    job = job_of() if lay is build else job_of(**STREAMED)
+    ours = {name for name in step_names(job, "20261121T000000Z-000000", lay) if "lambda" in name}
     # Of Beam's own Create, which keeps nothing that an update would have to find again.
     assert {name for name in ours if not re.fullmatch(r".*/FlatMap\(<lambda at core\.py:\d+>\)", name)} == set()
 
