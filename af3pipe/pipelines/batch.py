@@ -273,13 +273,20 @@ def _write_settlements(batch: list[Settlement], job: JobConfig, run_id: str) -> 
 
 def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
     result = pipeline.run()
-    try:
-        with _without_traceback_of_messages():
-            result.wait_until_finish()
+    with connected():
+        result.wait_until_finish()
         state = str(result.state)
         if state != "DONE":
             raise RunFailed(f"the runner ended the job in state {state}; see its log above")
         return counters(result)
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Raises RunFailed where the job server that is talked to is lost."""
+    try:
+        with _without_traceback_of_messages():
+            yield
     except grpc.RpcError as error:  # a job that failed ends otherwise
         raise RunFailed(
             f"the connection to the job server was lost ({_rpc_fault(error)}). The job may go on at the cluster all "

@@ -69,7 +69,11 @@ class Watch:
             storage.delete(started_uri(job.output, self.run_id))
             text = batch.explain_failure(error)
             raise batch.RunFailed(_PRISM.format(text) if self._runner == "PrismRunner" else text) from error
-        self._background = batch.Background(self._result.wait_until_finish)
+        self._background = batch.Background(self._wait)
+
+    def _wait(self) -> None:
+        with batch.connected():
+            self._result.wait_until_finish()
 
     def wait(self, seconds: float) -> bool:
         """Waits this long at most; says whether the run has ended."""
@@ -94,12 +98,14 @@ class Watch:
             RunFailed: The pipeline failed.
             StorageError, Rejected: Its books cannot be written or read back.
         """
-        if self._result.state == PipelineState.CANCELLED:
+        with batch.connected():
+            state = self._result.state
+        if state == PipelineState.CANCELLED:
             storage.delete(stop_uri(self._job.output, self.run_id))
             return None
         self._background.result()
-        if self._result.state not in (PipelineState.DONE, PipelineState.DRAINED):
-            raise batch.RunFailed(f"the runner ended the job in state {self._result.state}; see its log above")
+        if state not in (PipelineState.DONE, PipelineState.DRAINED):
+            raise batch.RunFailed(f"the runner ended the job in state {state}; see its log above")
         job, wall_s = self._job, time.monotonic() - self._started
         counted = batch.counters(self._result)
         report = RunReport(

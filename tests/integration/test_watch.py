@@ -215,9 +215,14 @@ def command(folder, output, model, *others):
     return python_module("af3pipe", "watch", folder, *flags, *others)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_told_to_stop_it_writes_what_it_found(how, model, runner, tmp_path):
-    """As a terminal does: the signal reaches all processes of the group, Prism, too."""
+@pytest.mark.parametrize(
+    ("tell", "how"),
+    [
+        pytest.param(os.killpg, signal.SIGINT, id="a terminal tells all of a group, Prism, too"),
+        pytest.param(os.kill, signal.SIGTERM, id="a supervisor tells the one that it started"),
+    ],
+)
+def test_told_to_stop_it_writes_what_it_found(tell, how, model, runner, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for number in range(4):
@@ -234,7 +239,7 @@ def test_told_to_stop_it_writes_what_it_found(how, model, runner, tmp_path):
             time.sleep(0.2)
         tone(folder / "last.flac", 0.3)
         time.sleep(3)
-        os.killpg(process.pid, how)
+        tell(process.pid, how)
         assert process.wait(90) == 0, (tmp_path / "log").read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -264,7 +269,8 @@ def test_one_that_is_killed_leaves_the_rest_to_the_next(model, runner, tmp_path)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = len(recordings(output))
-    report = batch.run(job([str(folder)], output, model, tasks=["caption"], max_new_tokens=8))
+    again = job([str(folder)], output, model, tasks=["caption"], max_new_tokens=8, over_length="dead-letter")
+    report = batch.run(again)
     assert report.counts.reconciled, report.counts.problems
     assert report.counts.found == 12
     states = report.counts.states

@@ -63,7 +63,9 @@ def test_a_patch_of_beam_or_python_is_no_other_version():
 
 
 @pytest.mark.parametrize(
-    "dofn", [AskDoFn(EngineOptions("demo", device="cpu"), [caption()]), DecodeAudio(model="demo").dofn], ids=repr
+    "dofn",
+    [AskDoFn(EngineOptions("demo", device="cpu"), [caption()]), DecodeAudio(model="demo").dofn],
+    ids=["ask", "decode"],
 )
 def test_a_step_arrives_as_it_was_sent_and_knows_its_launcher(dofn):
     for load in (pickler.loads(pickler.dumps(dofn)), pickle.loads(pickle.dumps(dofn))):
