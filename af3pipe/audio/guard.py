@@ -28,6 +28,7 @@ LEAST_MEMORY_MIB, MOST_MEMORY_MIB = 64, 1 << 20
 IS_SUPPORTED = os.name == "posix"
 
 _RECORDINGS_PER_PROCESS = 1000  # then a new one, so that what a decoder leaks does not add up
+_MOST_IDLE = 8  # as many as a step decodes at once; those of a moment when several steps did end
 _STARTS = 3  # where memory is short the system may end a process that has done nothing yet
 _log = logging.getLogger(__name__)
 
@@ -132,7 +133,8 @@ class DecoderPool:
 
     def give_back(self, process: DecoderProcess) -> None:
         with self._lock:
-            if not self._closed and process.recordings < _RECORDINGS_PER_PROCESS:
+            is_wanted = not self._closed and len(self._idle) < _MOST_IDLE
+            if is_wanted and process.recordings < _RECORDINGS_PER_PROCESS:
                 self._idle.append(process)
                 return
         process.kill()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from af3pipe.audio import guard
 from af3pipe.audio.decode import Asked, decode
 from af3pipe.audio.decoder_process import GuardError
 from af3pipe.audio.guard import DecoderError, DecoderPool
@@ -69,6 +70,15 @@ def processes(pool):
     "encode", [make.wav, make.flac, make.mp3, make.mp3_without_length, make.ogg, make.m4a, make.adts]
 )
 @pytest.mark.parametrize("where", ["memory", "disk"])
+def test_of_many_that_were_open_at_once_a_few_are_kept():
+    with DecoderPool() as pool:
+        taken = [pool.take(new=True) for _ in range(guard._MOST_IDLE + 2)]
+        for process in taken:
+            pool.give_back(process)
+        assert len(pool._idle) == guard._MOST_IDLE
+        assert [process._process.poll() is None for process in taken].count(True) == guard._MOST_IDLE
+
+
 def test_equals_decoding_in_process(pool, encode, where, tmp_path):
     data = encode(make.sound(33.3, 44100, 2), 44100)
     (tmp_path / "file").write_bytes(data)
