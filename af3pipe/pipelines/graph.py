@@ -11,7 +11,7 @@ from af3pipe.pipelines.accounting import found_uri, verified_uri, write_found, w
 from af3pipe.pipelines.job import JobConfig
 from af3pipe.pipelines.plan import Chunk
 from af3pipe.pipelines.record import stop_uri
-from af3pipe.schemas import DeadLetter, Recording
+from af3pipe.schemas import DeadLetter, Recording, RecordingResult
 from af3pipe.transforms import (
     AcknowledgeMessages,
     AnswerAndSettle,
@@ -158,8 +158,8 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
         before = left.dead_letters | "ToldBefore" >> beam.Filter(lambda letter: letter.run_id)
         durable = (
             written,
-            left.skipped | "Skipped" >> beam.Map(lambda result: (result.recording_id, result.content_identity)),
-            before | "RejectedBefore" >> beam.Map(rejected_version),
+            left.skipped | "Skipped" >> beam.Map(_version_of).with_output_types(tuple[str, str]),
+            before | "RejectedBefore" >> beam.Map(rejected_version).with_output_types(tuple[str, str]),
         ) | "Durable" >> beam.Flatten()
         _ = {"waiting": waiting, "durable": durable} | "AcknowledgeMessages" >> AcknowledgeMessages()
 
@@ -187,6 +187,10 @@ def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tu
     letters = [one.dead_letters for one in found] | "AllRejected" >> beam.Flatten()
     waiting = [one.waiting for one in notified] | "AllWaiting" >> beam.Flatten() if notified else None
     return Outcome(good, letters), waiting
+
+
+def _version_of(result: RecordingResult) -> tuple[str, str]:
+    return result.recording_id, result.content_identity
 
 
 def _answer(

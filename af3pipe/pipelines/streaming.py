@@ -17,6 +17,7 @@ from af3pipe.pipelines.accounting import count_run, fill_empty_tables
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.record import RunReport, started_uri, stop_uri, write_record, write_started
 from af3pipe.pipelines.relist import InputError, relist
+from af3pipe.pipelines.runners import FlinkOptions
 from af3pipe.pipelines.view import Latest, table_files
 from af3pipe.schemas import DeadLetter, Reason
 from af3pipe.transforms import metrics
@@ -151,6 +152,11 @@ def stream_options(job: JobConfig, flags: list[str]) -> PipelineOptions:
             "--runner away, which takes Prism, or name Flink or Dataflow"
         )
     standard.streaming = True
+    flink = options.view_as(FlinkOptions)
+    if standard.runner in ("FlinkRunner", "PortableRunner") and flink.shutdown_sources_after_idle_ms is None:
+        # With checkpoints, Beam keeps what is read once (the output's earlier rows) open for ever, as Flink needed it
+        # before 1.15; and the stream waits for its end.
+        flink.shutdown_sources_after_idle_ms = 1
     if standard.runner == "PrismRunner" and not prism.prism_location:
         prism.prism_location = shutil.which("prism")
     return options
