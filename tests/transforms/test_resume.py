@@ -41,7 +41,7 @@ from af3pipe.schemas import (
 )
 from af3pipe.storage import StorageError
 from af3pipe.transforms import DecodeAudio
-from af3pipe.transforms.ask import AskDoFn, _stitch_group, make_answer
+from af3pipe.transforms.ask import AskDoFn, stitch_group, make_answer
 from af3pipe.transforms.outcome import recording_of, to_dead_letter
 from af3pipe.transforms.reconcile import covered_by, failed_by, settle
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, read_earlier, resume
@@ -339,7 +339,7 @@ class Asked:
                 ).append(value)
         if self.parts:
             found = {"parts": random.sample(self.parts, len(self.parts)), "known": [found for _, found in known]}
-            for item in _stitch_group("", found):
+            for item in stitch_group("", found):
                 if isinstance(item, beam.pvalue.TaggedOutput):
                     self.kept.append(item.value)
                 else:
