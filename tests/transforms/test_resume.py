@@ -41,7 +41,7 @@ from af3pipe.schemas import (
 )
 from af3pipe.storage import StorageError
 from af3pipe.transforms import DecodeAudio
-from af3pipe.transforms.ask import AskDoFn, stitch_group, make_answer
+from af3pipe.transforms.ask import AskDoFn, make_answer, stitch_group
 from af3pipe.transforms.outcome import recording_of, to_dead_letter
 from af3pipe.transforms.reconcile import covered_by, failed_by, settle
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, read_earlier, resume

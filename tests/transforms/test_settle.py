@@ -193,7 +193,10 @@ def test_what_earlier_runs_left_counts_as_in_a_batch(recordings):
     assert by_id[recordings["silent"].recording_id].kept_dead_letters == 1
 
 
-def versions(recordings, earlier=Earlier()):
+NOTHING = Earlier()
+
+
+def versions(recordings, earlier=NOTHING):
     """A file that was written over: another sound, another etag, the same name."""
     old = recordings["short"]._replace(earlier=earlier)
     new = recordings["a part"]._replace(recording_id=old.recording_id, etag="new", earlier=earlier)
