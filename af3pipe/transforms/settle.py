@@ -49,9 +49,14 @@ registry.register_coder(SettledRecording, RowTupleCoder)
 
 
 def event_time(settled: SettledRecording) -> Timestamp:
-    """When the object was modified; where its store does not say, when it was asked."""
+    """When the object was modified; where its store does not say, when it was asked.
+
+    What claims to be from before 1970 is from the zero of another clock (1601, 1904): it is of 1970 here, since
+    elements that are more than a hundred years late are dropped.
+    """
     mtime = settled.result.mtime
-    return Timestamp.of(datetime.fromisoformat(mtime).timestamp() if mtime else settled.result.created_at / 1e6)
+    at_s = datetime.fromisoformat(mtime).timestamp() if mtime else settled.result.created_at / 1e6
+    return Timestamp.of(max(0.0, at_s))
 
 
 class NotTogether(Exception):

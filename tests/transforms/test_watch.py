@@ -76,10 +76,10 @@ def test_a_file_passes_when_it_stayed_the_same_for_long_enough():
 
 
 def test_a_dead_letter_passes_once():
-    assert passed((letter("a"), 0.0), (letter("a"), 1.0)) == {"a": [letter_of(letter("a"))]}
+    assert passed((letter("a"), 0.0), (letter("a"), 1.0)) == {"a": [LetterOf(letter("a"))]}
 
 
-class letter_of:
+class LetterOf:
     """Equal to a dead letter made at another time."""
 
     def __init__(self, expected):
