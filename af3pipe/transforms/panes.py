@@ -124,7 +124,7 @@ class WriteSettledRecordings(beam.PTransform):
                 allowed_lateness=_NEVER_TOO_LATE,
             )
             | "Shard"
-            >> beam.WithKeys(lambda found: _shard(found, shards)).with_output_types(tuple[int, SettledRecording])
+            >> beam.Map(lambda found: (_shard(found, shards), found)).with_output_types(tuple[int, SettledRecording])
             | "Pane" >> beam.GroupByKey()
             | "WritePane" >> beam.ParDo(self._write).with_output_types(tuple[str, str])
         )

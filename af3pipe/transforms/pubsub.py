@@ -233,7 +233,7 @@ class _Once(beam.PTransform):
         row_class: Any = self._row_class
         return (
             rows
-            | "ByWork" >> beam.WithKeys(work_of).with_output_types(tuple[str, row_class])
+            | "ByWork" >> beam.Map(lambda row: (work_of(row), row)).with_output_types(tuple[str, row_class])
             | "Once" >> beam.ParDo(_OnceDoFn(self._remember_s)).with_output_types(row_class)
         )
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from apache_beam.coders import registry
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.testing.test_stream import TestStream
+from apache_beam.testing import test_stream
 from apache_beam.transforms.window import TimestampedValue
 
 from af3pipe import storage
@@ -36,7 +36,7 @@ def written(output, *panes, **how):
 
     What is written long ago in event time comes as late as it can: the watermark is at today's.
     """
-    stream = TestStream(coder=registry.get_coder(SettledRecording)).advance_watermark_to(int(time.time()))
+    stream = test_stream.TestStream(coder=registry.get_coder(SettledRecording)).advance_watermark_to(int(time.time()))
     for rows in panes:
         stream.add_elements([TimestampedValue(row, event_time(row)) for row in rows])
         stream.advance_processing_time(3600)

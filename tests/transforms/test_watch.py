@@ -182,19 +182,6 @@ def test_whatever_comes_and_goes_nothing_is_left_out_for_long(listings):
     assert len(told._times) == len(listings[-1])  # it grows with what there is, and not with what there was
 
 
-def test_listings_that_overlap_remind_too():
-    """A listing may take longer than it is to the next one, on another thread."""
-    told = _Told()
-    many = [stored(f"{number}", "1") for number in range(60)]
-    for _ in range(_TOLD_AT_FIRST):
-        told_by(told, *many)
-    reminded = set()
-    for _ in range(_REMINDED_EVERY // 2):
-        one, other = told.leave_out(iter(many)), told.leave_out(iter(many))
-        reminded |= {*(found for pair in zip(one, other, strict=False) for found in pair), *one, *other}
-    assert reminded == set(many)
-
-
 # --- _ListDoFn and WatchRecordings
 
 
