@@ -140,7 +140,7 @@ def test_a_folder_that_may_come_is_no_mistake(tmp_path):
     ],
 )
 def test_what_cannot_be_watched_is_told_before_anything_starts(name, says):
-    with pytest.raises(JobError, match=".") as error:
+    with pytest.raises(JobError) as error:
         _check_inputs(job_of(inputs=[name]))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
