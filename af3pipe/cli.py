@@ -433,7 +433,9 @@ def _job(tokens: list[str], flags: dict[str, Any]) -> tuple[JobConfig, list[str]
         raise JobError(f"one job file at a time, not {', '.join(job_files)}")
     values = load_job_values(job_files[0])
     others = [name for name in inputs if name not in job_files]
-    flags = flags | ({"watch": (values.get("watch") or {}) | flags["watch"]} if "watch" in flags else {})
+    if "watch" in flags:
+        in_file = values.get("watch") or {}
+        flags = flags | {"watch": in_file | flags["watch"] if isinstance(in_file, dict) else in_file}
     return make_job(values | flags | ({"inputs": others} if others else {}), job_files[0]), beam_flags
 
 

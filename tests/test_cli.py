@@ -242,6 +242,79 @@ def test_a_terminal_shows_how_far_the_run_is(archive, tmp_path):
     assert re.search(r"\d+ / 2 recordings, [\d.]+ audio s/s, \d dead letters", seen.decode())
 
 
+@pytest.fixture
+def watched(monkeypatch):
+    """What `watch` would start: (job, options for Beam) of each."""
+    found = []
+    monkeypatch.setattr(cli, "_watch", lambda job, beam_flags: found.append((job, beam_flags)))
+    return found
+
+
+def test_options_of_a_watch_win_over_its_file(tmp_path, watched):
+    job = tmp_path / "job.yaml"
+    job.write_text("inputs: in/\noutput: out\nwatch: {every: 10s, window: 1m, shards: 3}\n")
+    told = run("watch", job, "--every", "5s", "--stop-after", "1h", "--model", "demo", "--runner", "flink")
+    assert told.exit_code == 1  # nothing was started, which is told as a watch that was cancelled
+    assert "cancelled; what was not written is asked by the next run or watch" in told.output.replace("\n", " ")
+    ((found, beam_flags),) = watched
+    assert found.watch.model_dump() == {
+        "every": 5.0,
+        "window": 60.0,
+        "pane_every": 60.0,
+        "stop_after": 3600.0,
+        "shards": 3,
+    }
+    assert (found.inputs, found.output, found.model) == (("in/",), "out", "demo")
+    assert beam_flags == ["--runner", "flink"]
+
+
+def test_a_watch_takes_folders_and_options_alone(watched):
+    run("watch", "in/", "s3://b/*.flac", "--output", "out", "--window", "2m", "--pane-every", "1.5")
+    ((found, _),) = watched
+    assert found.inputs == ("in/", "s3://b/*.flac")
+    assert (found.watch.window, found.watch.pane_every, found.watch.every) == (120.0, 1.5, 30.0)
+
+
+def test_a_file_without_watch_takes_options_of_one(tmp_path, watched):
+    job = tmp_path / "job.yaml"
+    for text in ("inputs: in/\noutput: out\n", "inputs: in/\noutput: out\nwatch:\n"):
+        job.write_text(text)
+        run("watch", job, "--every", "5s")
+    assert [found.watch.every for found, _ in watched] == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["in/", "--every", "often"], "watch.every: it must be a time such as 30s, 5m or 1h"),
+        (["in/", "--stop-after", "0s"], "watch.stop_after is '0s': input should be greater than 0"),
+        (["in/", "--evry", "5s"], "--evry is neither an option of af3pipe nor of Beam"),
+        (["calls.csv"], "input calls.csv is a manifest or a container; watched are folders and globs of audio"),
+        (["in/", "shards/*.tar"], "Ask about it with `af3pipe run`"),
+        (["in/", "--runner", "FnApiRunner"], "runner FnApiRunner gives nothing before its input ends"),
+        (["in/", "--runner", "local"], "or name Flink or Dataflow"),
+        (["pubsub://mine"], "write projects/PROJECT/subscriptions/NAME"),
+    ],
+    ids=lambda found: " ".join(found) if isinstance(found, list) else "",
+)
+def test_a_wrong_watch_exits_2_and_says_why(tmp_path, arguments, says):
+    done = run("watch", *arguments, "--output", tmp_path / "out", "--model", "demo", "--device", "cpu")
+    assert done.exit_code == 2, done.output
+    assert says in done.output.replace("\n", " ")
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out" / "_runs").exists()
+
+
+def test_a_job_file_with_a_wrong_watch_exits_2(tmp_path):
+    job = tmp_path / "job.yaml"
+    for text, says in (("5s", "watch"), ("{evry: 5s}", "watch.evry is not a key of a job; did you mean 'every'?")):
+        job.write_text(f"inputs: in/\noutput: {tmp_path / 'out'}\nwatch: {text}\n")
+        for more in ([], ["--every", "5s"]):
+            done = run("watch", job, *more)
+            assert done.exit_code == 2, done.output
+            assert says in done.output.replace("\n", " ")
+
+
 def test_version_and_help():
     assert run("--version").output.startswith("af3pipe ")
     assert "non-commercial" in run("run", "--help").output

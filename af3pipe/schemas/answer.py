@@ -223,6 +223,11 @@ class Answer(NamedTuple):
         """Its four columns as one."""
         return Levels(self.peak_dbfs, self.rms_dbfs, self.clipped_share, self.silent)
 
+    @property
+    def content_identity(self) -> str:
+        """As of `Recording`."""
+        return self.etag or f"{self.size_bytes}:{self.mtime}"
+
 
 ANSWER_SCHEMA = pa.schema(
     [

@@ -112,6 +112,7 @@ class Covered(NamedTuple):
         pieces: (start_s, end_s) of each part answered for.
         duration_s: Of the whole object, as far as was known with this answer.
         levels: Of the parts together.
+        content_identity: Of the recording that was heard, as of `Recording`; empty where nobody has to know.
     """
 
     answer_key: str
@@ -119,6 +120,7 @@ class Covered(NamedTuple):
     pieces: tuple[tuple[float, float], ...]
     duration_s: float | None
     levels: Levels
+    content_identity: str = ""
 
 
 class Earlier(NamedTuple):

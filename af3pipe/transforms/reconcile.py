@@ -55,6 +55,7 @@ def covered_by(answer: Answer) -> Covered:
         pieces or ((answer.start_s, answer.end_s),),
         answer.duration_s,
         answer.levels,
+        answer.content_identity,
     )
 
 

@@ -34,7 +34,7 @@ from af3pipe.transforms.reconcile import own_columns
 from af3pipe.transforms.stores import set_storage
 
 _RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
-_COVERED_BY = ["start_s", "end_s", "segments", "duration_s", *Levels._fields]
+_COVERED_BY = ["start_s", "end_s", "segments", "duration_s", *Levels._fields, "etag", "size_bytes", "mtime"]
 _BATCH_ROWS = 4096
 _SKIPPED = "skipped"
 
@@ -128,6 +128,7 @@ def _covered(row: dict[str, Any]) -> Covered:
         pieces or ((row["start_s"], row["end_s"]),),
         row["duration_s"],
         Levels(row["peak_dbfs"], row["rms_dbfs"], row["clipped_share"], row["silent"]),
+        row["etag"] or f"{row['size_bytes']}:{row['mtime']}",
     )
 
 

@@ -49,9 +49,14 @@ registry.register_coder(SettledRecording, RowTupleCoder)
 
 
 def event_time(settled: SettledRecording) -> Timestamp:
-    """When the object was modified; where its store does not say, when it was asked."""
+    """When the object was modified; where its store does not say, when it was asked.
+
+    What claims to be from before 1970 is from the zero of another clock (1601, 1904): it is of 1970 here, since
+    elements that are more than a hundred years late are dropped.
+    """
     mtime = settled.result.mtime
-    return Timestamp.of(datetime.fromisoformat(mtime).timestamp() if mtime else settled.result.created_at / 1e6)
+    at_s = datetime.fromisoformat(mtime).timestamp() if mtime else settled.result.created_at / 1e6
+    return Timestamp.of(max(0.0, at_s))
 
 
 class NotTogether(Exception):
@@ -155,30 +160,23 @@ class _GatherDoFn(beam.DoFn):
 
     def start_bundle(self) -> None:
         # By recording and version: a bundle may have two versions of a file that is written again and again.
-        self._versions: dict[str, dict[str, _Gathered]] = defaultdict(lambda: defaultdict(_Gathered))
-        self._kept: list[tuple[str, tuple[str, Any]]] = []
+        self._versions: dict[tuple[str, str], _Gathered] = defaultdict(_Gathered)
 
     def process(self, tagged: tuple[str, Any]) -> None:
-        tag, item = tagged
-        if tag in (KEPT, KNOWN):
-            self._kept.append(tagged)
-        else:
-            self._versions[item.recording_id][_version(item)].add(tag, item)
+        self._versions[_version(*tagged)].add(*tagged)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        for tag, item in self._kept:
-            recording_id = item[0] if tag == KEPT else json.loads(item[0])[0]
-            for gathered in self._versions[recording_id].values():
-                gathered.add(tag, item)
-        for versions in self._versions.values():
-            for gathered in versions.values():
-                yield _windowed(gathered.settle(self._tasks))
+        for gathered in self._versions.values():
+            yield _windowed(gathered.settle(self._tasks))
 
 
-def _version(item: Recording | Answer | DeadLetter) -> str:
-    if isinstance(item, DeadLetter):
-        return recording_of(item.input).content_identity
-    return item.content_identity if isinstance(item, Recording) else item.etag or f"{item.size_bytes}:{item.mtime}"
+def _version(tag: str, item: Any) -> tuple[str, str]:
+    if tag in (KEPT, KNOWN):
+        name, covered = item
+        return name if tag == KEPT else json.loads(name)[0], covered.content_identity
+    if tag == DEAD_LETTERS:
+        return item.recording_id, recording_of(item.input).content_identity
+    return item.recording_id, item.content_identity
 
 
 def _windowed(settled: SettledRecording) -> WindowedValue:

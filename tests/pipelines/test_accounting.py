@@ -97,3 +97,28 @@ def test_other_runs_rows_do_not_count(output):
     assert count_run(str(output), RUN, 4).problems == (
         "3 answers expected, 1 rows written; 2 recordings differ, for example a",
     )
+
+
+def test_of_a_stream_nobody_knows_how_many_there_are_to_find(output):
+    counts = count_run(str(output), RUN, None)
+    assert counts.reconciled
+    assert counts.found == 4
+
+
+def test_a_stream_may_have_settled_a_recording_twice(output):
+    """After a failure, or when it was written over; but each row says what it has, and no row may be missing."""
+    write(output, "recordings", [recording("a")])
+    assert count_run(str(output), RUN, None).problems == (
+        "4 answers expected, 3 rows written; 1 recordings differ, for example a",
+    )
+    write(output, "captions", [{"recording_id": "a"}])
+    counts = count_run(str(output), RUN, None)
+    assert counts.reconciled
+    assert (counts.found, counts.answers) == (5, {"captions": 3, "transcripts": 1})
+    assert not count_run(str(output), RUN, 4).reconciled
+
+
+def test_a_stream_that_found_nothing(tmp_path):
+    counts = count_run(str(tmp_path), RUN, None)
+    assert counts.reconciled
+    assert counts.found == 0

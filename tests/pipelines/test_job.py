@@ -273,3 +273,52 @@ def test_how_a_reply_is_chosen():
     assert facts.parser == "json"
     assert choice.decoding == Decoding(stop=("x", "y"), one_of=("(A) a", "a", "(B) b", "b"))
     assert (really.prompt, really.question) == ("Really?", "R?")
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("30s", 30), ("5m", 300), ("1h", 3600), ("2d", 172_800), (45, 45), ("45", 45), ("1.5m", 90), (" 0.5 s ", 0.5)],
+)
+def test_times_of_a_watch_are_written_as_people_do(written, seconds):
+    job = make_job(BASE | {"watch": dict.fromkeys(("every", "window", "pane_every", "stop_after"), written)})
+    assert job.watch.model_dump() == {
+        "every": seconds,
+        "window": seconds,
+        "pane_every": seconds,
+        "stop_after": seconds,
+        "shards": 1,
+    }
+
+
+def test_a_watch_looks_twice_a_minute_unless_it_is_told():
+    assert make_job(BASE).watch.model_dump() == {
+        "every": 30.0,
+        "window": 300.0,
+        "pane_every": 60.0,
+        "stop_after": None,
+        "shards": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("watch", "says"),
+    [
+        ({"every": "often"}, ["watch.every: it must be a time such as 30s, 5m or 1h"]),
+        ({"every": "1h30m"}, ["watch.every: it must be a time"]),
+        ({"window": "5 minutes"}, ["watch.window: it must be a time"]),
+        ({"window": True}, ["watch.window: it must be a time"]),
+        ({"pane_every": "-1s"}, ["watch.pane_every: it must be a time"]),
+        ({"every": 0}, ["watch.every is 0", "greater than 0"]),
+        ({"stop_after": "0s"}, ["watch.stop_after is '0s'", "greater than 0"]),
+        ({"every": "nan"}, ["watch.every: it must be a time"]),
+        ({"shards": 0}, ["watch.shards is 0", "greater than 0"]),
+        ({"evry": "5s"}, ["watch.evry is not a key of a job; did you mean 'every'"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_time_is_named(watch, says):
+    message = problem(watch=watch)
+    assert message.startswith("job.yaml: ")
+    assert "\n" not in message
+    for part in says:
+        assert part in message

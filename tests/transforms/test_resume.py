@@ -40,12 +40,14 @@ from af3pipe.schemas import (
     work_key,
 )
 from af3pipe.storage import StorageError
-from af3pipe.transforms import DecodeAudio
-from af3pipe.transforms.ask import AskDoFn, _stitch_group, make_answer
+from af3pipe.transforms import AskAudioFlamingo, DecodeAudio, Outcome, ResumeRecordings
+from af3pipe.transforms.ask import AskDoFn, make_answer, stitch_group
 from af3pipe.transforms.outcome import recording_of, to_dead_letter
 from af3pipe.transforms.reconcile import covered_by, failed_by, settle
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, read_earlier, resume
+from af3pipe.transforms.ticks import Ticks
 from af3pipe.transforms.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, write_rows
+from tests.collected import Collected
 from tests.rows import rows
 
 LEVELS = Levels(-3.0, -20.0, 0.0, False)
@@ -339,7 +341,7 @@ class Asked:
                 ).append(value)
         if self.parts:
             found = {"parts": random.sample(self.parts, len(self.parts)), "known": [found for _, found in known]}
-            for item in _stitch_group("", found):
+            for item in stitch_group("", found):
                 if isinstance(item, beam.pvalue.TaggedOutput):
                     self.kept.append(item.value)
                 else:
@@ -680,3 +682,63 @@ def blank_answer(recording, found):
     return make_answer(segment, task, Reply("x", (1,), "stop", 1, 2), info)._replace(
         answer_key=found.answer_key, segments=()
     )
+
+
+# --- a stream, one recording at a time
+
+
+def resumed_in_stream(output, *found):
+    """What `ResumeRecordings` gives of an unbounded collection, by output."""
+    ask = AskAudioFlamingo(model="demo", engine="closed", tasks=[caption()])
+    collected = Collected()
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        given_ = pipeline | Ticks(3600.0, stop_uri=str(output / "stop"))  # already there: no tick, but a stream
+        recordings = (
+            (given_ | beam.FlatMap(lambda _: []), pipeline | beam.Create([one for one in found if is_recording(one)]))
+            | "Recordings" >> beam.Flatten()
+            | "Typed" >> beam.Map(lambda one: one).with_output_types(Recording)
+        )
+        letters = pipeline | "Letters" >> beam.Create([one for one in found if not is_recording(one)])
+        assert not recordings.is_bounded
+        resumes = ResumeRecordings(str(output), DecodeAudio(model="demo"), ask)
+        left = Outcome(recordings, letters) | resumes
+        for name, items in left._asdict().items():
+            _ = items | name >> collected.into(name)
+    return {name: collected[name] for name in ("good", "dead_letters", "skipped")}
+
+
+def is_recording(found):
+    return isinstance(found, Recording)
+
+
+def test_a_stream_is_held_against_what_there_is_when_it_starts(tmp_path):
+    (tmp_path / "stop").touch()
+    keyed = keys_of(caption()).add(BASE)
+    new = BASE._replace(recording_id="new")
+    rejected = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, "no name")
+    told, untold = (to_dead_letter(rejected, Recording(name, name), stage=Stage.LIST) for name in ("told", "untold"))
+    result = settle(keyed, [], [failed_by(told._replace(run_id=""))])._replace(settled_state=TerminalState.OK)
+    list(write_rows([result], RECORDINGS, str(tmp_path), "recordings", "run 1"))
+    list(write_rows([told], DEAD_LETTER_ROWS, str(tmp_path), "dead_letters", "run 1"))
+    own = told._replace(recording_id=BASE.recording_id, dead_letter_key=result.dead_letter_keys[0])
+    list(write_rows([own], DEAD_LETTER_ROWS, str(tmp_path), "dead_letters", "run 2"))
+    left = resumed_in_stream(tmp_path, BASE, new, told, untold)
+    assert [one.recording_id for one in left["skipped"]] == [BASE.recording_id]
+    assert left["skipped"][0].terminal_state is TerminalState.SKIPPED_DONE
+    (asked,) = left["good"]
+    assert asked == keys_of(caption()).add(new)
+    assert {one.recording_id: one.run_id for one in left["dead_letters"]} == {"told": "run 1", "untold": ""}
+
+
+def test_a_stream_asks_of_another_version_and_knows_what_there_was(tmp_path):
+    (tmp_path / "stop").touch()
+    keyed = keys_of(caption()).add(BASE)
+    letter = to_dead_letter(Rejected(Stage.DECODE, Reason.TOO_LONG, "long"), keyed, stage=Stage.DECODE)
+    list(write_rows([letter], DEAD_LETTER_ROWS, str(tmp_path), "dead_letters", "run 1"))
+    list(write_rows([settle(keyed, [], [failed_by(letter)])], RECORDINGS, str(tmp_path), "recordings", "run 1"))
+    changed = BASE._replace(etag="another")
+    left = resumed_in_stream(tmp_path, BASE, changed)
+    assert len(left["skipped"]) == 1
+    (asked,) = left["good"]
+    assert asked.etag == "another"
+    assert asked.earlier.dead_letters == ((letter.dead_letter_key, "run 1"),)

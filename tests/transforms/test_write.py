@@ -130,6 +130,22 @@ def test_a_retry_replaces_its_own_files_and_another_run_adds_to_them(tmp_path):
     assert len(files(tmp_path / "captions")) == 2
 
 
+def test_a_pane_and_its_day_are_told_by_names(tmp_path):
+    rows, run_id = [answer(n) for n in range(3)], "20260102T030405Z-abcdef"
+    how = {"partition_by": ["date", "speaker"], "day": "1999-12-31", "pane": "-19991231T235500Z"}
+    uris = list(write.write_folders(rows, write.ANSWERS, str(tmp_path), run_id, **how))
+    (name,) = files(tmp_path / "captions" / "date=1999-12-31" / "speaker=7")
+    assert uris == [str(tmp_path / "captions" / "date=1999-12-31" / "speaker=7" / name)]
+    assert name.startswith(f"{run_id}-19991231T235500Z-")
+    again = list(write.write_folders(rows[::-1], write.ANSWERS, str(tmp_path), run_id, **how))
+    other = list(write.write_folders(rows, write.ANSWERS, str(tmp_path), run_id, **how | {"pane": "-other"}))
+    assert again == uris
+    assert other != uris
+    plain = list(write.write_folders(rows, write.ANSWERS, str(tmp_path), run_id, ["date"]))
+    assert [uri.rsplit("/", 2)[1] for uri in plain] == ["date=2026-01-02"]
+    assert plain[0].rsplit("/", 1)[1] == name.replace("-19991231T235500Z", "")
+
+
 def test_rows_of_the_same_key_are_written_once(tmp_path):
     write_answers([answer(1), answer(1), answer(2)], tmp_path)
     assert pq.read_table(tmp_path / "captions").num_rows == 2

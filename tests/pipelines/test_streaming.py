@@ -1,0 +1,146 @@
+"""The streaming pipeline before it runs: its graph as a runner sees it, and what is told of a job that is wrong."""
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import PrismRunnerOptions, StandardOptions
+
+from af3pipe.pipelines.graph import build_stream
+from af3pipe.pipelines.job import JobError, make_job
+from af3pipe.pipelines.streaming import _check_inputs, stream_options
+from tests import fixtures_audio as make
+from tests.fused import fuse
+
+RUN = "20260102T030405Z-abcdef"
+GPU = "type:nvidia-l4;count:1;install-nvidia-driver"
+DECODE, ASK, SETTLE = (f"AnswerAndSettle/{step}" for step in ("Decode", "Ask", "Settle"))
+FOLDERS = ["gs://archive/a/", "gs://archive/b/*.flac"]
+SUBSCRIPTION = "pubsub://projects/p/subscriptions/s"
+INPUTS = [FOLDERS, [SUBSCRIPTION], [*FOLDERS, SUBSCRIPTION]]
+
+
+def job_of(**changes):
+    values = {"inputs": FOLDERS, "allow_prefixes": ["gs://archive"], "output": "gs://labels", "model": "demo"}
+    return make_job(values | changes)
+
+
+def laid(job, run_id=RUN):
+    pipeline = beam.Pipeline()
+    build_stream(pipeline, job, run_id)
+    return pipeline
+
+
+def step_names(job, run_id=RUN):
+    return {found.unique_name for found in laid(job, run_id).to_runner_api().components.transforms.values()}
+
+
+@pytest.mark.parametrize("inputs", INPUTS, ids=["folders", "messages", "both"])
+@pytest.mark.parametrize("accelerator", [None, GPU])
+def test_what_settles_in_a_bundle_is_one_stage(inputs, accelerator):
+    found = fuse(laid(job_of(inputs=inputs, accelerator=accelerator)))
+    stage = found.stage_of(DECODE)
+    assert stage == found.stage_of(ASK) == found.stage_of(SETTLE)
+    assert stage.accelerator == (accelerator or "")
+
+
+def test_nothing_else_is_where_the_gpu_is():
+    found = fuse(laid(job_of(inputs=INPUTS[-1], accelerator=GPU)))
+    (stage,) = [stage for stage in found.stages if stage.accelerator]
+    steps = {step.partition("/ParDo")[0].partition("/Map")[0] for step in stage.steps}
+    assert steps == {"AnswerAndSettle/Tag", DECODE, ASK, SETTLE}
+
+
+@pytest.mark.parametrize("inputs", INPUTS, ids=["folders", "messages", "both"])
+@pytest.mark.parametrize("changes", [{}, {"accelerator": GPU}, {"resume": False}], ids=str)
+def test_no_audio_leaves_its_stage(inputs, changes):
+    found = fuse(laid(job_of(inputs=inputs, **changes)))
+    assert not [told for told in found.audio_moved if "AnswerAndSettle" in told]
+    assert found.audio_moved == []
+
+
+@pytest.mark.parametrize("inputs", INPUTS, ids=["folders", "messages", "both"])
+def test_names_are_those_of_another_run_of_the_same_shape(inputs):
+    """Else `--update` would lose what is kept in state, and take all for new."""
+    others = [name.replace("archive/", "other/").replace("/s/s", "/s/t") for name in inputs]
+    one = step_names(job_of(inputs=inputs))
+    other = job_of(
+        inputs=others,
+        allow_prefixes=["gs://other"],
+        output="gs://other-labels",
+        tasks=["transcript"],
+        questions=["Who?", "Where?"],
+        accelerator=GPU,
+        over_length="split",
+        partition_by=["date"],
+        watch={"every": "5s", "window": "1h", "pane_every": "10s", "stop_after": "2d", "shards": 7},
+    )
+    assert one == step_names(other, "20271231T235959Z-ffffff")
+
+
+@pytest.mark.parametrize("more", [["gs://archive/c/"], ["gs://archive/c/", "gs://archive/d/"]])
+def test_names_do_not_change_with_another_folder(more):
+    assert step_names(job_of(inputs=FOLDERS)) == step_names(job_of(inputs=[*FOLDERS, *more]))
+
+
+def test_names_of_steps_that_keep_state_are_no_accident_of_a_source_file():
+    names = {name for name in step_names(job_of(inputs=INPUTS[-1])) if "lambda at" in name}
+    assert {name for name in names if "/Create/" not in name and "FlatMap(<lambda at core.py" not in name} == set()
+
+
+# --- stream_options and _check_inputs
+
+
+def test_prism_is_the_runner_where_none_is_named():
+    options = stream_options(job_of(), [])
+    assert options.view_as(StandardOptions).runner == "PrismRunner"
+    assert options.view_as(StandardOptions).streaming
+
+
+def test_a_program_on_the_path_is_taken_for_prism_and_one_that_is_named_before_it(tmp_path, monkeypatch):
+    program = tmp_path / "prism"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert stream_options(job_of(), []).view_as(PrismRunnerOptions).prism_location == str(program)
+    named = stream_options(job_of(beam={"prism_location": "/opt/prism"}), [])
+    assert named.view_as(PrismRunnerOptions).prism_location == "/opt/prism"
+    assert stream_options(job_of(), ["--runner=flink"]).view_as(PrismRunnerOptions).prism_location is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert stream_options(job_of(), []).view_as(PrismRunnerOptions).prism_location is None
+
+
+@pytest.mark.parametrize("runner", ["flink", "dataflow", "portable"])
+def test_other_runners_stream_too(runner):
+    options = stream_options(job_of(beam={"runner": runner}), [])
+    assert options.view_as(StandardOptions).runner.lower().startswith(runner)
+    assert options.view_as(StandardOptions).streaming
+
+
+@pytest.mark.parametrize("runner", ["local", "FnApiRunner", "DirectRunner"])
+def test_a_runner_that_waits_for_the_end_is_refused(runner):
+    with pytest.raises(
+        JobError, match=r"gives nothing before its input ends.* leave --runner away, which takes Prism"
+    ):
+        stream_options(job_of(), [f"--runner={runner}"])
+
+
+def test_a_folder_that_may_come_is_no_mistake(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.wav").write_bytes(make.wav(make.sound(0.1, 8000), 8000))
+    names = [tmp_path / "empty", tmp_path / "soon", tmp_path / "*.wav", tmp_path / "soon" / "*.wav"]
+    _check_inputs(job_of(inputs=[*map(str, names), SUBSCRIPTION]))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("list.csv", "input list.csv is a manifest or a container; watched are folders and globs of audio"),
+        ("shards/*.tar", "Ask about it with `af3pipe run`"),
+        ("pubsub://s", "subscription is 's'; write projects/PROJECT/subscriptions/NAME"),
+        ("nothing://bucket/a/", "nothing"),
+    ],
+)
+def test_what_cannot_be_watched_is_told_before_anything_starts(name, says):
+    with pytest.raises(JobError) as error:
+        _check_inputs(job_of(inputs=[name]))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
