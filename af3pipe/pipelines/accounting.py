@@ -125,7 +125,8 @@ def read_rows(uris: Iterable[str], columns: list[str]) -> Iterator[dict[str, Any
 def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
     """Reads back what a run wrote and holds it against the number of recordings that it found.
 
-    What is compared is kept on disk: memory does not grow with the run.
+    What is compared is kept on disk: memory does not grow with the run. A row that is there twice, because a runner
+    wrote its group again under another name, is one row, as it is to those who read.
 
     Args:
         output: Of the run.
@@ -137,23 +138,20 @@ def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
     """
     files = run_files(output, run_id)
     states: Counter[str] = Counter()
-    answers: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
     audio_s, kept = 0.0, 0
     stated_columns = ["answers", "dead_letters", "terminal_state", "covered_s", "kept_dead_letters"]
-    with tempfile.TemporaryDirectory(prefix="af3pipe-books-") as folder, closing(_open_books(folder)) as books:
+    with tempfile.TemporaryDirectory(prefix="af3pipe-books-") as folder, closing(_open_books(folder, found)) as books:
         for ids, answered, letters, ended, covered, kept_letters in _columns(files["recordings"], stated_columns):
             books.executemany("INSERT INTO recordings VALUES (?, ?, ?)", zip(ids, answered, letters, strict=True))
             states.update(ended)
             kept += sum(kept_letters)
             audio_s += sum(covered_s for covered_s, number in zip(covered, answered, strict=True) if number)
         for table in ANSWER_TABLES:
-            for (ids,) in _columns(files[table], []):
-                books.executemany("INSERT INTO rows VALUES (?, 'answers')", zip(ids, strict=True))
-                answers[table] += len(ids)
-        for ids, told in _columns(files["dead_letters"], ["reason"]):
-            books.executemany("INSERT INTO rows VALUES (?, 'dead_letters')", zip(ids, strict=True))
-            reasons.update(told)
+            for ids, keys in _columns(files[table], ["answer_key"]):
+                _add_rows(books, "answers", [table] * len(ids), ids, keys)
+        for ids, told, keys in _columns(files["dead_letters"], ["reason", "dead_letter_key"]):
+            _add_rows(books, "dead_letters", told, ids, keys)
+        answers, reasons = (_rows_by_name(books, what) for what in ("answers", "dead_letters"))
         written, distinct = books.execute("SELECT count(*), count(DISTINCT id) FROM recordings").fetchone()
         found_once = [
             *_differ("recordings found", found or 0, "recordings with a terminal state", written),
@@ -168,21 +166,23 @@ def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
     return RunCounts(
         found,
         dict(states),
-        dict(+answers),
-        dict(reasons),
+        answers,
+        reasons,
         kept,
         audio_s,
         tuple(problems),
     )
 
 
-def _open_books(folder: str) -> sqlite3.Connection:
+def _open_books(folder: str, found: int | None) -> sqlite3.Connection:
+    """`rows` are by their table or reason; in a stream, whose recordings may be settled again, each counts."""
     books = sqlite3.connect(Path(folder, "books.sqlite"), isolation_level=None)
+    once = "" if found is None else ", PRIMARY KEY (what, id, key)"
     books.executescript(
-        """
+        f"""
         PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE;
         CREATE TABLE recordings (id TEXT, answers INTEGER, dead_letters INTEGER);
-        CREATE TABLE rows (id TEXT, what TEXT);
+        CREATE TABLE rows (what TEXT, name TEXT, id TEXT, key TEXT{once});
         BEGIN;
         """
     )
@@ -196,6 +196,17 @@ def _columns(uris: Iterable[str], columns: list[str]) -> Iterator[list[list[Any]
         with storage.open_input(uri) as file:
             for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
                 yield [batch[name].to_pylist() for name in columns]
+
+
+def _add_rows(
+    books: sqlite3.Connection, what: str, names: Iterable[str], ids: Iterable[str], keys: Iterable[str]
+) -> None:
+    rows = zip(names, ids, keys, strict=True)
+    books.executemany(f"INSERT OR IGNORE INTO rows VALUES ('{what}', ?, ?, ?)", rows)
+
+
+def _rows_by_name(books: sqlite3.Connection, what: str) -> dict[str, int]:
+    return dict(books.execute("SELECT name, count(*) FROM rows WHERE what = ? GROUP BY name", [what]))
 
 
 def _differ(what: str, count: int, other: str, other_count: int) -> Iterator[str]:

@@ -172,6 +172,8 @@ class Cluster:
             "--environment_type=EXTERNAL",
             f"--environment_config={_POOL}:{self._pool_port}",
             f"--parallelism={self._slots * len(self.task_managers)}",
+            # Else one task that fails has all of them begin again.
+            "--execution_mode_for_batch=BATCH_FORCED",
         ]
 
     def ask(self, path):

@@ -9,7 +9,13 @@ from af3pipe.pipelines.accounting import count_run
 RUN = "20260101T000000Z-abcdef"
 
 
-def write(output, table, rows):
+KEYS = {"captions": "answer_key", "transcripts": "answer_key", "dead_letters": "dead_letter_key"}
+
+
+def write(output, table, rows, keys="key"):
+    """A file of a table; rows of the same recording and keys are the same row."""
+    if table in KEYS:
+        rows = [{KEYS[table]: f"{table}-{keys}", **row} for row in rows]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     (output / table).mkdir(exist_ok=True)
     number = len(list((output / table).iterdir()))
@@ -72,8 +78,15 @@ def test_a_recording_that_is_there_twice(output):
     ],
 )
 def test_a_row_too_many(output, rows, problem):
-    write(output, "captions", rows)
+    write(output, "captions", rows, keys="another")
     assert count_run(str(output), RUN, 4).problems == (problem,)
+
+
+def test_rows_that_a_retry_wrote_again_under_another_name_are_counted_once(output):
+    before = count_run(str(output), RUN, 4)
+    write(output, "captions", [{"recording_id": "b"}, {"recording_id": "a"}])
+    write(output, "dead_letters", [{"recording_id": "c", "reason": "empty_file"}])
+    assert count_run(str(output), RUN, 4) == before
 
 
 def test_rows_that_are_missing_where_others_are_too_many(output):
