@@ -182,7 +182,7 @@ def slowly(store, model, output):
 def test_a_killed_model_process_and_a_killed_task_manager_cost_time_only(store, cluster, model, in_process, tmp_path):
     with midway(store, cluster, slowly(store, model, "killed")) as report:
         os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
-        wait_for_reading(store, report)  # from the start again
+        wait_for_reading(store, report)  # by the one that came for it, too
         orphan = model_process(cluster.pools[1])
         cluster.task_managers[1].kill()
         # It holds a GPU: without its TaskManager it must not stay.
