@@ -3,7 +3,6 @@
 import json
 import sqlite3
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -137,22 +136,19 @@ def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
         Rejected: The output cannot be read.
     """
     files = run_files(output, run_id)
-    states: Counter[str] = Counter()
-    audio_s, kept = 0.0, 0
-    stated_columns = ["answers", "dead_letters", "terminal_state", "covered_s", "kept_dead_letters"]
-    with tempfile.TemporaryDirectory(prefix="af3pipe-books-") as folder, closing(_open_books(folder, found)) as books:
-        for ids, answered, letters, ended, covered, kept_letters in _columns(files["recordings"], stated_columns):
-            books.executemany("INSERT INTO recordings VALUES (?, ?, ?)", zip(ids, answered, letters, strict=True))
-            states.update(ended)
-            kept += sum(kept_letters)
-            audio_s += sum(covered_s for covered_s, number in zip(covered, answered, strict=True) if number)
+    with tempfile.TemporaryDirectory(prefix="af3pipe-books-") as folder, closing(_open_books(folder)) as books:
+        for columns in _columns(files["recordings"], _STATED):
+            books.executemany(_ADD_RECORDING, zip(*columns, strict=True))
         for table in ANSWER_TABLES:
             for ids, keys in _columns(files[table], ["answer_key"]):
                 _add_rows(books, "answers", [table] * len(ids), ids, keys)
         for ids, told, keys in _columns(files["dead_letters"], ["reason", "dead_letter_key"]):
             _add_rows(books, "dead_letters", told, ids, keys)
         answers, reasons = (_rows_by_name(books, what) for what in ("answers", "dead_letters"))
-        written, distinct = books.execute("SELECT count(*), count(DISTINCT id) FROM recordings").fetchone()
+        states = dict(books.execute("SELECT state, count(*) FROM recordings GROUP BY state"))
+        written, distinct, kept, audio_s = books.execute(
+            "SELECT count(*), count(DISTINCT id), total(kept), total(covered_s * (answers > 0)) FROM recordings"
+        ).fetchone()
         found_once = [
             *_differ("recordings found", found or 0, "recordings with a terminal state", written),
             *_differ("recordings with a state", written, "different ones", distinct),
@@ -162,27 +158,32 @@ def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
             *_rows_differ("answers", books),
             *_rows_differ("dead_letters", books),
         ]
-    found = written if found is None else found
     return RunCounts(
-        found,
-        dict(states),
-        answers,
-        reasons,
-        kept,
-        audio_s,
-        tuple(problems),
+        found=written if found is None else found,
+        states=states,
+        answers=answers,
+        dead_letters=reasons,
+        kept_dead_letters=int(kept),
+        audio_s=audio_s,
+        problems=tuple(problems),
     )
 
 
-def _open_books(folder: str, found: int | None) -> sqlite3.Connection:
-    """`rows` are by their table or reason; in a stream, whose recordings may be settled again, each counts."""
+_STATED = ["work_key", "answers", "dead_letters", "terminal_state", "covered_s", "kept_dead_letters"]
+_ADD_RECORDING = "INSERT OR REPLACE INTO recordings VALUES (?, ifnull(?, ''), ?, ?, ?, ?, ?)"
+
+
+def _open_books(folder: str) -> sqlite3.Connection:
+    """A recording counts once for all that was asked of it; `rows` are by their table or reason."""
     books = sqlite3.connect(Path(folder, "books.sqlite"), isolation_level=None)
-    once = "" if found is None else ", PRIMARY KEY (what, id, key)"
     books.executescript(
-        f"""
+        """
         PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE;
-        CREATE TABLE recordings (id TEXT, answers INTEGER, dead_letters INTEGER);
-        CREATE TABLE rows (what TEXT, name TEXT, id TEXT, key TEXT{once});
+        CREATE TABLE recordings (
+            id TEXT, work TEXT, answers INTEGER, dead_letters INTEGER, state TEXT, covered_s REAL, kept INTEGER,
+            PRIMARY KEY (id, work)
+        );
+        CREATE TABLE rows (what TEXT, name TEXT, id TEXT, key TEXT, PRIMARY KEY (what, id, key));
         BEGIN;
         """
     )
