@@ -40,6 +40,7 @@ from af3pipe.pipelines.job import (
 )
 from af3pipe.pipelines.record import RunReport
 from af3pipe.pipelines.redrive import Chosen
+from af3pipe.pipelines.submit import finish as finishing
 from af3pipe.pipelines.view import NotATable
 from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.transforms.stores import set_storage
@@ -405,6 +406,21 @@ def redrive(
         _show_counts(job, report)
     for job, report in runs:
         _exit(job, report)
+
+
+@app.command()
+def finish(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="What --output was.", show_default=False)],
+    run_id: Annotated[str, typer.Argument(help="What the launcher's log says.", show_default=False)],
+) -> None:
+    """Close the books of a run that was submitted and left alone, as a Dataflow template leaves it.
+
+    Ends as `run` would have. While the run goes on, it says what is missing, and nothing is written.
+    """
+    with _faults_told():
+        job, report = finishing(output, run_id)
+    _show_counts(job, report)
+    _exit(job, report)
 
 
 def _known(option: str, values: list[str], allowed: type[Reason] | type[Stage]) -> None:

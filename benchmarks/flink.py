@@ -149,7 +149,7 @@ def show_memory(folder: Path, listed: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recordings", type=int, default=1000)
+    parser.add_argument("--recordings", type=int, default=2000)
     parser.add_argument("--window-ms", type=float, default=40.0)
     parser.add_argument("--listed", type=int, nargs="+", help="memory by numbers of recordings, instead of speed")
     asked = parser.parse_args()

@@ -62,7 +62,7 @@ def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
     return run_id
 
 
-def finish(output: str, run_id: str) -> RunReport:
+def finish(output: str, run_id: str) -> tuple[JobConfig, RunReport]:
     """Counts what a submitted run wrote, and writes its record.
 
     Raises:
@@ -97,4 +97,4 @@ def finish(output: str, run_id: str) -> RunReport:
         checkpoint = None
     write_record(job, checkpoint, started["runner"], started_at.astimezone(timezone.utc), report)
     take_found(output, run_id)
-    return report
+    return job, report

@@ -186,7 +186,8 @@ def _windowed(settled: SettledRecording) -> WindowedValue:
 class AnswerAndSettle(beam.PTransform):
     """What `AnswerRecordings` and `ReconcileRecordings` do, for a stream: nothing of it waits for a shuffle.
 
-    Takes `Recording`, in the global window; gives `SettledRecording`, each with its object's modification time.
+    Takes `Recording`, in the global window, with the size that a listing or a message gave it; gives
+    `SettledRecording`, each with its object's modification time.
 
     Args:
         decode: How recordings are decoded.

@@ -121,7 +121,8 @@ class _NewDoFn(beam.DoFn):
     ) -> Iterator[Any]:
         item, listed_at = found[1]
         version = _version(item)
-        if passed.read() == version:
+        passed_at, _, passed_version = (passed.read() or "0 ").partition(" ")
+        if passed_version == version or listed_at < float(passed_at):  # listings may overtake one another
             return
         if isinstance(item, Recording) and not item.etag:
             first_at, _, seen_version = (seen.read() or "0 ").partition(" ")
@@ -131,7 +132,7 @@ class _NewDoFn(beam.DoFn):
             if listed_at - float(first_at) < self._settle_s:
                 return
             seen.clear()
-        passed.write(version)
+        passed.write(f"{listed_at!r} {version}")
         if isinstance(item, Recording):
             metrics.count("recordings_found")
         yield from tagged([item])

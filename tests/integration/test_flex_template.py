@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 import soundfile
 
 from af3pipe.pipelines.batch import RunFailed
+from af3pipe.cli import app
 from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.pipelines.record import record_uri, unfinished_runs
 from af3pipe.pipelines.submit import finish, submit
@@ -111,7 +113,7 @@ def test_a_job_that_was_left_is_counted_when_it_is_done(tmp_path):
         run_id = submit(job, flags)
         with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not come far enough)"):
             finish(output, run_id)
-        report = finish_when_it_is_done(output, run_id)
+        _, report = finish_when_it_is_done(output, run_id)
     assert report.counts.states == {"ok": 3, "dead_letter": 1}
     record = json.loads(Path(record_uri(output, run_id)).read_text())
     assert (record["runner"], record["reconciled"], record["recordings_found"]) == ("PortableRunner", True, 4)
@@ -120,6 +122,9 @@ def test_a_job_that_was_left_is_counted_when_it_is_done(tmp_path):
     assert [path.name for path in (tmp_path / "out" / "_runs").iterdir()] == [f"{run_id}.json"]
     with pytest.raises(JobError, match=f"has no run {run_id} to be finished"):
         finish(output, run_id)
+    told = CliRunner().invoke(app, ["finish", output, run_id])
+    assert told.exit_code == 2
+    assert f"has no run {run_id} to be finished" in told.output
 
 
 def test_a_job_is_not_left_with_a_runner_that_ends_with_the_program(tmp_path):
