@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 import soundfile
+from typer.testing import CliRunner
 
-from af3pipe.pipelines.batch import RunFailed
 from af3pipe.cli import app
+from af3pipe.pipelines.batch import RunFailed
 from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.pipelines.record import record_uri, unfinished_runs
 from af3pipe.pipelines.submit import finish, submit

@@ -99,13 +99,16 @@ def test_it_ends_when_it_is_told(tmp_path):
     assert (ran.ticks, ran.left) == ([], None)
 
 
-def test_a_stop_that_cannot_be_looked_for_is_no_reason_to_go_on_or_end(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [Rejected(Stage.READ, Reason.PERMISSION_DENIED, "not yours"), storage.StorageError("it is down")]
+)
+def test_a_store_that_is_down_does_not_end_it(error, monkeypatch, caplog):
     def refused(uri):
-        raise Rejected(Stage.READ, Reason.PERMISSION_DENIED, "not yours")
+        raise error
 
     monkeypatch.setattr(storage, "stat", refused)  # the owner of all files is refused nothing here
-    with pytest.raises(Rejected, match="not yours"):
-        Ran(hours_ago(10.5), stop_uri="memory://stop")
+    assert Ran(hours_ago(10.5), stop_uri="memory://stop").ticks
+    assert "whether to stop cannot be told now: " in caplog.text
 
 
 def test_a_clock_that_never_ends_has_ticks_to_the_end_of_time():
