@@ -541,7 +541,7 @@ def test_rows_are_read_as_they_were_written(tmp_path_factory, answers, letters, 
     assert read("dead_letters") == {
         (row.recording_id, Told(row.dead_letter_key, "run-dead_letters")) for row in told.values()
     }
-    by_id = {row.recording_id: row for row in results}
+    by_id = {RECORDINGS.key(row): row for row in results}
     assert read("recordings") == {
         (row.recording_id, Settled(*(getattr(row, name) for name in Settled._fields))) for row in by_id.values()
     }
