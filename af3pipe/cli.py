@@ -411,7 +411,9 @@ def redrive(
 @app.command()
 def finish(
     output: Annotated[str, typer.Argument(metavar="OUT", help="What --output was.", show_default=False)],
-    run_id: Annotated[str, typer.Argument(help="What the launcher's log says.", show_default=False)],
+    run_id: Annotated[
+        str, typer.Argument(metavar="RUN_ID", help="As the launcher's log says it.", show_default=False)
+    ],
 ) -> None:
     """Close the books of a run that was submitted and left alone, as a Dataflow template leaves it.
 
@@ -492,6 +494,7 @@ def _run(job: JobConfig, beam_flags: list[str]) -> RunReport:
 def _watch(job: JobConfig, beam_flags: list[str]) -> RunReport | None:
     with _faults_told(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
         watching = streaming.Watch(job, beam_flags)
+        _log.info("watching %s, run %s; Ctrl-C ends it", ", ".join(job.inputs), watching.run_id)
     with _faults_told(), _progress_line() as show, _signals_are(_interrupt):
         _until_stopped(watching, show)
         return watching.report()
@@ -562,15 +565,17 @@ def _progress_line() -> Iterator[Callable[[batch.Progress], None]]:
 
 
 class _LogEvery:
-    """Logs progress when enough time has gone by."""
+    """Logs progress when enough time has gone by and there is some."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._next_s = seconds
+        self._told: batch.Progress | None = None
 
     def __call__(self, progress: batch.Progress) -> None:
-        if progress.elapsed_s >= self._next_s:
-            self._next_s = progress.elapsed_s + self._seconds
+        counts = progress._replace(elapsed_s=0.0)
+        if progress.elapsed_s >= self._next_s and counts != self._told:
+            self._next_s, self._told = progress.elapsed_s + self._seconds, counts
             _log.info(_describe(progress))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 
 from af3pipe import storage
 from af3pipe.audio.guard import acquire_decoders, release_decoders
@@ -30,6 +30,7 @@ from af3pipe.pipelines.runners import IN_PROCESS
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
 from af3pipe.transforms.launcher import this_process
+from af3pipe.transforms.pubsub import is_subscription
 from af3pipe.transforms.resume import WorkKeys
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_folders
@@ -75,7 +76,7 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
         storage.check_writable(job.output)
     except storage.StorageError as error:
         raise JobError(f"output: {error}") from error
-    workers_are_here = options.view_as(StandardOptions).runner in IN_PROCESS
+    workers_are_here = _workers_are_here(options)
     try:
         if job.adapter is not None:
             adapter_revision(job.adapter)
@@ -95,6 +96,13 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
     return checkpoint
 
 
+def _workers_are_here(options: PipelineOptions) -> bool:
+    """Whether it is this machine that has to have the model."""
+    runner = options.view_as(StandardOptions).runner
+    environment = options.view_as(PortableOptions).environment_type
+    return runner in IN_PROCESS or (runner == "PrismRunner" and environment in (None, "LOOPBACK"))
+
+
 def _check_inputs(job: JobConfig) -> None:
     """Each input is looked at as far as its first recording.
 
@@ -103,7 +111,15 @@ def _check_inputs(job: JobConfig) -> None:
     """
     found: list[Recording | DeadLetter] = []
     for name in job.inputs:
-        first = next(graph.found_by(job, name), None)
+        if is_subscription(name):
+            raise JobError(f"input {name} is a subscription, whose messages never end: `af3pipe watch` reads it")
+        try:
+            first = next(graph.found_by(job, name), None)
+        except (
+            ValueError,
+            ImportError,
+        ) as error:  # fsspec's: of a scheme that it does not know, or has no package for
+            raise JobError(f"input {name}: {error}") from error
         if isinstance(first, DeadLetter) and first.uri == name:  # the input itself, not a row of it
             is_audio_file = storage.name(name).rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
             if first.reason is not Reason.NOT_FOUND or (not is_audio_file and len(job.inputs) > 1):
@@ -289,9 +305,9 @@ def connected() -> Iterator[None]:
             yield
     except grpc.RpcError as error:  # a job that failed ends otherwise
         raise RunFailed(
-            f"the connection to the job server was lost ({_rpc_fault(error)}). The job may go on at the cluster all "
-            "the same: look there, for example at Flink's web UI, and let it end or cancel it. Then run the same "
-            "again, into the same output: only what has not been written is asked"
+            f"the connection to the job server was lost ({_rpc_fault(error)}). Where it is one of a cluster, the job "
+            "may go on there all the same: look, for example at its web UI, and let it end or cancel it. Then run "
+            "the same again, into the same output: only what has not been written is asked"
         ) from error
 
 

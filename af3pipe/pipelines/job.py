@@ -359,6 +359,8 @@ def _explain(found: dict[str, Any]) -> str:
         return f"{key} is not a key of a job; {hint}"
     if found["type"] == "missing":
         return f"{key} is missing"
+    if key == "inputs" and found["type"] == "too_short":
+        return "inputs is missing; name a file, folder, glob or manifest"
     message = found["msg"].removeprefix("Value error, ")
     if found["type"] == "value_error":
         names_itself = not key or message.startswith(f"{key} is ")
@@ -473,6 +475,7 @@ def _beam_name(name: str, as_written: str) -> str:
             "--question",
             "--prompt",
             "--allow-prefix",
+            *(f"--{key.replace('_', '-')}" for key in WatchConfig.model_fields),
         }
         near = difflib.get_close_matches(name, sorted(names | own), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -21,7 +21,7 @@ from af3pipe.pipelines.runners import FlinkOptions
 from af3pipe.pipelines.view import Latest, table_files
 from af3pipe.schemas import DeadLetter, Reason
 from af3pipe.transforms import metrics
-from af3pipe.transforms.pubsub import is_subscription, subscription_of
+from af3pipe.transforms.pubsub import is_subscription, reach, subscription_of
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.watch import check_watched
 from af3pipe.transforms.write import new_run_id
@@ -47,6 +47,7 @@ class Watch:
     """
 
     def __init__(self, job: JobConfig, beam_flags: Iterable[str] = ()) -> None:
+        _check_keys(job)
         options = stream_options(job, list(beam_flags))
         set_storage(job.storage_options)
         self._checkpoint = batch.preflight(job, options, check_inputs=False)
@@ -162,16 +163,30 @@ def stream_options(job: JobConfig, flags: list[str]) -> PipelineOptions:
     return options
 
 
+def _check_keys(job: JobConfig) -> None:
+    """What only a run can do is told, and not left undone in silence."""
+    for key, why in {
+        "verify_sample": "a stream has no end at which to draw a sample",
+        "chunk_recordings": "a stream writes as it goes",
+    }.items():
+        if key in job.model_fields_set:
+            raise JobError(f"{key} is for `af3pipe run`: {why}")
+    if any(map(is_subscription, job.inputs)) and not job.allow_prefixes:
+        raise JobError(
+            "messages may name nothing yet: give --allow-prefix (allow_prefixes in a job file), for example gs://archive"
+        )
+
+
 def _check_inputs(job: JobConfig) -> None:
     """What cannot be watched, or cannot be listed now, is told now; a folder that is not there yet may come."""
     for name in job.inputs:
         try:
             if is_subscription(name):
-                subscription_of(name)
+                reach(subscription_of(name))
                 continue
             check_watched(name)
             first = next(graph.found_by(job, name), None)
-        except (ValueError, storage.StorageError) as error:
-            raise JobError(str(error)) from error
+        except (ValueError, ImportError, storage.StorageError) as error:
+            raise JobError(f"input {name}: {error}") from error
         if isinstance(first, DeadLetter) and first.uri == name and first.reason is not Reason.NOT_FOUND:
             raise JobError(f"input {name}: {first.detail}")

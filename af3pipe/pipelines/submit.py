@@ -73,7 +73,10 @@ def finish(output: str, run_id: str) -> tuple[JobConfig, RunReport]:
     try:
         started = read_started(output, run_id)
     except Rejected as rejected:
-        raise JobError(f"{output} has no run {run_id} to be finished: {rejected.detail}") from rejected
+        raise JobError(
+            f"{output} has no run {run_id} to be finished: it is finished already, or was never begun "
+            f"({rejected.detail})"
+        ) from rejected
     job = make_job(started["job"] | {"output": output}, f"the job of run {run_id}")
     try:
         found = json.loads(storage.read_bytes(found_uri(output, run_id)))["recordings_found"]

@@ -34,6 +34,7 @@ REMEMBER_S = 24 * 3600
 _MOST_AT_ONCE = 1000
 _WAIT_S = 2.0
 _EVERY_S = 1.0
+_REACH_S = 5.0
 _PULLS_A_TICK = 10  # then what was pulled goes on
 _SCHEME = "pubsub://"
 _SUBSCRIPTION = re.compile(r"projects/[^/]+/subscriptions/[^/]+")
@@ -58,6 +59,32 @@ def is_subscription(name: str) -> bool:
 def subscription_of(name: str) -> str:
     """The subscription that an input names; else raises ValueError."""
     return check_subscription(name.removeprefix(_SCHEME))
+
+
+def reach(subscription: str) -> None:
+    """Looks whether a subscription is there, a few seconds long.
+
+    Raises:
+        ValueError: It is not, there are no credentials, or Pub/Sub does not answer; says what to do.
+    """
+    try:
+        client = _subscriber()
+        from google.api_core import exceptions
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # google.auth's, which is not imported for its name alone
+        raise ValueError(
+            f"no credentials for Google Cloud ({error}); run `gcloud auth application-default login`, or set "
+            "PUBSUB_EMULATOR_HOST for an emulator"
+        ) from error
+    try:
+        client.get_subscription(subscription=subscription, timeout=_REACH_S, retry=None)
+    except exceptions.PermissionDenied:
+        return  # who may pull need not be allowed to look
+    except exceptions.NotFound as error:
+        raise ValueError("there is no such subscription") from error
+    except exceptions.GoogleAPICallError as error:
+        raise ValueError(f"Pub/Sub does not answer: {error.message}") from error
 
 
 def check_subscription(subscription: str) -> str:

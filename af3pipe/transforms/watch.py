@@ -35,7 +35,7 @@ def check_watched(name: str) -> None:
     """
     if is_manifest(name) or container_rows(name) is not None:
         raise ValueError(
-            f"input {name} is a manifest or a container; watched are folders and globs of audio. Ask about it with "
+            f"{name} is a manifest or a container; watched are folders and globs of audio. Ask about it with "
             "`af3pipe run`, as often as it changes: what is answered is not asked again"
         )
 
@@ -50,6 +50,13 @@ class _Told:
     def __init__(self) -> None:
         self._listings = 0
         self._times: dict[int, int] = {}
+        self._fault = ""
+
+    def once(self, log: logging.Logger, sentence: str) -> None:
+        """Warns of what keeps an input from being listed, until that changes."""
+        if sentence != self._fault:
+            log.warning("%s", sentence)
+        self._fault = sentence
 
     def leave_out(self, listed: Iterable[Recording | DeadLetter]) -> Iterator[Recording | DeadLetter]:
         """What of a whole listing is to be told."""
@@ -88,12 +95,12 @@ class _ListDoFn(beam.DoFn):
             for found in told.leave_out(self._list(name)):
                 if isinstance(found, DeadLetter) and found.uri == name:
                     metrics.count("listings_failed")
-                    _log.warning("input %s: %s It is looked for again.", name, found.detail)
+                    told.once(_log, f"input {name} cannot be listed, and is looked for again: {found.detail}")
                 else:
                     yield found.recording_id, (found, listed_at)
         except storage.StorageError as error:  # a store may be down for longer than it is tried
             metrics.count("listings_failed")
-            _log.error("input %s cannot be listed, and is again at the next tick: %s", name, error)
+            told.once(_log, f"input {name} cannot be listed, and is looked for again: {error}")
 
 
 def _version(found: Recording | DeadLetter) -> str:
