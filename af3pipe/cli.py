@@ -495,30 +495,31 @@ def _watch(job: JobConfig, beam_flags: list[str]) -> RunReport | None:
     with _faults_told(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
         watching = streaming.Watch(job, beam_flags)
         _log.info("watching %s, run %s; Ctrl-C ends it", ", ".join(job.inputs), watching.run_id)
-    with _faults_told(), _progress_line() as show, _signals_are(_interrupt):
-        _until_stopped(watching, show)
+    told_at: list[float] = []
+    with (
+        _faults_told(),
+        _progress_line() as show,
+        _signals_are(lambda *_: told_at.append(time.monotonic())),
+    ):
+        _until_stopped(watching, show, told_at)
         return watching.report()
 
 
-def _until_stopped(watching: streaming.Watch, show: Callable[[batch.Progress], None]) -> None:
-    told_at = float("inf")
-    while True:
-        try:
-            while not watching.wait(0.5):
-                show(watching.progress())
-            return
-        except KeyboardInterrupt:
-            if time.monotonic() - told_at > _SAME_SIGNAL_S:
-                watching.cancel()
-                return
-            if told_at == float("inf"):
-                told_at = time.monotonic()
-                _log.warning("stopping: what was found is written first; once more ends it now")
+def _until_stopped(watching: streaming.Watch, show: Callable[[batch.Progress], None], told_at: list[float]) -> None:
+    """Until it has ended; `told_at` is when signals came, which only this loop acts upon."""
+    is_stopping = False
+    while not watching.wait(0.5):
+        show(watching.progress())
+        if told_at and not is_stopping:
+            _log.warning("stopping: what was found is written first; once more ends it now")
+            try:
                 watching.stop()
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+                is_stopping = True
+            except storage.StorageError as error:
+                _log.warning("it cannot be stopped now, which is tried again: %s", error)
+        if told_at and told_at[-1] - told_at[0] > _SAME_SIGNAL_S:
+            watching.cancel()
+            return
 
 
 @contextmanager

@@ -293,7 +293,8 @@ def test_a_file_without_watch_takes_options_of_one(tmp_path, watched):
         (["in/", "shards/*.tar"], "Ask about it with `af3pipe run`"),
         (["in/", "--runner", "FnApiRunner"], "runner FnApiRunner gives nothing before its input ends"),
         (["in/", "--runner", "local"], "or name Flink or Dataflow"),
-        (["pubsub://mine"], "write projects/PROJECT/subscriptions/NAME"),
+        (["pubsub://mine"], "input pubsub://mine is a subscription, and messages are not read here"),
+        (["in/", "--verify-sample", "5"], "verify_sample is for `af3pipe run`"),
     ],
     ids=lambda found: " ".join(found) if isinstance(found, list) else "",
 )

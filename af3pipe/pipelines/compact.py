@@ -6,6 +6,7 @@ new files; with one PUT it is `committed`, and they pass over the files it repla
 
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -44,6 +45,7 @@ DEFAULT_FILE_MIB = 128
 TAKEN_FOR_KILLED_S = 3600.0
 """A compaction that has not written a file for this long is taken to be dead."""
 _TEMPORARY_FOR = timedelta(days=1)
+_RUN_WITH_PANE = re.compile(r"(.+)-\d{8}T\d{6}Z-[0-9a-f]+\.parquet")
 _CATEGORY = {"recordings": "terminal_state", "dead_letters": "reason"}
 
 
@@ -364,7 +366,10 @@ class _Compaction:
 def _run_of(uri: str) -> str | None:
     """The run that wrote a file; None for a file that a compaction wrote."""
     name = storage.name(uri)
-    return None if name.startswith("compacted-") else name.rpartition("-")[0]
+    if name.startswith("compacted-"):
+        return None
+    run = _RUN_WITH_PANE.match(name)
+    return run[1] if run else name.rpartition("-")[0]
 
 
 def _masks_of(view: Latest, table: str, files: list[ObjectInfo]) -> Mask:

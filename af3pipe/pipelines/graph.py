@@ -11,16 +11,13 @@ from af3pipe.pipelines.accounting import found_uri, verified_uri, write_found, w
 from af3pipe.pipelines.job import JobConfig
 from af3pipe.pipelines.plan import Chunk
 from af3pipe.pipelines.record import stop_uri
-from af3pipe.schemas import DeadLetter, Recording, RecordingResult
+from af3pipe.schemas import DeadLetter, Recording
 from af3pipe.transforms import (
-    AcknowledgeMessages,
     AnswerAndSettle,
     AnswerRecordings,
     AskAudioFlamingo,
     DecodeAudio,
-    Notified,
     Outcome,
-    ReadNotifications,
     ReadRecordings,
     ReconcileRecordings,
     ResumeRecordings,
@@ -34,8 +31,6 @@ from af3pipe.transforms import (
 )
 from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
 from af3pipe.transforms.launcher import CheckWorkers
-from af3pipe.transforms.notify import rejected_version
-from af3pipe.transforms.pubsub import is_subscription, subscription_of
 from af3pipe.transforms.read import list_recordings
 
 
@@ -125,10 +120,18 @@ def build_chunk(
 
 
 def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
-    """Lays the job as a stream that ends when it is stopped: folders are watched, and subscriptions are read."""
+    """Lays the job as a stream that ends when it is stopped."""
     how = asking(job, keep_engine=True)
     _ = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
-    found, waiting = _found_in_stream(pipeline, job, run_id)
+    found = pipeline | "WatchRecordings" >> WatchRecordings(
+        job.inputs,
+        every_s=job.watch.every,
+        channel=job.channel,
+        stream=job.stream,
+        stop_uri=stop_uri(job.output, run_id),
+        stop_after_s=job.watch.stop_after,
+        storage_options=job.storage_options,
+    )
     resume = ResumeRecordings(
         job.output if job.resume else None, how.decode, how.ask, storage_options=job.storage_options
     )
@@ -140,7 +143,7 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
     )
     told = left.dead_letters | "NotYetTold" >> beam.Filter(lambda letter: not letter.run_id)
     rejected = told | "SettleRejected" >> SettleRejected()
-    written = (
+    _ = (
         (settled, rejected)
         | "AllSettled" >> beam.Flatten()
         | "WriteSettledRecordings"
@@ -154,43 +157,6 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
             storage_options=job.storage_options,
         )
     )
-    if waiting is not None:
-        before = left.dead_letters | "ToldBefore" >> beam.Filter(lambda letter: letter.run_id)
-        durable = (
-            written,
-            left.skipped | "Skipped" >> beam.Map(_version_of).with_output_types(tuple[str, str]),
-            before | "RejectedBefore" >> beam.Map(rejected_version).with_output_types(tuple[str, str]),
-        ) | "Durable" >> beam.Flatten()
-        _ = {"waiting": waiting, "durable": durable} | "AcknowledgeMessages" >> AcknowledgeMessages()
-
-
-def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tuple[Outcome, Any]:
-    """What all inputs find; and the messages that wait for it, None where no subscription is read."""
-    until: dict[str, Any] = {"stop_uri": stop_uri(job.output, run_id), "stop_after_s": job.watch.stop_after}
-    how: dict[str, Any] = {
-        "channel": job.channel,
-        "stream": job.stream,
-        "storage_options": job.storage_options,
-    }
-    folders = [name for name in job.inputs if not is_subscription(name)]
-    notified: list[Notified] = [
-        pipeline
-        | f"ReadNotifications_{number}"
-        >> ReadNotifications(subscription_of(name), allow_prefixes=job.allow_prefixes, **until, **how)
-        for number, name in enumerate(filter(is_subscription, dict.fromkeys(job.inputs)))
-    ]
-    found: list[Outcome | Notified] = [*notified]
-    if folders:
-        watch = WatchRecordings(folders, every_s=job.watch.every, **until, **how)
-        found.append(pipeline | "WatchRecordings" >> watch)
-    good = [one.good for one in found] | "AllFound" >> beam.Flatten()
-    letters = [one.dead_letters for one in found] | "AllRejected" >> beam.Flatten()
-    waiting = [one.waiting for one in notified] | "AllWaiting" >> beam.Flatten() if notified else None
-    return Outcome(good, letters), waiting
-
-
-def _version_of(result: RecordingResult) -> tuple[str, str]:
-    return result.recording_id, result.content_identity
 
 
 def _answer(

@@ -98,10 +98,16 @@ def _job_of(output: str, run_id: str, changes: Mapping[str, Any]) -> dict[str, A
     return {**values, "output": output, **changes}
 
 
+def _is_of_a_message(row: Mapping[str, Any]) -> bool:
+    """Whether it is a message that could not be read: nothing can be opened again, it has to be published again."""
+    return "message" in json.loads(row["input"])
+
+
 def _again(
     output: str, job: JobConfig, letters: list[Mapping[str, Any]]
 ) -> Iterator[Recording | DeadLetter | RecordingResult]:
     """The recordings of dead letters, to be looked at afresh; what could not be listed is listed again."""
+    letters = [row for row in letters if not _is_of_a_message(row)]
     unlisted = [row for row in letters if row["stage"] == Stage.LIST.value]
     for row in letters:
         if row["stage"] != Stage.LIST.value:

@@ -18,10 +18,9 @@ from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.record import RunReport, started_uri, stop_uri, write_record, write_started
 from af3pipe.pipelines.relist import InputError, relist
 from af3pipe.pipelines.runners import FlinkOptions
-from af3pipe.pipelines.view import Latest, table_files
+from af3pipe.pipelines.view import Latest, NotATable, table_files
 from af3pipe.schemas import DeadLetter, Reason
 from af3pipe.transforms import metrics
-from af3pipe.transforms.pubsub import is_subscription, reach, subscription_of
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.watch import check_watched
 from af3pipe.transforms.write import new_run_id
@@ -71,6 +70,7 @@ class Watch:
             storage.delete(started_uri(job.output, self.run_id))
             text = batch.explain_failure(error)
             raise batch.RunFailed(_PRISM.format(text) if self._runner == "PrismRunner" else text) from error
+        self._is_cancelled = False
         self._background = batch.Background(self._wait)
 
     def _wait(self) -> None:
@@ -91,6 +91,7 @@ class Watch:
 
     def cancel(self) -> None:
         """Ends it now. What was not written yet is asked again by the next run into the same output."""
+        self._is_cancelled = True
         self._result.cancel()
 
     def report(self) -> RunReport | None:
@@ -102,7 +103,7 @@ class Watch:
         """
         with batch.connected():
             state = self._result.state
-        if state == PipelineState.CANCELLED:
+        if self._is_cancelled or state == PipelineState.CANCELLED:
             storage.delete(stop_uri(self._job.output, self.run_id))
             return None
         self._background.result()
@@ -123,10 +124,11 @@ class Watch:
 
 def _tell_left(job: JobConfig) -> None:
     """A stream does not know what it never found: a last look at its folders does."""
-    folders = [name for name in job.inputs if not is_subscription(name)]
     try:
-        found = relist(Latest(job.output, table_files(job.output)), folders, channel=job.channel, stream=job.stream)
-    except InputError as error:
+        found = relist(
+            Latest(job.output, table_files(job.output)), job.inputs, channel=job.channel, stream=job.stream
+        )
+    except (InputError, storage.StorageError, NotATable) as error:
         _log.warning("what is left to ask cannot be told: %s", error)
         return
     for number, example in (found.never, found.changed):
@@ -171,22 +173,15 @@ def _check_keys(job: JobConfig) -> None:
     }.items():
         if key in job.model_fields_set:
             raise JobError(f"{key} is for `af3pipe run`: {why}")
-    if any(map(is_subscription, job.inputs)) and not job.allow_prefixes:
-        raise JobError(
-            "messages may name nothing yet: give --allow-prefix (allow_prefixes in a job file), for example gs://archive"
-        )
 
 
 def _check_inputs(job: JobConfig) -> None:
     """What cannot be watched, or cannot be listed now, is told now; a folder that is not there yet may come."""
     for name in job.inputs:
         try:
-            if is_subscription(name):
-                reach(subscription_of(name))
-                continue
             check_watched(name)
             first = next(graph.found_by(job, name), None)
         except (ValueError, ImportError, storage.StorageError) as error:
-            raise JobError(f"input {name}: {error}") from error
+            raise JobError(str(error) if name in str(error) else f"input {name}: {error}") from error
         if isinstance(first, DeadLetter) and first.uri == name and first.reason is not Reason.NOT_FOUND:
             raise JobError(f"input {name}: {first.detail}")

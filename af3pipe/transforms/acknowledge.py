@@ -1,11 +1,12 @@
 """Messages of Pub/Sub acknowledged once all that they asked for is durable, and leased until then."""
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-from apache_beam.coders import BooleanCoder, FastPrimitivesCoder, StrUtf8Coder, VarIntCoder
+from apache_beam.coders import BooleanCoder, FastPrimitivesCoder, FloatCoder, StrUtf8Coder, VarIntCoder
 from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import GlobalWindow, GlobalWindows
@@ -14,8 +15,10 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from af3pipe.transforms import metrics
 from af3pipe.transforms.notify import Waiting, work_name
-from af3pipe.transforms.pubsub import ACK_DEADLINE_S, REMEMBER_S, acknowledge, check_deadline, modify_deadline
+from af3pipe.transforms.pubsub import ACK_DEADLINE_S, acknowledge, check_deadline, modify_deadline
 
+# Prism fires no timer of the wall clock before one that was set earlier and further ahead, nor a pane: none is long.
+_LOOK_EVERY_S = 2.0
 # (item, items, ack_id) of a message: item is None where it was delivered, ack_id is empty where an item is done.
 _Event = tuple[int | None, int, str]
 
@@ -27,21 +30,19 @@ class _Finished(NamedTuple):
 
 
 class _AwaitDoFn(beam.DoFn):
-    """Keyed by work: tells each message that waits for it when it is durable, whichever of the two comes first."""
+    """Keyed by work: tells each message that waits for it when it is durable, whichever of the two comes first.
+
+    No timer clears the state: a stream that is stopped would wait for it.
+    """
 
     _DURABLE = ReadModifyWriteStateSpec("durable", BooleanCoder())
     _WAITING = BagStateSpec("waiting", FastPrimitivesCoder())
-    _FORGET = TimerSpec("forget", TimeDomain.REAL_TIME)
-
-    def __init__(self, remember_s: float) -> None:
-        self._remember_s = remember_s
 
     def process(
         self,
         keyed: tuple[str, tuple[Any, ...]],
         durable: Any = beam.DoFn.StateParam(_DURABLE),
         waiting: Any = beam.DoFn.StateParam(_WAITING),
-        forget: Any = beam.DoFn.TimerParam(_FORGET),
     ) -> Iterator[tuple[str, _Event]]:
         _, told = keyed
         if told:
@@ -51,14 +52,9 @@ class _AwaitDoFn(beam.DoFn):
                 waiting.add(told)
             return
         durable.write(True)
-        forget.set(Timestamp.now() + self._remember_s)
         for each in dict.fromkeys(waiting.read()):
             yield _done(each)
         waiting.clear()
-
-    @on_timer(_FORGET)
-    def on_forget(self, durable: Any = beam.DoFn.StateParam(_DURABLE)) -> None:
-        durable.clear()
 
 
 def _done(told: tuple[Any, ...]) -> tuple[str, _Event]:
@@ -71,6 +67,7 @@ class _AcknowledgeDoFn(beam.DoFn):
 
     _ACK_ID = ReadModifyWriteStateSpec("ack_id", StrUtf8Coder())
     _DONE = BagStateSpec("done", VarIntCoder())
+    _LEASED_AT = ReadModifyWriteStateSpec("leased_at", FloatCoder())
     _LEASE = TimerSpec("lease", TimeDomain.REAL_TIME)
 
     def __init__(self, ack_deadline_s: int) -> None:
@@ -86,18 +83,20 @@ class _AcknowledgeDoFn(beam.DoFn):
         timestamp: Any = beam.DoFn.TimestampParam,
         ack_id: Any = beam.DoFn.StateParam(_ACK_ID),
         done: Any = beam.DoFn.StateParam(_DONE),
+        leased_at: Any = beam.DoFn.StateParam(_LEASED_AT),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
     ) -> None:
         message, (item, items, delivered) = keyed
         if delivered:
             ack_id.write(delivered)
+            leased_at.write(time.time())
         found = set(done.read())
         if item is not None and item not in found:
             done.add(item)
             found.add(item)
         latest = ack_id.read()
         if delivered or not latest:
-            lease.set(Timestamp.now() + self._ack_deadline_s / 2)
+            lease.set(Timestamp.now() + _LOOK_EVERY_S)
         if not latest or len(found) < items:
             return
         self._to_acknowledge[_subscription_of(message)].append(_Finished(latest, message, timestamp))
@@ -111,11 +110,14 @@ class _AcknowledgeDoFn(beam.DoFn):
         message: Any = beam.DoFn.KeyParam,
         ack_id: Any = beam.DoFn.StateParam(_ACK_ID),
         done: Any = beam.DoFn.StateParam(_DONE),
+        leased_at: Any = beam.DoFn.StateParam(_LEASED_AT),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
     ) -> None:
         if latest := ack_id.read():
-            self._to_lease[_subscription_of(message)].append(latest)
-            lease.set(Timestamp.now() + self._ack_deadline_s / 2)
+            if time.time() - (leased_at.read() or 0.0) > self._ack_deadline_s / 2 - _LOOK_EVERY_S:
+                self._to_lease[_subscription_of(message)].append(latest)
+                leased_at.write(time.time())
+            lease.set(Timestamp.now() + _LOOK_EVERY_S)
         else:  # told again of what had been acknowledged
             done.clear()
 
@@ -140,16 +142,14 @@ class AcknowledgeMessages(beam.PTransform):
 
     Args:
         ack_deadline_s: How long each lease is, 10 to 600 s; half of it before its end, it is extended.
-        remember_s: How long durable work is remembered: not less than `ReadNotifications` remembers what was told.
 
     Raises:
         ValueError: No such number of seconds.
     """
 
-    def __init__(self, *, ack_deadline_s: int = ACK_DEADLINE_S, remember_s: float = REMEMBER_S) -> None:
+    def __init__(self, *, ack_deadline_s: int = ACK_DEADLINE_S) -> None:
         super().__init__()
         self._ack_deadline_s = check_deadline(ack_deadline_s)
-        self._remember_s = remember_s
 
     def expand(self, told: Any) -> Any:
         waiting = told["waiting"] | "Waiting" >> beam.WindowInto(GlobalWindows())
@@ -159,7 +159,7 @@ class AcknowledgeMessages(beam.PTransform):
             waiting | "WaitsFor" >> beam.FlatMap(_waits_for).with_output_types(any_tuple),
             durable | "IsDurable" >> beam.Map(_is_durable).with_output_types(any_tuple),
         ) | "ByWork" >> beam.Flatten()
-        done = by_work | "Await" >> beam.ParDo(_AwaitDoFn(self._remember_s)).with_output_types(any_tuple)
+        done = by_work | "Await" >> beam.ParDo(_AwaitDoFn()).with_output_types(any_tuple)
         delivered = waiting | "Delivered" >> beam.Map(_delivered).with_output_types(any_tuple)
         return (
             (delivered, done)

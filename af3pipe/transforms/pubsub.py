@@ -8,15 +8,15 @@ is durable. What is not acknowledged is delivered again, so that a job that dies
 import functools
 import logging
 import re
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timezone
 from types import MappingProxyType
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.coders import BooleanCoder
-from apache_beam.transforms.timeutil import TimeDomain
-from apache_beam.transforms.userstate import ReadModifyWriteStateSpec, TimerSpec, on_timer
+from apache_beam.coders import FloatCoder
+from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
@@ -34,9 +34,7 @@ REMEMBER_S = 24 * 3600
 _MOST_AT_ONCE = 1000
 _WAIT_S = 2.0
 _EVERY_S = 1.0
-_REACH_S = 5.0
 _PULLS_A_TICK = 10  # then what was pulled goes on
-_SCHEME = "pubsub://"
 _SUBSCRIPTION = re.compile(r"projects/[^/]+/subscriptions/[^/]+")
 _log = logging.getLogger(__name__)
 
@@ -49,42 +47,6 @@ def _subscriber() -> Any:
     except ImportError as error:
         raise ImportError("Pub/Sub needs google-cloud-pubsub: pip install 'af3pipe[pubsub]'") from error
     return pubsub_v1.SubscriberClient()
-
-
-def is_subscription(name: str) -> bool:
-    """Whether an input is a subscription, as `pubsub://projects/PROJECT/subscriptions/NAME`."""
-    return name.startswith(_SCHEME)
-
-
-def subscription_of(name: str) -> str:
-    """The subscription that an input names; else raises ValueError."""
-    return check_subscription(name.removeprefix(_SCHEME))
-
-
-def reach(subscription: str) -> None:
-    """Looks whether a subscription is there, a few seconds long.
-
-    Raises:
-        ValueError: It is not, there are no credentials, or Pub/Sub does not answer; says what to do.
-    """
-    try:
-        client = _subscriber()
-        from google.api_core import exceptions
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-    except Exception as error:  # google.auth's, which is not imported for its name alone
-        raise ValueError(
-            f"no credentials for Google Cloud ({error}); run `gcloud auth application-default login`, or set "
-            "PUBSUB_EMULATOR_HOST for an emulator"
-        ) from error
-    try:
-        client.get_subscription(subscription=subscription, timeout=_REACH_S, retry=None)
-    except exceptions.PermissionDenied:
-        return  # who may pull need not be allowed to look
-    except exceptions.NotFound as error:
-        raise ValueError("there is no such subscription") from error
-    except exceptions.GoogleAPICallError as error:
-        raise ValueError(f"Pub/Sub does not answer: {error.message}") from error
 
 
 def check_subscription(subscription: str) -> str:
@@ -105,7 +67,12 @@ def pull(subscription: str, max_messages: int, ack_deadline_s: int) -> list[Mess
     client = _subscriber()
     try:
         told = client.pull(subscription=subscription, max_messages=max_messages, timeout=_WAIT_S, retry=None)
-    except (exceptions.DeadlineExceeded, exceptions.ServiceUnavailable, exceptions.Aborted, exceptions.Cancelled):
+    except exceptions.DeadlineExceeded:  # there is none
+        return []
+    except (exceptions.NotFound, exceptions.PermissionDenied, exceptions.InvalidArgument):
+        raise
+    except exceptions.GoogleAPICallError as error:  # the next tick pulls again
+        _log.warning("subscription %s cannot be pulled now: %s", subscription, error)
         return []
     found = [_message(received, subscription) for received in told.received_messages]
     if found:
@@ -150,6 +117,8 @@ def _tell(call: Any, subscription: str, ack_ids: Sequence[str]) -> int:
                 told += sum(_tell(call, subscription, [one]) for one in some)
             else:
                 _log.info("a delivery of %s is over, and will come again: %s", subscription, error)
+        except exceptions.GoogleAPICallError as error:  # they come again, and are told of then
+            _log.warning("subscription %s cannot be told of %d deliveries now: %s", subscription, len(some), error)
     return told
 
 
@@ -168,7 +137,7 @@ class _PullDoFn(beam.DoFn):
             now = Timestamp.now()
             for message in found:
                 yield TimestampedValue(message, now)
-            if not found:
+            if len(found) < self._max_messages:
                 return
 
 
@@ -224,33 +193,27 @@ def check_deadline(ack_deadline_s: int) -> int:
 
 
 class _OnceDoFn(beam.DoFn):
-    """Lets the first of each key pass; forgets after a while, or its state would grow for ever."""
+    """Lets the first of each key pass; one that comes much later is the first again.
 
-    _SEEN = ReadModifyWriteStateSpec("seen", BooleanCoder())
-    _FORGET = TimerSpec("forget", TimeDomain.REAL_TIME)
+    No timer clears the state: a stream that is stopped would wait for it.
+    """
+
+    _SEEN = ReadModifyWriteStateSpec("seen", FloatCoder())
 
     def __init__(self, remember_s: float) -> None:
         self._remember_s = remember_s
 
-    def process(
-        self,
-        keyed: tuple[str, Any],
-        seen: Any = beam.DoFn.StateParam(_SEEN),
-        forget: Any = beam.DoFn.TimerParam(_FORGET),
-    ) -> Iterator[Any]:
-        if seen.read():
+    def process(self, keyed: tuple[str, Any], seen: Any = beam.DoFn.StateParam(_SEEN)) -> Iterator[Any]:
+        if time.time() - (seen.read() or 0.0) < self._remember_s:
             metrics.count("recordings_notified_again")
             return
-        seen.write(True)
-        forget.set(Timestamp.now() + self._remember_s)
+        seen.write(time.time())
         yield keyed[1]
-
-    @on_timer(_FORGET)
-    def on_forget(self, seen: Any = beam.DoFn.StateParam(_SEEN)) -> None:
-        seen.clear()
 
 
 class _Once(beam.PTransform):
+    """Lets each version of a recording, or each dead letter, pass once in `remember_s` seconds."""
+
     def __init__(self, row_class: type, remember_s: float) -> None:
         super().__init__()
         self._row_class: Any = row_class

@@ -1,7 +1,13 @@
 """What earlier runs left in the same output, held against what there is to do: nothing is paid for twice."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import pickle
+import sqlite3
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -283,26 +289,67 @@ class _ResumeDoFn(beam.DoFn):
             yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
 
 
-class _ResumeEachDoFn(beam.DoFn):
-    """As `_ResumeDoFn`, one at a time, with all earlier rows as a side input."""
+class _EarlierRows:
+    """What an output has when a process first asks, by recording, in a file: memory does not grow with the output."""
 
-    def __init__(self, resume: _ResumeDoFn) -> None:
+    def __init__(self, output: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="af3pipe-earlier-")
+        self._lock = threading.Lock()
+        self._rows = sqlite3.connect(Path(self._folder.name, "rows.sqlite"), check_same_thread=False)
+        self._rows.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; CREATE TABLE rows (id TEXT, row BLOB);"
+        )
+        for table, uri in earlier_files(output):
+            rows = ((recording_id, pickle.dumps(row)) for recording_id, row in read_earlier(table, uri))
+            self._rows.executemany("INSERT INTO rows VALUES (?, ?)", rows)
+        self._rows.execute("CREATE INDEX by_id ON rows (id)")
+        self._rows.commit()
+
+    def of(self, recording_id: str) -> list[Settled | Covered | Told]:
+        with self._lock:
+            found = self._rows.execute("SELECT row FROM rows WHERE id = ?", [recording_id]).fetchall()
+        return [pickle.loads(row) for (row,) in found]
+
+
+_earlier: dict[str, _EarlierRows] = {}
+_earlier_lock = threading.Lock()
+
+
+class _ResumeEachDoFn(beam.DoFn):
+    """As `_ResumeDoFn`, one at a time, beside the output.
+
+    Not by a side input: some runners hold a stream back until the next element, or for ever, where it has one.
+    """
+
+    def __init__(self, resume: _ResumeDoFn, output: str | None, storage_options: storage.StorageOptions) -> None:
         self._resume = resume
+        self._output = output
+        self._storage_options = storage_options
+        self._stream_id = uuid.uuid4().hex  # one of several that a process may run into this output
 
     def setup(self) -> None:
+        set_storage(self._storage_options)
         self._resume.setup()
 
     def teardown(self) -> None:
         self._resume.teardown()
 
-    def process(self, item: Recording | DeadLetter, earlier: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
+    def process(self, item: Recording | DeadLetter) -> Iterator[Any]:
         is_letter = isinstance(item, DeadLetter)
         found: dict[str, Iterable[Any]] = {
             "recordings": () if is_letter else (item,),
             "dead_letters": (item,) if is_letter else (),
-            "earlier": earlier[item.recording_id],
+            "earlier": self._earlier_of(item.recording_id),
         }
         return self._resume.process((item.recording_id, found))
+
+    def _earlier_of(self, recording_id: str) -> list[Settled | Covered | Told]:
+        if self._output is None:
+            return []
+        with _earlier_lock:  # read once, whichever bundle is first
+            if self._stream_id not in _earlier:
+                _earlier[self._stream_id] = _EarlierRows(self._output)
+        return _earlier[self._stream_id].of(recording_id)
 
 
 def _by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:
@@ -321,7 +368,7 @@ class ResumeRecordings(beam.PTransform):
     """Holds recordings against what an output has of earlier runs.
 
     Takes `Recording` (a PCollection, or the Outcome of `ReadRecordings` or `WatchRecordings`); gives a
-    `ResumeOutcome`. A stream is held against what there is when it starts.
+    `ResumeOutcome`. A stream is held against what there is when each of its workers begins.
 
     Args:
         output: Folder with the tables of earlier runs; None where none is to be resumed.
@@ -345,21 +392,22 @@ class ResumeRecordings(beam.PTransform):
 
     def expand(self, inputs: Any) -> Any:
         recordings, before = split_input(inputs)
-        outputs = [self._output] if self._output else []
-        files = recordings.pipeline | "Outputs" >> beam.Create(outputs, reshuffle=False)
-        earlier = (
+        if recordings.is_bounded:
+            letters = before[0] if before else recordings.pipeline | "NoLetters" >> beam.Create([])
+            resumed = _tagged(_meet(recordings, letters, self._earlier(recordings.pipeline)), self._dofn)
+        else:
+            each = _ResumeEachDoFn(self._dofn, self._output, self._storage_options)
+            resumed = _tagged((recordings, *before) | "RecordingsAndLetters" >> beam.Flatten(), each)
+        return ResumeOutcome(resumed.recordings, resumed[DEAD_LETTERS], resumed[_SKIPPED])
+
+    def _earlier(self, pipeline: Any) -> Any:
+        files = pipeline | "Outputs" >> beam.Create([self._output] if self._output else [], reshuffle=False)
+        return (
             files
             | "EarlierFiles" >> beam.ParDo(_FilesDoFn(self._storage_options)).with_output_types(tuple[str, str])
             | "SpreadFiles" >> beam.Reshuffle()
             | "ReadEarlier" >> beam.ParDo(_RowsDoFn(self._storage_options)).with_output_types(tuple[str, Any])
         )
-        if recordings.is_bounded:
-            letters = before[0] if before else recordings.pipeline | "NoLetters" >> beam.Create([])
-            resumed = _tagged(_meet(recordings, letters, earlier), beam.ParDo(self._dofn))
-        else:
-            each = beam.ParDo(_ResumeEachDoFn(self._dofn), beam.pvalue.AsMultiMap(earlier))
-            resumed = _tagged((recordings, *before) | "RecordingsAndLetters" >> beam.Flatten(), each)
-        return ResumeOutcome(resumed.recordings, resumed[DEAD_LETTERS], resumed[_SKIPPED])
 
 
 def _meet(recordings: Any, letters: Any, earlier: Any) -> Any:
@@ -371,6 +419,7 @@ def _meet(recordings: Any, letters: Any, earlier: Any) -> Any:
     return by_id | "MeetById" >> beam.CoGroupByKey()
 
 
-def _tagged(inputs: Any, resume: Any) -> Any:
+def _tagged(inputs: Any, dofn: beam.DoFn) -> Any:
     types = {DEAD_LETTERS: DeadLetter, _SKIPPED: RecordingResult}
-    return inputs | "Resume" >> resume.with_output_types(Recording, **types).with_outputs(*types, main="recordings")
+    resume = beam.ParDo(dofn).with_output_types(Recording, **types)
+    return inputs | "Resume" >> resume.with_outputs(*types, main="recordings")

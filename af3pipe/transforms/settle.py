@@ -132,7 +132,8 @@ class _Gathered:
     def settle(self, tasks: frozenset[str]) -> SettledRecording:
         """Raises NotTogether."""
         for key, parts in self.parts.items():
-            for stitched in stitch_group(key, {"parts": parts, "known": self.known[key]}):
+            once = {part.answer_key: part for part in parts}.values()
+            for stitched in stitch_group(key, {"parts": once, "known": self.known[key]}):
                 if isinstance(stitched, TaggedOutput):
                     self.kept.append(stitched.value[1])
                 else:

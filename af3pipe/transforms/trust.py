@@ -1,6 +1,7 @@
 """What a manifest or a message may name: one from elsewhere must not have this machine read what it likes."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from urllib.parse import unquote
 
@@ -87,7 +88,7 @@ def is_below(url: str, prefix: str) -> bool:
 
 
 def _may_lead_elsewhere(url: str) -> bool:
-    return ".." in re.split(r"[/\\]", unquote(url)) or not url.isprintable()
+    return ".." in re.split(r"[/\\]", unquote(url)) or any(unicodedata.category(letter) == "Cc" for letter in url)
 
 
 def _scheme(uri: str) -> str:

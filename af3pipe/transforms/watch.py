@@ -33,9 +33,14 @@ def check_watched(name: str) -> None:
     Raises:
         ValueError: It is a manifest or a container, which would be read again and again from its beginning.
     """
+    if name.startswith("pubsub://"):
+        raise ValueError(
+            f"input {name} is a subscription, and messages are not read here; ReadNotifications and "
+            "AcknowledgeMessages do so in a pipeline of your own"
+        )
     if is_manifest(name) or container_rows(name) is not None:
         raise ValueError(
-            f"{name} is a manifest or a container; watched are folders and globs of audio. Ask about it with "
+            f"input {name} is a manifest or a container; watched are folders and globs of audio. Ask about it with "
             "`af3pipe run`, as often as it changes: what is answered is not asked again"
         )
 
@@ -104,7 +109,8 @@ class _ListDoFn(beam.DoFn):
 
 
 def _version(found: Recording | DeadLetter) -> str:
-    return found.dead_letter_key if isinstance(found, DeadLetter) else found.content_identity
+    """Of a dead letter, why it is one: a file whose name cannot be written stays that, whatever becomes of it."""
+    return found.reason.value if isinstance(found, DeadLetter) else found.content_identity
 
 
 class _NewDoFn(beam.DoFn):

@@ -66,7 +66,7 @@ def test_a_limit_for_all_tasks():
         ({"channel": "middle"}, ["channel is 'middle'; it must be mix, left, right, or a number from 0"]),
         ({"stream": "first"}, ["stream is 'first'; it must be a number from 0"]),
         ({"ouput": "x"}, ["ouput is not a key of a job", "did you mean 'output'"]),
-        ({"inputs": []}, ["inputs is []"]),
+        ({"inputs": []}, ["inputs is missing; name a file"]),
         ({"slots": 0}, ["slots is 0", "greater than 0"]),
         ({"verify_sample": -1}, ["verify_sample is -1", "greater than or equal to 0"]),
         ({"tasks": ["captoin"]}, ["task 'captoin' is not known", "caption, transcript", "prompt"]),

@@ -24,7 +24,8 @@ def test_an_adapter_that_is_missing_is_found_before_the_job_starts(values, tmp_p
 
 def test_workers_elsewhere_may_have_an_adapter_that_this_machine_has_not(values, tmp_path, caplog):
     job = make_job(values | {"adapter": str(tmp_path / "none")})
-    assert preflight(job, beam_options(job, ["--runner=PrismRunner"])) == open_checkpoint("demo")
+    options = beam_options(job, ["--runner=PrismRunner", "--environment_type=EXTERNAL"])
+    assert preflight(job, options) == open_checkpoint("demo")
     assert "the adapter cannot be read on this machine, only the workers can tell" in caplog.text
     assert str(tmp_path / "none") in caplog.text
 
