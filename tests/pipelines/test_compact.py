@@ -288,3 +288,10 @@ def test_leftovers_of_killed_writes_go_when_they_are_a_day_old(output):
     os.utime(old, (past, past))
     assert compact(str(output)).temporary == 1
     assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_a_file_is_of_its_run_whatever_pane_it_is():
+    run = "20261121T222051Z-9accc5"
+    assert module._run_of(f"s3://out/captions/{run}-0c97898e53d72a52.parquet") == run
+    assert module._run_of(f"s3://out/captions/{run}-20261121T094000Z-0c97898e53d72a52.parquet") == run
+    assert module._run_of("s3://out/captions/compacted-1-0c97898e53d72a52.parquet") is None

@@ -34,10 +34,7 @@ COMMITTED = Path(__file__).with_name("dataflow_job.json")
 NO_PIP_FREEZE = "--experiments=disable_logging_submission_environment"
 RENEW = "AF3PIPE_RENEW=1 python -m pytest tests/pipelines/test_dataflow.py -k committed"
 GPU = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
-STREAMED = {
-    "inputs": ["gs://my-archive/2026/", "pubsub://projects/my-project/subscriptions/landed"],
-    "allow_prefixes": ["gs://my-archive"],
-}
+STREAMED = {"inputs": ["gs://my-archive/2026/", "gs://my-other-archive/*.flac"]}
 DECODE = "AnswerRecordings/DecodeAudio/Decode/ParDo(DecodeDoFn)"
 ASK = "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)"
 
