@@ -70,15 +70,6 @@ def processes(pool):
     "encode", [make.wav, make.flac, make.mp3, make.mp3_without_length, make.ogg, make.m4a, make.adts]
 )
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_of_many_that_were_open_at_once_a_few_are_kept():
-    with DecoderPool() as pool:
-        taken = [pool.take(new=True) for _ in range(guard._MOST_IDLE + 2)]
-        for process in taken:
-            pool.give_back(process)
-        assert len(pool._idle) == guard._MOST_IDLE
-        assert [process._process.poll() is None for process in taken].count(True) == guard._MOST_IDLE
-
-
 def test_equals_decoding_in_process(pool, encode, where, tmp_path):
     data = encode(make.sound(33.3, 44100, 2), 44100)
     (tmp_path / "file").write_bytes(data)
@@ -421,3 +412,12 @@ def test_a_thread_that_ends_leaves_its_process_to_the_others(pool):
     thread.start()
     thread.join()
     assert len(decoded(pool, io.BytesIO(WAV))) == 25 * RATE
+
+
+def test_of_many_that_were_open_at_once_a_few_are_kept():
+    with DecoderPool() as pool:
+        taken = [pool.take(new=True) for _ in range(guard._MOST_IDLE + 2)]
+        for process in taken:
+            pool.give_back(process)
+        assert len(pool._idle) == guard._MOST_IDLE
+        assert [process._process.poll() is None for process in taken].count(True) == guard._MOST_IDLE
