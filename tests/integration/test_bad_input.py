@@ -241,5 +241,6 @@ def test_a_request_that_breaks_the_model_costs_no_other(tmp_path, monkeypatch):
 
 def test_a_model_that_only_the_workers_have_does_not_stop_the_launcher(tmp_path, caplog):
     wanted = job(tmp_path, model=str(tmp_path / "baked_into_the_image"))
-    assert batch.preflight(wanted, beam_options(wanted, ["--runner=PrismRunner"])) is None
+    elsewhere = beam_options(wanted, ["--runner=PrismRunner", "--environment_type=EXTERNAL"])
+    assert batch.preflight(wanted, elsewhere) is None
     assert "only the workers can tell" in caplog.text
