@@ -151,8 +151,12 @@ def wait_for_reading(store, report):
 
 def model_process(pool):
     """The one process of a pool, whose model the slots of a TaskManager share."""
-    (found,) = [pid for pid in children(pool.pid) if is_running(pid)]
+    (found,) = running_children(pool)
     return found
+
+
+def running_children(pool):
+    return [pid for pid in children(pool.pid) if is_running(pid)]
 
 
 def is_running(pid):
@@ -183,10 +187,10 @@ def test_a_killed_model_process_and_a_killed_task_manager_cost_time_only(store, 
     with midway(store, cluster, slowly(store, model, "killed")) as report:
         os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
         wait_for_reading(store, report)  # by the one that came for it, too
-        orphan = model_process(cluster.pools[1])
+        orphans = running_children(cluster.pools[1])  # none, where it has done its part
         cluster.task_managers[1].kill()
         # It holds a GPU: without its TaskManager it must not stay.
-        wait_until(lambda: not is_running(orphan), "the worker of the killed TaskManager to end")
+        wait_until(lambda: not any(map(is_running, orphans)), "the worker of the killed TaskManager to end")
         cluster.task_managers[1].start()
     counts = report.result().counts
     assert counts.reconciled, counts.problems
