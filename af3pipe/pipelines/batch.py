@@ -19,7 +19,7 @@ from af3pipe import storage
 from af3pipe.audio.guard import acquire_decoders, release_decoders
 from af3pipe.models.engine import ModelError, hold_engine, release_engine
 from af3pipe.models.family import Checkpoint, adapter_revision, open_checkpoint
-from af3pipe.models.tasks import resolve, table_of
+from af3pipe.models.tasks import resolve
 from af3pipe.pipelines import graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables, take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
@@ -191,8 +191,7 @@ def run(
     sampled = [verified_uri(job.output, run_id, chunk) for chunk in chunks]
     verified = take_verified(sampled) if job.verify_sample else None
     report = RunReport(run_id, count_run(job.output, run_id, found), wall_s, dict(sorted(counted.items())), verified)
-    tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
-    fill_empty_tables(job.output, sorted(tables), run_id, job.partition_by)
+    fill_empty_tables(job.output, job.tables(), run_id, job.partition_by)
     write_record(job, checkpoint, options.view_as(StandardOptions).runner, started_at, report)
     return report
 

@@ -17,7 +17,7 @@ from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength
 from af3pipe.models.engine import ENGINES, EngineOptions
 from af3pipe.models.family import DEFAULT_MODEL
-from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, prompt, transcript
+from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, prompt, table_of, transcript
 from af3pipe.pipelines.runners import ON_BY_DEFAULT, runner_name
 from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.transforms.ask import check_tasks
@@ -309,6 +309,10 @@ class JobConfig(_Strict):
         """What is asked of every recording; a caption where the job names nothing."""
         configs: list[TaskConfig | QuestionConfig] = [*self.tasks, *self.questions] or [TaskConfig(name="caption")]
         return [task for config in configs for task in config.to_tasks(self.max_new_tokens, self.think)]
+
+    def tables(self) -> list[str]:
+        """The folders below `output` that its rows land in."""
+        return sorted({"recordings", "dead_letters", *(table_of(task.name) for task in self.all_tasks())})
 
     def dead_letters_allowed(self, recordings: int) -> float:
         """How many dead letters the run may have."""

@@ -11,7 +11,6 @@ from apache_beam.options.pipeline_options import PipelineOptions, PrismRunnerOpt
 from apache_beam.runners.runner import PipelineState
 
 from af3pipe import storage
-from af3pipe.models.tasks import table_of
 from af3pipe.pipelines import batch, graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
@@ -114,8 +113,7 @@ class Watch:
         report = RunReport(
             self.run_id, count_run(job.output, self.run_id, None), wall_s, dict(sorted(counted.items()))
         )
-        tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
-        fill_empty_tables(job.output, sorted(tables), self.run_id, job.partition_by)
+        fill_empty_tables(job.output, job.tables(), self.run_id, job.partition_by)
         write_record(job, self._checkpoint, self._runner, self._started_at, report)
         storage.delete(stop_uri(job.output, self.run_id))
         _tell_left(job)

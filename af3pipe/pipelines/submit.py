@@ -11,7 +11,6 @@ from apache_beam.options.pipeline_options import StandardOptions
 from af3pipe import storage
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import open_checkpoint
-from af3pipe.models.tasks import table_of
 from af3pipe.pipelines import graph
 from af3pipe.pipelines.accounting import (
     count_run,
@@ -92,8 +91,7 @@ def finish(output: str, run_id: str) -> tuple[JobConfig, RunReport]:
         )
     started_at = datetime.fromisoformat(started["started_at"])
     report = RunReport(run_id, counts, time.time() - started_at.timestamp(), {}, verified)
-    tables = {"recordings", "dead_letters", *(table_of(task.name) for task in job.all_tasks())}
-    fill_empty_tables(output, sorted(tables), run_id, job.partition_by)
+    fill_empty_tables(output, job.tables(), run_id, job.partition_by)
     try:
         checkpoint = open_checkpoint(job.model, job.revision)
     except ModelError:  # only the workers have it
