@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from af3pipe.schemas.recording import Levels, Recording, taken_from
+from af3pipe.schemas.recording import Levels, Recording, content_identity, taken_from
 
 _ALWAYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
 
@@ -226,7 +226,7 @@ class Answer(NamedTuple):
     @property
     def content_identity(self) -> str:
         """As of `Recording`."""
-        return self.etag or f"{self.size_bytes}:{self.mtime}"
+        return content_identity(self.etag, self.size_bytes, self.mtime)
 
 
 ANSWER_SCHEMA = pa.schema(

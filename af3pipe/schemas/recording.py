@@ -65,6 +65,11 @@ def _index(value: Any) -> int | None:
     return int(digits) if is_index else None
 
 
+def content_identity(etag: str | None, size_bytes: int | None, mtime: str | None) -> str:
+    """Changes when the bytes change: the store's etag, or size and modification time where it has none."""
+    return etag or f"{size_bytes}:{mtime}"
+
+
 class Question(NamedTuple):
     """A question about one recording, as a manifest row states it; without an id it is named by its text.
 
@@ -176,7 +181,7 @@ class Recording(NamedTuple):
     @property
     def content_identity(self) -> str:
         """Changes when the bytes change: the store's etag, or size and modification time where it has none."""
-        return self.etag or f"{self.size_bytes}:{self.mtime}"
+        return content_identity(self.etag, self.size_bytes, self.mtime)
 
 
 def make_recording_id(
@@ -302,7 +307,7 @@ class RecordingResult(NamedTuple):
     @property
     def content_identity(self) -> str:
         """As of `Recording`."""
-        return self.etag or f"{self.size_bytes}:{self.mtime}"
+        return content_identity(self.etag, self.size_bytes, self.mtime)
 
 
 RECORDING_SCHEMA = pa.schema(
