@@ -44,7 +44,7 @@ RECONCILE = step("ReconcileRecordings", ACCOUNTS)
     ("transforms", "told"),
     [
         ([step("ReadRecordings")], "config: inputs is missing"),
-        ([step("ReadRecordings", inputs=[])], "config: inputs is \\[\\]: value should have at least 1 item"),
+        ([step("ReadRecordings", inputs=[])], "config: inputs is missing; name a file"),
         ([step("ReadRecordings", input="a")], "input is not a key of ReadRecordings; did you mean 'inputs'"),
         ([step("ReadRecordings", inputs="a", model="demo")], "model is not a key of ReadRecordings; it is one of D"),
         ([step("ReadRecordings", inputs="a", runs=1)], "runs is not a key of ReadRecordings; allowed are inputs, ch"),
