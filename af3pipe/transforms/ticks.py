@@ -21,13 +21,23 @@ from af3pipe.transforms.stores import set_storage
 _log = logging.getLogger(__name__)
 
 
+class _TickTracker(OffsetRestrictionTracker):
+    """Splits off what is left, and never a half: the half that lies centuries ahead would take the watermark there.
+
+    Prism halves whatever takes a moment, keeps the watermark of the half it asked last, and drops rows as late.
+    """
+
+    def try_split(self, fraction_of_remainder: float) -> Any:
+        return super().try_split(0) if fraction_of_remainder == 0 else None
+
+
 class _TickRanges(RestrictionProvider):
     def initial_restriction(self, element: tuple[float, float, float]) -> OffsetRange:
         start_s, end_s, every_s = element
         return OffsetRange(0, math.ceil((end_s - start_s) / every_s))
 
-    def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
-        return OffsetRestrictionTracker(restriction)
+    def create_tracker(self, restriction: OffsetRange) -> _TickTracker:
+        return _TickTracker(restriction)
 
     def restriction_size(self, element: Any, restriction: OffsetRange) -> int:
         return 1

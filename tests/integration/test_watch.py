@@ -14,6 +14,7 @@ import pyarrow.dataset as ds
 import pytest
 import soundfile
 
+from af3pipe import storage
 from af3pipe.pipelines import batch, streaming
 from af3pipe.pipelines.audit import audit
 from af3pipe.pipelines.job import make_job
@@ -192,6 +193,26 @@ def test_a_watch_begun_again_asks_only_what_is_new(model, runner, tmp_path):
     assert report.metrics["recordings_skipped_done"] == 2
     assert report.metrics["answers"] == 2
     assert not audit(str(output)).problems
+
+
+def test_a_store_that_is_far_away_costs_no_rows(model, runner, tmp_path, monkeypatch):
+    """Prism halves what takes a moment: a tick that asks whether to stop must not have its half centuries ahead."""
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    stat = storage.stat
+
+    def far_away(uri):
+        if uri.endswith(".stop"):
+            time.sleep(1.0)
+        return stat(uri)
+
+    monkeypatch.setattr(storage, "stat", far_away)
+    with watching(job([str(folder)], output, model, tasks=["caption"]), runner) as watch:
+        time.sleep(5)
+        for number in range(3):
+            tone(folder / f"{number}.flac")
+            wait_for_rows(output, number + 1, watch, 60)
+        assert stopped(watch).counts.found == 3
 
 
 def test_objects_of_a_store(model, runner, tmp_path):

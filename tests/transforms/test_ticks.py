@@ -118,6 +118,17 @@ def test_a_clock_that_never_ends_has_ticks_to_the_end_of_time():
     assert ticks.stop * 0.5 > 1000 * 365 * 24 * 3600
 
 
+def test_no_half_of_a_clock_ticks_by_itself():
+    """A runner that halves it would have one that is due in centuries, and a watermark that is there already."""
+    tracker = RANGES.create_tracker(RANGES.initial_restriction(hours_ago(10.5)))
+    for fraction in (0.01, 0.5, 0.99):
+        assert tracker.try_split(fraction) is None
+    assert tracker.try_claim(10)
+    assert tracker.try_split(0.5) is None
+    primary, rest = tracker.try_split(0)  # as a checkpoint has it
+    assert ((primary.start, primary.stop), (rest.start, rest.stop)) == ((0, 11), (11, 111))
+
+
 def test_a_drained_clock_has_no_further_tick():
     clock = hours_ago(10.5)
     assert RANGES.truncate(clock, RANGES.initial_restriction(clock)) is None
