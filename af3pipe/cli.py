@@ -327,7 +327,8 @@ def watch(
         list[str] | None,
         typer.Argument(
             metavar="INPUT...",
-            help="Folders, globs or files, local or on any fsspec URL; or one job file (.yaml).",
+            help="Folders, globs or files, local or on any fsspec URL; Pub/Sub subscriptions "
+            "(pubsub://projects/PROJECT/subscriptions/NAME); or one job file (.yaml).",
             show_default=False,
         ),
     ] = None,
@@ -342,7 +343,7 @@ def watch(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Watch folders, and ask a model about what lands in them or changes, until told to stop.
+    """Watch folders or messages, and ask a model about what lands or changes, until told to stop.
 
     Ctrl-C (or SIGTERM) has it write what it has found, and end; a second one ends it at once. What is not written
     then is asked by the next run or watch into the same output. What that has answered already is not asked again.

@@ -30,6 +30,7 @@ from af3pipe.pipelines.runners import IN_PROCESS
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
 from af3pipe.transforms.launcher import this_process
+from af3pipe.transforms.pubsub import is_subscription
 from af3pipe.transforms.resume import WorkKeys
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_folders
@@ -110,6 +111,8 @@ def _check_inputs(job: JobConfig) -> None:
     """
     found: list[Recording | DeadLetter] = []
     for name in job.inputs:
+        if is_subscription(name):
+            raise JobError(f"input {name} is a subscription, whose messages never end: `af3pipe watch` reads it")
         try:
             first = next(graph.found_by(job, name), None)
         except (

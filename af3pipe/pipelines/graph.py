@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+from apache_beam.transforms.window import GlobalWindows
 
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
@@ -13,11 +14,14 @@ from af3pipe.pipelines.plan import Chunk
 from af3pipe.pipelines.record import stop_uri
 from af3pipe.schemas import DeadLetter, Recording
 from af3pipe.transforms import (
+    AcknowledgeMessages,
     AnswerAndSettle,
     AnswerRecordings,
     AskAudioFlamingo,
     DecodeAudio,
+    Notified,
     Outcome,
+    ReadNotifications,
     ReadRecordings,
     ReconcileRecordings,
     ResumeRecordings,
@@ -31,7 +35,13 @@ from af3pipe.transforms import (
 )
 from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
 from af3pipe.transforms.launcher import CheckWorkers
+from af3pipe.transforms.notify import version_of
+from af3pipe.transforms.once import Once
+from af3pipe.transforms.pubsub import is_subscription, subscription_of
 from af3pipe.transforms.read import list_recordings
+
+_LEASE_S = 60
+"""What a watch that died had of messages comes again after so long."""
 
 
 class Asking(NamedTuple):
@@ -120,18 +130,10 @@ def build_chunk(
 
 
 def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
-    """Lays the job as a stream that ends when it is stopped."""
+    """Lays the job as a stream that ends when it is stopped: folders are watched, subscriptions are read."""
     how = asking(job, keep_engine=True)
     _ = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
-    found = pipeline | "WatchRecordings" >> WatchRecordings(
-        job.inputs,
-        every_s=job.watch.every,
-        channel=job.channel,
-        stream=job.stream,
-        stop_uri=stop_uri(job.output, run_id),
-        stop_after_s=job.watch.stop_after,
-        storage_options=job.storage_options,
-    )
+    found, waiting = _found_in_stream(pipeline, job, run_id)
     resume = ResumeRecordings(
         job.output if job.resume else None, how.decode, how.ask, storage_options=job.storage_options
     )
@@ -143,7 +145,7 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
     )
     told = left.dead_letters | "NotYetTold" >> beam.Filter(lambda letter: not letter.run_id)
     rejected = told | "SettleRejected" >> SettleRejected()
-    _ = (
+    written = (
         (settled, rejected)
         | "AllSettled" >> beam.Flatten()
         | "WriteSettledRecordings"
@@ -157,6 +159,47 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
             storage_options=job.storage_options,
         )
     )
+    if waiting is not None:
+        told_before = left.dead_letters | "ToldBefore" >> beam.Filter(lambda letter: letter.run_id)
+        durable = (
+            written | "WrittenEver" >> beam.WindowInto(GlobalWindows()),  # as the others' windows
+            left.skipped | "Skipped" >> beam.Map(version_of).with_output_types(tuple[str, str]),
+            told_before | "RejectedBefore" >> beam.Map(version_of).with_output_types(tuple[str, str]),
+        ) | "Durable" >> beam.Flatten()
+        _ = {"waiting": waiting, "durable": durable} | "AcknowledgeMessages" >> AcknowledgeMessages(
+            ack_deadline_s=_LEASE_S
+        )
+
+
+def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tuple[Outcome, Any]:
+    """What all inputs find, and the messages that wait for it; None where no subscription is read."""
+    how: dict[str, Any] = {
+        "channel": job.channel,
+        "stream": job.stream,
+        "stop_uri": stop_uri(job.output, run_id),
+        "stop_after_s": job.watch.stop_after,
+        "storage_options": job.storage_options,
+    }
+    folders = [name for name in job.inputs if not is_subscription(name)]
+    notified: list[Notified] = [
+        pipeline
+        | f"ReadNotifications_{number}"
+        >> ReadNotifications(subscription_of(name), allow_prefixes=job.allow_prefixes, **how)
+        for number, name in enumerate(dict.fromkeys(filter(is_subscription, job.inputs)))
+    ]
+    found = [Outcome(one.good, one.dead_letters) for one in notified]
+    if folders:
+        watch = WatchRecordings(folders, every_s=job.watch.every, **how)
+        found.append(pipeline | "WatchRecordings" >> watch)
+    waiting = [one.waiting for one in notified] | "AllWaiting" >> beam.Flatten() if notified else None
+    if len(found) == 1:
+        return found[0], waiting
+    # Several inputs may tell of the same.
+    good = [one.good for one in found] | "AllFound" >> beam.Flatten() | "Recordings" >> Once(Recording)
+    letters = (
+        [one.dead_letters for one in found] | "AllRejected" >> beam.Flatten() | "DeadLetters" >> Once(DeadLetter)
+    )
+    return Outcome(good, letters), waiting
 
 
 def _answer(

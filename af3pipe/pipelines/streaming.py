@@ -1,4 +1,4 @@
-"""The streaming pipeline: folders are watched, and what lands in them is answered, until it is stopped."""
+"""The streaming pipeline: what lands in folders, or is told of by messages, is answered until it is stopped."""
 
 import logging
 import shutil
@@ -20,6 +20,7 @@ from af3pipe.pipelines.runners import FlinkOptions
 from af3pipe.pipelines.view import Latest, NotATable, table_files
 from af3pipe.schemas import DeadLetter, Reason
 from af3pipe.transforms import metrics
+from af3pipe.transforms.pubsub import is_subscription, reach, subscription_of
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.watch import check_watched
 from af3pipe.transforms.write import new_run_id
@@ -122,10 +123,11 @@ class Watch:
 
 def _tell_left(job: JobConfig) -> None:
     """A stream does not know what it never found: a last look at its folders does."""
+    folders = [name for name in job.inputs if not is_subscription(name)]
+    if not folders:
+        return
     try:
-        found = relist(
-            Latest(job.output, table_files(job.output)), job.inputs, channel=job.channel, stream=job.stream
-        )
+        found = relist(Latest(job.output, table_files(job.output)), folders, channel=job.channel, stream=job.stream)
     except (InputError, storage.StorageError, NotATable) as error:
         _log.warning("what is left to ask cannot be told: %s", error)
         return
@@ -171,12 +173,19 @@ def _check_keys(job: JobConfig) -> None:
     }.items():
         if key in job.model_fields_set:
             raise JobError(f"{key} is for `af3pipe run`: {why}")
+    if any(map(is_subscription, job.inputs)) and not job.allow_prefixes:
+        raise JobError(
+            "messages may name nothing yet: give --allow-prefix (allow_prefixes in a job file), for example gs://archive"
+        )
 
 
 def _check_inputs(job: JobConfig) -> None:
     """What cannot be watched, or cannot be listed now, is told now; a folder that is not there yet may come."""
     for name in job.inputs:
         try:
+            if is_subscription(name):
+                reach(subscription_of(name))
+                continue
             check_watched(name)
             first = next(graph.found_by(job, name), None)
         except (ValueError, ImportError, storage.StorageError) as error:

@@ -1,12 +1,11 @@
 """Messages of Pub/Sub acknowledged once all that they asked for is durable, and leased until then."""
 
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-from apache_beam.coders import BooleanCoder, FastPrimitivesCoder, FloatCoder, StrUtf8Coder, VarIntCoder
+from apache_beam.coders import BooleanCoder, FastPrimitivesCoder, StrUtf8Coder, VarIntCoder
 from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import GlobalWindow, GlobalWindows
@@ -17,8 +16,6 @@ from af3pipe.transforms import metrics
 from af3pipe.transforms.notify import Waiting, work_name
 from af3pipe.transforms.pubsub import ACK_DEADLINE_S, acknowledge, check_deadline, modify_deadline
 
-# Prism fires no timer of the wall clock before one that was set earlier and further ahead, nor a pane: none is long.
-_LOOK_EVERY_S = 2.0
 # (item, items, ack_id) of a message: item is None where it was delivered, ack_id is empty where an item is done.
 _Event = tuple[int | None, int, str]
 
@@ -67,7 +64,6 @@ class _AcknowledgeDoFn(beam.DoFn):
 
     _ACK_ID = ReadModifyWriteStateSpec("ack_id", StrUtf8Coder())
     _DONE = BagStateSpec("done", VarIntCoder())
-    _LEASED_AT = ReadModifyWriteStateSpec("leased_at", FloatCoder())
     _LEASE = TimerSpec("lease", TimeDomain.REAL_TIME)
 
     def __init__(self, ack_deadline_s: int) -> None:
@@ -75,7 +71,7 @@ class _AcknowledgeDoFn(beam.DoFn):
 
     def start_bundle(self) -> None:
         self._to_acknowledge: dict[str, list[_Finished]] = defaultdict(list)
-        self._to_lease: dict[str, list[str]] = defaultdict(list)
+        self._to_lease: dict[str, str] = {}
 
     def process(
         self,
@@ -83,22 +79,20 @@ class _AcknowledgeDoFn(beam.DoFn):
         timestamp: Any = beam.DoFn.TimestampParam,
         ack_id: Any = beam.DoFn.StateParam(_ACK_ID),
         done: Any = beam.DoFn.StateParam(_DONE),
-        leased_at: Any = beam.DoFn.StateParam(_LEASED_AT),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
     ) -> None:
         message, (item, items, delivered) = keyed
         if delivered:
             ack_id.write(delivered)
-            leased_at.write(time.time())
+            self._lease(message, delivered, lease)
         found = set(done.read())
         if item is not None and item not in found:
             done.add(item)
             found.add(item)
         latest = ack_id.read()
-        if delivered or not latest:
-            lease.set(Timestamp.now() + _LOOK_EVERY_S)
         if not latest or len(found) < items:
             return
+        self._to_lease.pop(message, None)
         self._to_acknowledge[_subscription_of(message)].append(_Finished(latest, message, timestamp))
         ack_id.clear()
         done.clear()
@@ -109,17 +103,14 @@ class _AcknowledgeDoFn(beam.DoFn):
         self,
         message: Any = beam.DoFn.KeyParam,
         ack_id: Any = beam.DoFn.StateParam(_ACK_ID),
-        done: Any = beam.DoFn.StateParam(_DONE),
-        leased_at: Any = beam.DoFn.StateParam(_LEASED_AT),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
     ) -> None:
         if latest := ack_id.read():
-            if time.time() - (leased_at.read() or 0.0) > self._ack_deadline_s / 2 - _LOOK_EVERY_S:
-                self._to_lease[_subscription_of(message)].append(latest)
-                leased_at.write(time.time())
-            lease.set(Timestamp.now() + _LOOK_EVERY_S)
-        else:  # told again of what had been acknowledged
-            done.clear()
+            self._lease(message, latest, lease)
+
+    def _lease(self, message: str, delivery: str, lease: Any) -> None:
+        self._to_lease[message] = delivery
+        lease.set(Timestamp.now() + self._ack_deadline_s / 2)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         for subscription, finished in self._to_acknowledge.items():
@@ -127,7 +118,10 @@ class _AcknowledgeDoFn(beam.DoFn):
             for found in finished:
                 message_id = found.message.partition(" ")[2]
                 yield WindowedValue((subscription, message_id), found.timestamp, (GlobalWindow(),))
-        for subscription, ack_ids in self._to_lease.items():
+        leased: dict[str, list[str]] = defaultdict(list)
+        for message, delivery in self._to_lease.items():
+            leased[_subscription_of(message)].append(delivery)
+        for subscription, ack_ids in leased.items():
             metrics.count("leases_extended", modify_deadline(subscription, ack_ids, self._ack_deadline_s))
 
 
@@ -141,7 +135,8 @@ class AcknowledgeMessages(beam.PTransform):
     Gives (subscription, message id) of each message that was acknowledged.
 
     Args:
-        ack_deadline_s: How long each lease is, 10 to 600 s; half of it before its end, it is extended.
+        ack_deadline_s: How long each lease is, 10 to 600 s, from when it is known here which work a message waits
+            for; half of it before its end, it is extended.
 
     Raises:
         ValueError: No such number of seconds.

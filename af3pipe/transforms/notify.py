@@ -9,7 +9,7 @@ import apache_beam as beam
 from apache_beam.coders import registry
 
 from af3pipe import storage
-from af3pipe.schemas import MIX, DeadLetter, Recording, channel_text, stream_index
+from af3pipe.schemas import MIX, DeadLetter, Recording, RecordingResult, channel_text, stream_index
 from af3pipe.transforms import metrics
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.messages import Message, as_message, parse_notification
@@ -52,16 +52,15 @@ def work_name(recording_id: str, content_identity: str) -> str:
     return f"{recording_id} {content_identity}"
 
 
+def version_of(found: Recording | RecordingResult | DeadLetter) -> tuple[str, str]:
+    """Id and content identity of a recording, or of the one that a result or a dead letter is about."""
+    version = recording_of(found.input) if isinstance(found, DeadLetter) else found
+    return found.recording_id, version.content_identity
+
+
 def work_of(found: Recording | DeadLetter) -> str:
     """`work_name` of a recording, or of the one that a dead letter is about."""
-    if isinstance(found, DeadLetter):
-        return work_name(*rejected_version(found))
-    return work_name(found.recording_id, found.content_identity)
-
-
-def rejected_version(letter: DeadLetter) -> tuple[str, str]:
-    """Id and content identity of the recording that a dead letter is about."""
-    return letter.recording_id, recording_of(letter.input).content_identity
+    return work_name(*version_of(found))
 
 
 class _ParseDoFn(beam.DoFn):

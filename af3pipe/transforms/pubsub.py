@@ -8,45 +8,78 @@ is durable. What is not acknowledged is delivered again, so that a job that dies
 import functools
 import logging
 import re
-import time
 from collections.abc import Iterator, Sequence
 from datetime import timezone
 from types import MappingProxyType
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.coders import FloatCoder
-from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
 from af3pipe import storage
 from af3pipe.schemas import MIX, DeadLetter, Recording
-from af3pipe.transforms import metrics
 from af3pipe.transforms.messages import Message
-from af3pipe.transforms.notify import Notified, ParseNotification, work_of
+from af3pipe.transforms.notify import Notified, ParseNotification
+from af3pipe.transforms.once import REMEMBER_S, Once
 from af3pipe.transforms.ticks import Ticks
 
 ACK_DEADLINE_S = 600
 """What Pub/Sub allows at most."""
-REMEMBER_S = 24 * 3600
-"""Stores tell of an object twice within minutes, if they do. What is told of later is asked again."""
 _MOST_AT_ONCE = 1000
 _WAIT_S = 2.0
 _EVERY_S = 1.0
+_REACH_S = 5.0
 _PULLS_A_TICK = 10  # then what was pulled goes on
+_SCHEME = "pubsub://"
 _SUBSCRIPTION = re.compile(r"projects/[^/]+/subscriptions/[^/]+")
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def _subscriber() -> Any:
+def subscriber() -> Any:
     """One client a process. It finds the emulator by PUBSUB_EMULATOR_HOST, and credentials as all of Google's do."""
     try:
         from google.cloud import pubsub_v1
     except ImportError as error:
         raise ImportError("Pub/Sub needs google-cloud-pubsub: pip install 'af3pipe[pubsub]'") from error
     return pubsub_v1.SubscriberClient()
+
+
+def is_subscription(name: str) -> bool:
+    """Whether an input is a subscription, as `pubsub://projects/PROJECT/subscriptions/NAME`."""
+    return name.startswith(_SCHEME)
+
+
+def subscription_of(name: str) -> str:
+    """The subscription that an input names; else raises ValueError."""
+    return check_subscription(name.removeprefix(_SCHEME))
+
+
+def reach(subscription: str) -> None:
+    """Looks whether a subscription is there, a few seconds long.
+
+    Raises:
+        ValueError: It is not, there are no credentials, or Pub/Sub does not answer; says what to do.
+    """
+    try:
+        client = subscriber()
+        from google.api_core import exceptions
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # google.auth's, which is not imported for its name alone
+        raise ValueError(
+            f"no credentials for Google Cloud ({error}); run `gcloud auth application-default login`, or set "
+            "PUBSUB_EMULATOR_HOST for an emulator"
+        ) from error
+    try:
+        client.get_subscription(subscription=subscription, timeout=_REACH_S, retry=None)
+    except exceptions.PermissionDenied:
+        return  # who may pull need not be allowed to look
+    except exceptions.NotFound as error:
+        raise ValueError("there is no such subscription") from error
+    except exceptions.GoogleAPICallError as error:
+        raise ValueError(f"Pub/Sub does not answer: {error.message}") from error
 
 
 def check_subscription(subscription: str) -> str:
@@ -64,7 +97,7 @@ def pull(subscription: str, max_messages: int, ack_deadline_s: int) -> list[Mess
     """
     from google.api_core import exceptions
 
-    client = _subscriber()
+    client = subscriber()
     try:
         told = client.pull(subscription=subscription, max_messages=max_messages, timeout=_WAIT_S, retry=None)
     except exceptions.DeadlineExceeded:  # there is none
@@ -94,12 +127,12 @@ def _message(received: Any, subscription: str) -> Message:
 
 def acknowledge(subscription: str, ack_ids: Sequence[str]) -> int:
     """Acknowledges deliveries; gives how many were. One whose lease is over counts as none: it comes again."""
-    return _tell(_subscriber().acknowledge, subscription, ack_ids)
+    return _tell(subscriber().acknowledge, subscription, ack_ids)
 
 
 def modify_deadline(subscription: str, ack_ids: Sequence[str], ack_deadline_s: int) -> int:
     """Leases deliveries for this long from now; gives how many were. One whose lease is over comes again."""
-    lease = functools.partial(_subscriber().modify_ack_deadline, ack_deadline_seconds=ack_deadline_s)
+    lease = functools.partial(subscriber().modify_ack_deadline, ack_deadline_seconds=ack_deadline_s)
     return _tell(lease, subscription, ack_ids)
 
 
@@ -192,42 +225,6 @@ def check_deadline(ack_deadline_s: int) -> int:
     return ack_deadline_s
 
 
-class _OnceDoFn(beam.DoFn):
-    """Lets the first of each key pass; one that comes much later is the first again.
-
-    No timer clears the state: a stream that is stopped would wait for it.
-    """
-
-    _SEEN = ReadModifyWriteStateSpec("seen", FloatCoder())
-
-    def __init__(self, remember_s: float) -> None:
-        self._remember_s = remember_s
-
-    def process(self, keyed: tuple[str, Any], seen: Any = beam.DoFn.StateParam(_SEEN)) -> Iterator[Any]:
-        if time.time() - (seen.read() or 0.0) < self._remember_s:
-            metrics.count("recordings_notified_again")
-            return
-        seen.write(time.time())
-        yield keyed[1]
-
-
-class _Once(beam.PTransform):
-    """Lets each version of a recording, or each dead letter, pass once in `remember_s` seconds."""
-
-    def __init__(self, row_class: type, remember_s: float) -> None:
-        super().__init__()
-        self._row_class: Any = row_class
-        self._remember_s = remember_s
-
-    def expand(self, rows: Any) -> Any:
-        row_class: Any = self._row_class
-        return (
-            rows
-            | "ByWork" >> beam.Map(lambda found: (work_of(found), found)).with_output_types(tuple[str, row_class])
-            | "Once" >> beam.ParDo(_OnceDoFn(self._remember_s)).with_output_types(row_class)
-        )
-
-
 class ReadNotifications(beam.PTransform):
     """Recordings that messages of a Pub/Sub subscription name. Starts a pipeline; gives `Notified`.
 
@@ -281,7 +278,7 @@ class ReadNotifications(beam.PTransform):
     def expand(self, pipeline: Any) -> Any:
         notified = self._parse.notified(pipeline | "PullMessages" >> self._pull)
         return Notified(
-            notified.good | "Recordings" >> _Once(Recording, self._remember_s),
-            notified.dead_letters | "DeadLetters" >> _Once(DeadLetter, self._remember_s),
+            notified.good | "Recordings" >> Once(Recording, self._remember_s),
+            notified.dead_letters | "DeadLetters" >> Once(DeadLetter, self._remember_s),
             notified.waiting,
         )

@@ -34,10 +34,7 @@ def check_watched(name: str) -> None:
         ValueError: It is a manifest or a container, which would be read again and again from its beginning.
     """
     if name.startswith("pubsub://"):
-        raise ValueError(
-            f"input {name} is a subscription, and messages are not read here; ReadNotifications and "
-            "AcknowledgeMessages do so in a pipeline of your own"
-        )
+        raise ValueError(f"input {name} is a subscription, and no folder; ReadNotifications reads it")
     if is_manifest(name) or container_rows(name) is not None:
         raise ValueError(
             f"input {name} is a manifest or a container; watched are folders and globs of audio. Ask about it with "

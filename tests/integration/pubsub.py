@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from af3pipe.transforms.pubsub import subscriber
 from tests.integration.servers import free_port, serving
 
 _WITH_SDK = "platform/pubsub-emulator/lib"
@@ -41,7 +42,9 @@ def pubsub_emulator(folder):
     command = [java, "-jar", str(jar), "--host=127.0.0.1", f"--port={port}"]
     with pytest.MonkeyPatch.context() as patch, serving(command, port, log=folder / "pubsub.log"):
         patch.setenv("PUBSUB_EMULATOR_HOST", f"127.0.0.1:{port}")
+        subscriber.cache_clear()  # the client of an emulator that an earlier test had
         yield f"127.0.0.1:{port}"
+        subscriber.cache_clear()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from google.cloud import pubsub_v1
 from af3pipe.schemas import DeadLetter
 from af3pipe.transforms import AcknowledgeMessages, PullMessages, ReadNotifications
 from af3pipe.transforms.outcome import recording_of
-from af3pipe.transforms.pubsub import pull
+from af3pipe.transforms.pubsub import modify_deadline, pull
 from tests.integration.pubsub import prism, pubsub_emulator
 from tests.integration.servers import free_port, python_module, wait_for_port
 
@@ -98,10 +98,10 @@ class Archive:
         (work,) = {tuple(work) for asked, work in self.logged("asked") if asked == uri}
         self.durable.publish(json.dumps(work).encode())
 
-    def start(self, flags, *, first_lease_s=LEASE_S, lease_s=LEASE_S):
+    def start(self, flags, *, lease_s=LEASE_S):
         pipeline = beam.Pipeline(options=PipelineOptions([*flags, "--streaming"]))
         notified = pipeline | ReadNotifications(
-            self.told.subscription, allow_prefixes=[str(self.folder)], ack_deadline_s=first_lease_s
+            self.told.subscription, allow_prefixes=[str(self.folder)], ack_deadline_s=LEASE_S
         )
         found = (notified.good, notified.dead_letters) | "Found" >> beam.Flatten()
         _ = found | "Ask" >> beam.Map(ask) | "Asked" >> beam.Map(log_to, str(self.logs["asked"]))
@@ -164,8 +164,11 @@ def test_a_message_is_acknowledged_when_all_it_asked_for_is_durable(emulator, tm
 def test_a_message_that_was_delivered_again_is_acknowledged_by_its_last_delivery(emulator, tmp_path):
     archive = Archive(tmp_path, "again")
     with prism(tmp_path) as flags:
-        job = archive.start(flags, lease_s=600)  # too late for a first lease of 10 s
+        job = archive.start(flags, lease_s=600)
         message = archive.tell("a")
+        wait_until(archive.delivered)
+        ((_, delivery),) = archive.delivered()
+        modify_deadline(archive.told.subscription, [delivery], 0)  # as if its lease had run out
         wait_until(lambda: len(archive.delivered()) >= 2)
         archive.make_durable(archive.uri("a"))
         archive.wait_until_acknowledged(message)

@@ -7,13 +7,19 @@ from apache_beam.options.pipeline_options import PrismRunnerOptions, StandardOpt
 from af3pipe.pipelines.graph import build_stream
 from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.pipelines.streaming import _check_inputs, stream_options
+from af3pipe.transforms.pubsub import subscriber
 from tests import fixtures_audio as make
 from tests.fused import fuse
+from tests.integration.servers import free_port
 
 RUN = "20260102T030405Z-abcdef"
 GPU = "type:nvidia-l4;count:1;install-nvidia-driver"
 DECODE, ASK, SETTLE = (f"AnswerAndSettle/{step}" for step in ("Decode", "Ask", "Settle"))
 FOLDERS = ["gs://archive/a/", "gs://archive/b/*.flac"]
+SUBSCRIPTION = "pubsub://projects/p/subscriptions/s"
+INPUTS = pytest.mark.parametrize(
+    "inputs", [FOLDERS, [SUBSCRIPTION], [*FOLDERS, SUBSCRIPTION]], ids=["folders", "messages", "both"]
+)
 
 
 def job_of(**changes):
@@ -31,32 +37,36 @@ def step_names(job, run_id=RUN):
     return {found.unique_name for found in laid(job, run_id).to_runner_api().components.transforms.values()}
 
 
+@INPUTS
 @pytest.mark.parametrize("accelerator", [None, GPU])
-def test_what_settles_in_a_bundle_is_one_stage(accelerator):
-    found = fuse(laid(job_of(accelerator=accelerator)))
+def test_what_settles_in_a_bundle_is_one_stage(inputs, accelerator):
+    found = fuse(laid(job_of(inputs=inputs, accelerator=accelerator)))
     stage = found.stage_of(DECODE)
     assert stage == found.stage_of(ASK) == found.stage_of(SETTLE)
     assert stage.accelerator == (accelerator or "")
 
 
-def test_nothing_else_is_where_the_gpu_is():
-    found = fuse(laid(job_of(accelerator=GPU)))
+@INPUTS
+def test_nothing_else_is_where_the_gpu_is(inputs):
+    found = fuse(laid(job_of(inputs=inputs, accelerator=GPU)))
     (stage,) = [stage for stage in found.stages if stage.accelerator]
     steps = {step.partition("/ParDo")[0].partition("/Map")[0] for step in stage.steps}
     assert steps == {"AnswerAndSettle/Tag", DECODE, ASK, SETTLE}
 
 
+@INPUTS
 @pytest.mark.parametrize("changes", [{}, {"accelerator": GPU}, {"resume": False}], ids=str)
-def test_no_audio_leaves_its_stage(changes):
-    found = fuse(laid(job_of(**changes)))
+def test_no_audio_leaves_its_stage(inputs, changes):
+    found = fuse(laid(job_of(inputs=inputs, **changes)))
     assert not [told for told in found.audio_moved if "AnswerAndSettle" in told]
     assert found.audio_moved == []
 
 
-def test_names_are_those_of_another_run_of_the_same_shape():
+@INPUTS
+def test_names_are_those_of_another_run_of_the_same_shape(inputs):
     """Else `--update` would lose what is kept in state, and take all for new."""
-    others = [name.replace("archive/", "other/") for name in FOLDERS]
-    one = step_names(job_of())
+    others = [name.replace("archive/", "other/").replace("/s/s", "/s/t") for name in inputs]
+    one = step_names(job_of(inputs=inputs))
     other = job_of(
         inputs=others,
         allow_prefixes=["gs://other"],
@@ -76,12 +86,22 @@ def test_names_do_not_change_with_another_folder(more):
     assert step_names(job_of(inputs=FOLDERS)) == step_names(job_of(inputs=[*FOLDERS, *more]))
 
 
-def test_names_of_steps_that_keep_state_are_no_accident_of_a_source_file():
-    names = {name for name in step_names(job_of()) if "lambda at" in name}
+@INPUTS
+def test_names_of_steps_that_keep_state_are_no_accident_of_a_source_file(inputs):
+    names = {name for name in step_names(job_of(inputs=inputs)) if "lambda at" in name}
     assert {name for name in names if "/Create/" not in name and "FlatMap(<lambda at core.py" not in name} == set()
 
 
 # --- stream_options and _check_inputs
+
+
+@pytest.fixture
+def no_pubsub(monkeypatch):
+    """Has Pub/Sub where nothing listens."""
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", f"localhost:{free_port()}")
+    subscriber.cache_clear()
+    yield
+    subscriber.cache_clear()
 
 
 def test_prism_is_the_runner_where_none_is_named():
@@ -130,11 +150,12 @@ def test_a_folder_that_may_come_is_no_mistake(tmp_path):
     [
         ("list.csv", "input list.csv is a manifest or a container; watched are folders and globs of audio"),
         ("shards/*.tar", "Ask about it with `af3pipe run`"),
-        ("pubsub://s", "input pubsub://s is a subscription, and messages are not read here"),
+        ("pubsub://s", "input pubsub://s: subscription is 's'; write projects/PROJECT/subscriptions/NAME"),
+        (SUBSCRIPTION, f"input {SUBSCRIPTION}: Pub/Sub does not answer"),
         ("nothing://bucket/a/", "Protocol not known: nothing"),
     ],
 )
-def test_what_cannot_be_watched_is_told_before_anything_starts(name, says):
+def test_what_cannot_be_watched_is_told_before_anything_starts(name, says, no_pubsub):
     with pytest.raises(JobError) as error:
         _check_inputs(job_of(inputs=[name]))
     assert says in str(error.value)
