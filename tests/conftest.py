@@ -5,6 +5,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 import pytest
 
 
+@pytest.fixture
+def no_pubsub(monkeypatch):
+    """Has Pub/Sub where nothing listens."""
+    from af3pipe.transforms.pubsub import subscriber
+    from tests.integration.servers import free_port
+
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", f"localhost:{free_port()}")
+    subscriber.cache_clear()
+    yield
+    subscriber.cache_clear()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         import torch

@@ -395,7 +395,7 @@ def explain_failure(error: BaseException) -> str:
 def progress(counted: Counter[str], elapsed_s: float) -> Progress:
     """How far a run is that has counted this."""
     return Progress(
-        found=counted["recordings_found"],
+        found=counted["recordings_found"] - counted["recordings_told_again"],
         done=counted["recordings_done"],
         dead_letters=sum(n for name, n in counted.items() if name.startswith("dead_letters_")),
         audio_s=counted["audio_ms"] / 1000,

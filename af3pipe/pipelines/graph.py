@@ -194,12 +194,9 @@ def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tu
     waiting = [one.waiting for one in notified] | "AllWaiting" >> beam.Flatten() if notified else None
     if len(found) == 1:
         return found[0], waiting
-    # Several inputs may tell of the same.
-    good = [one.good for one in found] | "AllFound" >> beam.Flatten() | "Recordings" >> Once(Recording)
-    letters = (
-        [one.dead_letters for one in found] | "AllRejected" >> beam.Flatten() | "DeadLetters" >> Once(DeadLetter)
-    )
-    return Outcome(good, letters), waiting
+    good = [one.good for one in found] | "AllFound" >> beam.Flatten()
+    letters = [one.dead_letters for one in found] | "AllRejected" >> beam.Flatten()
+    return Outcome(good, letters) | "Once" >> Once(), waiting  # several may tell of the same
 
 
 def _answer(

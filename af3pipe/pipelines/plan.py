@@ -176,7 +176,7 @@ class Plan:
         letters = with_first_run((item for item in items if isinstance(item, DeadLetter)), told)
         recordings = [item for item in items if isinstance(item, Recording)]
         if not recordings:
-            result = settle_rejected([failed_by(letter) for letter in letters])
+            result = settle_rejected(items[0].recording_id, [failed_by(letter) for letter in letters])
             return Settlement(result, letters)
         left = resume(keys.add(recordings[0], letters), settled, answers, told, retry=retry)
         return Settlement(left, ()) if isinstance(left, RecordingResult) else Chunk((left,), letters)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-from apache_beam.coders import BooleanCoder, FastPrimitivesCoder, StrUtf8Coder, VarIntCoder
+from apache_beam.coders import BooleanCoder, FastPrimitivesCoder, VarIntCoder
 from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import GlobalWindow, GlobalWindows
@@ -16,18 +16,28 @@ from af3pipe.transforms import metrics
 from af3pipe.transforms.notify import Waiting, work_name
 from af3pipe.transforms.pubsub import ACK_DEADLINE_S, acknowledge, check_deadline, modify_deadline
 
-# (item, items, ack_id) of a message: item is None where it was delivered, ack_id is empty where an item is done.
-_Event = tuple[int | None, int, str]
+# What becomes of a delivery: None when it came, or which of its items is durable; and how many it has.
+_Event = tuple[int | None, int]
 
 
-class _Finished(NamedTuple):
+class _Delivery(NamedTuple):
+    """One delivery of a message, which is told of once and whose items are each told of once."""
+
+    subscription: str
+    message_id: str
     ack_id: str
-    message: str
-    timestamp: Any
+
+    @property
+    def key(self) -> str:
+        return " ".join(self)  # none of them has a space
+
+
+def _delivery(waiting: Waiting) -> _Delivery:
+    return _Delivery(waiting.subscription, waiting.message_id, waiting.ack_id)
 
 
 class _AwaitDoFn(beam.DoFn):
-    """Keyed by work: tells each message that waits for it when it is durable, whichever of the two comes first.
+    """Keyed by work: tells each delivery that waits for it when it is durable, whichever of the two comes first.
 
     No timer clears the state: a stream that is stopped would wait for it.
     """
@@ -49,20 +59,23 @@ class _AwaitDoFn(beam.DoFn):
                 waiting.add(told)
             return
         durable.write(True)
-        for each in dict.fromkeys(waiting.read()):
-            yield _done(each)
+        yield from map(_done, waiting.read())
         waiting.clear()
 
 
 def _done(told: tuple[Any, ...]) -> tuple[str, _Event]:
-    message, item, items = told
-    return message, (item, items, "")
+    delivery, item, items = told
+    return delivery, (item, items)
 
 
 class _AcknowledgeDoFn(beam.DoFn):
-    """Keyed by message: leases its latest delivery until all its items are done, and then acknowledges that."""
+    """Keyed by delivery: leases it until all its items are done, and then acknowledges it.
 
-    _ACK_ID = ReadModifyWriteStateSpec("ack_id", StrUtf8Coder())
+    By delivery and not by message: what a message names may have changed when it is delivered again, and then is
+    other work. Of a delivery each event comes once, in any order; with the last of them its state is cleared.
+    """
+
+    _IS_HERE = ReadModifyWriteStateSpec("is_here", BooleanCoder())
     _DONE = BagStateSpec("done", VarIntCoder())
     _LEASE = TimerSpec("lease", TimeDomain.REAL_TIME)
 
@@ -70,59 +83,65 @@ class _AcknowledgeDoFn(beam.DoFn):
         self._ack_deadline_s = ack_deadline_s
 
     def start_bundle(self) -> None:
-        self._to_acknowledge: dict[str, list[_Finished]] = defaultdict(list)
-        self._to_lease: dict[str, str] = {}
+        self._finished: list[tuple[_Delivery, Any]] = []
+        self._to_lease: set[_Delivery] = set()
 
     def process(
         self,
         keyed: tuple[str, _Event],
         timestamp: Any = beam.DoFn.TimestampParam,
-        ack_id: Any = beam.DoFn.StateParam(_ACK_ID),
+        is_here: Any = beam.DoFn.StateParam(_IS_HERE),
         done: Any = beam.DoFn.StateParam(_DONE),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
     ) -> None:
-        message, (item, items, delivered) = keyed
-        if delivered:
-            ack_id.write(delivered)
-            self._lease(message, delivered, lease)
+        key, (item, items) = keyed
+        delivery = _Delivery(*key.split(" "))
         found = set(done.read())
-        if item is not None and item not in found:
+        if item is None:
+            is_here.write(True)
+        else:
             done.add(item)
             found.add(item)
-        latest = ack_id.read()
-        if not latest or len(found) < items:
+        if not is_here.read():
             return
-        self._to_lease.pop(message, None)
-        self._to_acknowledge[_subscription_of(message)].append(_Finished(latest, message, timestamp))
-        ack_id.clear()
+        if len(found) < items:
+            if item is None:
+                self._lease(delivery, lease)
+            return
+        self._to_lease.discard(delivery)
+        self._finished.append((delivery, timestamp))
+        is_here.clear()
         done.clear()
         lease.clear()
 
     @on_timer(_LEASE)
     def on_lease(
         self,
-        message: Any = beam.DoFn.KeyParam,
-        ack_id: Any = beam.DoFn.StateParam(_ACK_ID),
+        key: Any = beam.DoFn.KeyParam,
+        is_here: Any = beam.DoFn.StateParam(_IS_HERE),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
     ) -> None:
-        if latest := ack_id.read():
-            self._lease(message, latest, lease)
+        if is_here.read():
+            self._lease(_Delivery(*key.split(" ")), lease)
 
-    def _lease(self, message: str, delivery: str, lease: Any) -> None:
-        self._to_lease[message] = delivery
+    def _lease(self, delivery: _Delivery, lease: Any) -> None:
+        self._to_lease.add(delivery)
         lease.set(Timestamp.now() + self._ack_deadline_s / 2)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        for subscription, finished in self._to_acknowledge.items():
-            metrics.count("messages_acknowledged", acknowledge(subscription, [found.ack_id for found in finished]))
-            for found in finished:
-                message_id = found.message.partition(" ")[2]
-                yield WindowedValue((subscription, message_id), found.timestamp, (GlobalWindow(),))
-        leased: dict[str, list[str]] = defaultdict(list)
-        for message, delivery in self._to_lease.items():
-            leased[_subscription_of(message)].append(delivery)
-        for subscription, ack_ids in leased.items():
+        for subscription, ack_ids in _by_subscription(delivery for delivery, _ in self._finished):
+            metrics.count("messages_acknowledged", acknowledge(subscription, ack_ids))
+        for subscription, ack_ids in _by_subscription(self._to_lease):
             metrics.count("leases_extended", modify_deadline(subscription, ack_ids, self._ack_deadline_s))
+        for delivery, timestamp in self._finished:
+            yield WindowedValue((delivery.subscription, delivery.message_id), timestamp, (GlobalWindow(),))
+
+
+def _by_subscription(deliveries: Iterable[_Delivery]) -> Iterable[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for delivery in deliveries:
+        found[delivery.subscription].append(delivery.ack_id)
+    return found.items()
 
 
 class AcknowledgeMessages(beam.PTransform):
@@ -132,7 +151,7 @@ class AcknowledgeMessages(beam.PTransform):
     recording whose rows are written, of dead letters, too. Each may come first. A message that is delivered again
     after that is acknowledged at once; so is another one about the same recording.
 
-    Gives (subscription, message id) of each message that was acknowledged.
+    Gives (subscription, message id) of each delivery that Pub/Sub was told to take for acknowledged.
 
     Args:
         ack_deadline_s: How long each lease is, 10 to 600 s, from when it is known here which work a message waits
@@ -155,7 +174,7 @@ class AcknowledgeMessages(beam.PTransform):
             durable | "IsDurable" >> beam.Map(_is_durable).with_output_types(any_tuple),
         ) | "ByWork" >> beam.Flatten()
         done = by_work | "Await" >> beam.ParDo(_AwaitDoFn()).with_output_types(any_tuple)
-        delivered = waiting | "Delivered" >> beam.Map(_delivered).with_output_types(any_tuple)
+        delivered = waiting | "Delivered" >> beam.FlatMap(_came).with_output_types(any_tuple)
         return (
             (delivered, done)
             | "ByMessage" >> beam.Flatten()
@@ -163,22 +182,15 @@ class AcknowledgeMessages(beam.PTransform):
         )
 
 
-def _message_key(waiting: Waiting) -> str:
-    return f"{waiting.subscription} {waiting.message_id}"
-
-
-def _subscription_of(message_key: str) -> str:
-    return message_key.partition(" ")[0]
-
-
 def _waits_for(waiting: Waiting) -> Iterable[tuple[str, tuple[Any, ...]]]:
     if waiting.items:
-        yield waiting.work, (_message_key(waiting), waiting.item, waiting.items)
+        yield waiting.work, (_delivery(waiting).key, waiting.item, waiting.items)
 
 
 def _is_durable(work: tuple[str, str]) -> tuple[str, tuple[Any, ...]]:
     return work_name(*work), ()
 
 
-def _delivered(waiting: Waiting) -> tuple[str, _Event]:
-    return _message_key(waiting), (None, waiting.items, waiting.ack_id)
+def _came(waiting: Waiting) -> Iterable[tuple[str, _Event]]:
+    if not waiting.item:  # once, however many items it has
+        yield _delivery(waiting).key, (None, waiting.items)

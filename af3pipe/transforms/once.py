@@ -10,10 +10,19 @@ from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
 
 from af3pipe.schemas import DeadLetter, Recording
 from af3pipe.transforms import metrics
-from af3pipe.transforms.notify import version_of
+from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, recording_of
+from af3pipe.transforms.read import tagged
 
 REMEMBER_S = 24 * 3600
 """Stores tell of an object twice within minutes, if they do. What is told of later is asked again."""
+
+
+def _version(found: Recording | DeadLetter) -> str:
+    """Of which bytes of what; rows of messages may give the same id to several recordings."""
+    if isinstance(found, DeadLetter):
+        return repr((found.reason.value, _version(recording_of(found.input))))
+    cut = found.offset_s, found.duration_s, found.channel, found.stream
+    return repr((found.content_identity, found.uri, *cut))
 
 
 class _OnceDoFn(beam.DoFn):
@@ -29,33 +38,39 @@ class _OnceDoFn(beam.DoFn):
 
     def process(
         self, keyed: tuple[str, Recording | DeadLetter], passed: Any = beam.DoFn.StateParam(_PASSED)
-    ) -> Iterator[Recording | DeadLetter]:
+    ) -> Iterator[Any]:
         found = keyed[1]
-        _, version = version_of(found)
+        version = _version(found)
         passed_at, _, passed_version = (passed.read() or "0 ").partition(" ")
         if passed_version == version and time.time() - float(passed_at) < self._remember_s:
-            metrics.count("recordings_told_again")
+            if isinstance(found, Recording):  # a dead letter is done when it is made
+                metrics.count("recordings_told_again")
             return
         passed.write(f"{time.time()!r} {version}")
-        yield found
+        yield from tagged([found])
 
 
 class Once(beam.PTransform):
-    """Lets each version of a recording, or each dead letter, pass once in `remember_s` seconds.
+    """Lets each version of a recording, and each of its dead letters, pass once in `remember_s` seconds.
+
+    Takes and gives an `Outcome` of `Recording`. What comes back as it was, after it was something else, passes again.
 
     Args:
-        row_class: `Recording` or `DeadLetter`, which the PCollection has.
         remember_s: How long what has passed is remembered.
     """
 
-    def __init__(self, row_class: type[Recording] | type[DeadLetter], remember_s: float = REMEMBER_S) -> None:
+    def __init__(self, remember_s: float = REMEMBER_S) -> None:
         super().__init__()
-        self._row_class: Any = row_class
         self._remember_s = remember_s
 
-    def expand(self, rows: Any) -> Any:
-        row_class: Any = self._row_class
-        keyed = rows | "ById" >> beam.Map(lambda found: (found.recording_id, found)).with_output_types(
-            tuple[str, row_class]
+    def expand(self, found: Outcome) -> Any:
+        once = (
+            (found.good, found.dead_letters)
+            | "RecordingsAndLetters" >> beam.Flatten()
+            | "ById" >> beam.Map(lambda one: (one.recording_id, one)).with_output_types(tuple[str, Any])
+            | "Once"
+            >> beam.ParDo(_OnceDoFn(self._remember_s))
+            .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
+            .with_outputs(DEAD_LETTERS, main="recordings")
         )
-        return keyed | "Once" >> beam.ParDo(_OnceDoFn(self._remember_s)).with_output_types(row_class)
+        return Outcome(once.recordings, once[DEAD_LETTERS])

@@ -18,10 +18,11 @@ from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
 from af3pipe import storage
-from af3pipe.schemas import MIX, DeadLetter, Recording
+from af3pipe.schemas import MIX
 from af3pipe.transforms.messages import Message
 from af3pipe.transforms.notify import Notified, ParseNotification
 from af3pipe.transforms.once import REMEMBER_S, Once
+from af3pipe.transforms.outcome import Outcome
 from af3pipe.transforms.ticks import Ticks
 
 ACK_DEADLINE_S = 600
@@ -30,6 +31,7 @@ _MOST_AT_ONCE = 1000
 _WAIT_S = 2.0
 _EVERY_S = 1.0
 _REACH_S = 5.0
+_TELL_S = 10.0
 _PULLS_A_TICK = 10  # then what was pulled goes on
 _SCHEME = "pubsub://"
 _SUBSCRIPTION = re.compile(r"projects/[^/]+/subscriptions/[^/]+")
@@ -143,14 +145,14 @@ def _tell(call: Any, subscription: str, ack_ids: Sequence[str]) -> int:
     for start in range(0, len(ack_ids), _MOST_AT_ONCE):
         some = list(ack_ids[start : start + _MOST_AT_ONCE])
         try:
-            call(subscription=subscription, ack_ids=some)
+            call(subscription=subscription, ack_ids=some, timeout=_TELL_S, retry=None)  # a bundle waits for it
             told += len(some)
         except (exceptions.InvalidArgument, exceptions.FailedPrecondition) as error:
             if len(some) > 1:  # one that is over must not hold up the others
                 told += sum(_tell(call, subscription, [one]) for one in some)
             else:
                 _log.info("a delivery of %s is over, and will come again: %s", subscription, error)
-        except exceptions.GoogleAPICallError as error:  # they come again, and are told of then
+        except exceptions.GoogleAPIError as error:  # they come again, and are told of then
             _log.warning("subscription %s cannot be told of %d deliveries now: %s", subscription, len(some), error)
     return told
 
@@ -277,8 +279,5 @@ class ReadNotifications(beam.PTransform):
 
     def expand(self, pipeline: Any) -> Any:
         notified = self._parse.notified(pipeline | "PullMessages" >> self._pull)
-        return Notified(
-            notified.good | "Recordings" >> Once(Recording, self._remember_s),
-            notified.dead_letters | "DeadLetters" >> Once(DeadLetter, self._remember_s),
-            notified.waiting,
-        )
+        once = Outcome(notified.good, notified.dead_letters) | "Once" >> Once(self._remember_s)
+        return Notified(once.good, once.dead_letters, notified.waiting)

@@ -131,12 +131,12 @@ def own_columns(recording: Recording) -> dict[str, Any]:
     }
 
 
-def settle_rejected(failed: Iterable[Failed]) -> RecordingResult:
+def settle_rejected(recording_id: str, failed: Iterable[Failed]) -> RecordingResult:
     """The terminal state of what was rejected, as often as it was named, before there was anything to ask."""
     failed = sorted(failed)  # whatever order they come in, the same of them says which recording it is
     result = settle(recording_of(failed[0].input), [], failed)
     assert result is not None  # it has a dead letter
-    return result
+    return result._replace(recording_id=recording_id)  # a dead letter's input masks what looks like a secret
 
 
 def _covered_s(covered: Iterable[Covered]) -> float:
@@ -182,7 +182,7 @@ class _SettleDoFn(beam.DoFn):
         if len(recordings) == 1:
             result = self._settle(recordings[0], covered, failed, list(found.get("kept", ())))
         elif failed and not recordings:
-            result = settle_rejected(failed)
+            result = settle_rejected(recording_id, failed)
         if result is None:
             metrics.count("unaccounted")
             uri = recordings[0].uri if recordings else "a recording that was never listed"

@@ -335,11 +335,14 @@ class _ResumeEachDoFn(beam.DoFn):
         self._resume.teardown()
 
     def process(self, item: Recording | DeadLetter) -> Iterator[Any]:
+        earlier = self._earlier_of(item.recording_id)
         is_letter = isinstance(item, DeadLetter)
+        if is_letter:
+            earlier = _named(earlier)
         found: dict[str, Iterable[Any]] = {
             "recordings": () if is_letter else (item,),
             "dead_letters": (item,) if is_letter else (),
-            "earlier": self._earlier_of(item.recording_id),
+            "earlier": earlier,
         }
         return self._resume.process((item.recording_id, found))
 
@@ -350,6 +353,12 @@ class _ResumeEachDoFn(beam.DoFn):
             if self._stream_id not in _earlier:
                 _earlier[self._stream_id] = _EarlierRows(self._output)
         return _earlier[self._stream_id].of(recording_id)
+
+
+def _named(earlier: list[Settled | Covered | Told]) -> list[Settled | Covered | Told]:
+    """Without dead letters that no row of `recordings/` names: what wrote them was killed before it wrote that."""
+    named = {key for row in earlier if isinstance(row, Settled) for key in row.dead_letter_keys}
+    return [row for row in earlier if not isinstance(row, Told) or row.dead_letter_key in named]
 
 
 def _by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:

@@ -219,7 +219,7 @@ class AnswerAndSettle(beam.PTransform):
 
 def settle_letter(letter: DeadLetter) -> SettledRecording:
     """What there is of a recording that was rejected before there was anything to ask."""
-    return SettledRecording(settle_rejected([failed_by(letter)]), (), (letter,))
+    return SettledRecording(settle_rejected(letter.recording_id, [failed_by(letter)]), (), (letter,))
 
 
 class SettleRejected(beam.PTransform):

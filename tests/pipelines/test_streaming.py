@@ -7,10 +7,8 @@ from apache_beam.options.pipeline_options import PrismRunnerOptions, StandardOpt
 from af3pipe.pipelines.graph import build_stream
 from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.pipelines.streaming import _check_inputs, stream_options
-from af3pipe.transforms.pubsub import subscriber
 from tests import fixtures_audio as make
 from tests.fused import fuse
-from tests.integration.servers import free_port
 
 RUN = "20260102T030405Z-abcdef"
 GPU = "type:nvidia-l4;count:1;install-nvidia-driver"
@@ -93,15 +91,6 @@ def test_names_of_steps_that_keep_state_are_no_accident_of_a_source_file(inputs)
 
 
 # --- stream_options and _check_inputs
-
-
-@pytest.fixture
-def no_pubsub(monkeypatch):
-    """Has Pub/Sub where nothing listens."""
-    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", f"localhost:{free_port()}")
-    subscriber.cache_clear()
-    yield
-    subscriber.cache_clear()
 
 
 def test_prism_is_the_runner_where_none_is_named():

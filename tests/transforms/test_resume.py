@@ -45,6 +45,7 @@ from af3pipe.transforms.ask import AskDoFn, make_answer, stitch_group
 from af3pipe.transforms.outcome import recording_of, to_dead_letter
 from af3pipe.transforms.reconcile import covered_by, failed_by, settle
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, read_earlier, resume
+from af3pipe.transforms.settle import settle_letter
 from af3pipe.transforms.ticks import Ticks
 from af3pipe.transforms.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, write_rows
 from tests.collected import Collected
@@ -716,18 +717,25 @@ def test_a_stream_is_held_against_what_there_is_when_it_starts(tmp_path):
     keyed = keys_of(caption()).add(BASE)
     new = BASE._replace(recording_id="new")
     rejected = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, "no name")
-    told, untold = (to_dead_letter(rejected, Recording(name, name), stage=Stage.LIST) for name in ("told", "untold"))
+    told, untold, cut_short = (
+        to_dead_letter(rejected, Recording(name, name), stage=Stage.LIST) for name in ("told", "untold", "cut_short")
+    )
     result = settle(keyed, [], [failed_by(told._replace(run_id=""))])._replace(settled_state=TerminalState.OK)
-    list(write_rows([result], RECORDINGS, str(tmp_path), "recordings", "run 1"))
-    list(write_rows([told], DEAD_LETTER_ROWS, str(tmp_path), "dead_letters", "run 1"))
+    list(write_rows([result, settle_letter(told).result], RECORDINGS, str(tmp_path), "recordings", "run 1"))
+    # Of the second, the run was killed before it wrote the row that names it.
+    list(write_rows([told, cut_short], DEAD_LETTER_ROWS, str(tmp_path), "dead_letters", "run 1"))
     own = told._replace(recording_id=BASE.recording_id, dead_letter_key=result.dead_letter_keys[0])
     list(write_rows([own], DEAD_LETTER_ROWS, str(tmp_path), "dead_letters", "run 2"))
-    left = resumed_in_stream(tmp_path, BASE, new, told, untold)
+    left = resumed_in_stream(tmp_path, BASE, new, told, untold, cut_short)
     assert [one.recording_id for one in left["skipped"]] == [BASE.recording_id]
     assert left["skipped"][0].terminal_state is TerminalState.SKIPPED_DONE
     (asked,) = left["good"]
     assert asked == keys_of(caption()).add(new)
-    assert {one.recording_id: one.run_id for one in left["dead_letters"]} == {"told": "run 1", "untold": ""}
+    assert {one.recording_id: one.run_id for one in left["dead_letters"]} == {
+        "told": "run 1",
+        "untold": "",
+        "cut_short": "",
+    }
 
 
 def test_a_stream_asks_of_another_version_and_knows_what_there_was(tmp_path):

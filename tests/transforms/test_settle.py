@@ -306,6 +306,14 @@ def test_where_nobody_knows_when_an_object_was_modified_it_is_when_it_was_asked(
     assert event_time(settled_letter).micros == settled_letter.result.created_at
 
 
+def test_what_is_rejected_keeps_an_id_that_looks_like_a_secret():
+    """Its dead letter's input masks it; who waits for it knows it by its id."""
+    one = Recording("a?token=abcdef", "s3://archive/gone.wav")
+    letter = to_dead_letter(Rejected(Stage.LIST, Reason.NOT_FOUND, "gone"), one, stage=Stage.LIST)
+    assert "abcdef" not in letter.input
+    assert settle_letter(letter).result.recording_id == letter.recording_id == one.recording_id
+
+
 def test_what_is_rejected_before_it_is_asked_is_settled():
     found = Collected()
     one = Recording("id", "a.wav", 1, None, MODIFIED)
