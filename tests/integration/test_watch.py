@@ -215,17 +215,23 @@ def test_a_store_that_is_far_away_costs_no_rows(model, runner, tmp_path, monkeyp
         assert stopped(watch).counts.found == 3
 
 
+def wait_for_files(fs, number):
+    deadline = time.monotonic() + 60
+    while len(fs.glob("labels/out/recordings/*")) < number:
+        assert time.monotonic() < deadline, f"{number} files expected"
+        time.sleep(0.5)
+        fs.invalidate_cache()
+
+
 def test_objects_of_a_store(model, runner, tmp_path):
     with store_server(S3, tmp_path) as store, using(store) as found:
         local = tone(tmp_path / "local.flac")
         found.fs.pipe_file("archive/in/first.flac", local.read_bytes())
         watched = job([found.url("archive/in/*.flac"), found.url("archive/not-yet/")], found.url("labels/out"), model)
         with watching(watched, runner) as watch:
-            deadline = time.monotonic() + 120
+            wait_for_files(found.fs, 1)
             found.fs.pipe_file("archive/not-yet/second.flac", local.read_bytes())
-            while len(found.fs.glob("labels/out/recordings/*")) < 2 and time.monotonic() < deadline:
-                time.sleep(0.5)
-                found.fs.invalidate_cache()
+            wait_for_files(found.fs, 2)  # another pane
             report = stopped(watch)
     assert report.counts.states == {"ok": 2}
     assert report.counts.answers == {"captions": 2, "transcripts": 2}

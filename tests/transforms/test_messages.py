@@ -374,6 +374,9 @@ def test_keys_come_back_as_they_were(key, with_slashes):
         return
     same = parse({**EVENT_BRIDGE, "detail": {"bucket": {"name": "mybucket"}, "object": {"key": name}}})
     google = parse(gcs(bucketId="mybucket", objectId=name))
+    if name.endswith("/.flac"):  # a hidden file without an extension
+        assert (found, same, google) == ([], [], [])
+        return
     told = [(each.uri if not isinstance(each, DeadLetter) else each.reason) for each in (*found, *same, *google)]
     # A key that reads like an encoded way up is not read either.
     if told[0] != Reason.PERMISSION_DENIED:
