@@ -11,7 +11,7 @@ from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
 from af3pipe.pipelines.accounting import found_uri, verified_uri, write_found, write_verified
 from af3pipe.pipelines.job import JobConfig
 from af3pipe.pipelines.plan import Chunk
-from af3pipe.pipelines.record import stop_uri
+from af3pipe.pipelines.record import ended_uri, stop_uri
 from af3pipe.schemas import DeadLetter, Recording
 from af3pipe.transforms import (
     AcknowledgeMessages,
@@ -34,6 +34,7 @@ from af3pipe.transforms import (
     WriteSettledRecordings,
 )
 from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
+from af3pipe.transforms.ended import TellEnd
 from af3pipe.transforms.launcher import CheckWorkers
 from af3pipe.transforms.notify import version_of
 from af3pipe.transforms.once import Once
@@ -129,8 +130,15 @@ def build_chunk(
     return _answer(Outcome(recordings, letters), None, asking(job), job, run_id, chunk=number)
 
 
-def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
-    """Lays the job as a stream that ends when it is stopped: folders are watched, subscriptions are read."""
+def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str, *, tell_end: bool = False) -> None:
+    """Lays the job as a stream that ends when it is stopped: folders are watched, subscriptions are read.
+
+    Args:
+        pipeline: Where to.
+        job: What to do.
+        run_id: Names the run.
+        tell_end: Whether the last step leaves word when all is written.
+    """
     how = asking(job, keep_engine=True)
     _ = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
     found, waiting = _found_in_stream(pipeline, job, run_id)
@@ -159,6 +167,7 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
             storage_options=job.storage_options,
         )
     )
+    last = written
     if waiting is not None:
         told_before = left.dead_letters | "ToldBefore" >> beam.Filter(lambda letter: letter.run_id)
         durable = (
@@ -166,9 +175,11 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
             left.skipped | "Skipped" >> beam.Map(version_of).with_output_types(tuple[str, str]),
             told_before | "RejectedBefore" >> beam.Map(version_of).with_output_types(tuple[str, str]),
         ) | "Durable" >> beam.Flatten()
-        _ = {"waiting": waiting, "durable": durable} | "AcknowledgeMessages" >> AcknowledgeMessages(
+        last = {"waiting": waiting, "durable": durable} | "AcknowledgeMessages" >> AcknowledgeMessages(
             ack_deadline_s=_LEASE_S
         )
+    if tell_end:
+        _ = last | "TellEnd" >> TellEnd(ended_uri(job.output, run_id), storage_options=job.storage_options)
 
 
 def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tuple[Outcome, Any]:

@@ -59,6 +59,11 @@ def stop_uri(output: str, run_id: str) -> str:
     return storage.join(output, "_runs", f"{run_id}.stop")
 
 
+def ended_uri(output: str, run_id: str) -> str:
+    """A file by which a watching run says that all is written, on a runner that goes on after that."""
+    return storage.join(output, "_runs", f"{run_id}.ended")
+
+
 def write_started(job: JobConfig, run_id: str, runner: str | None = None) -> None:
     """Written before anything else of the run: whoever finds it alone knows that the run goes on, or was killed."""
     record = {

@@ -14,17 +14,21 @@ from af3pipe import storage
 from af3pipe.pipelines import batch, graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
-from af3pipe.pipelines.record import RunReport, started_uri, stop_uri, write_record, write_started
+from af3pipe.pipelines.record import RunReport, ended_uri, started_uri, stop_uri, write_record, write_started
 from af3pipe.pipelines.relist import InputError, relist
 from af3pipe.pipelines.runners import FlinkOptions
 from af3pipe.pipelines.view import Latest, NotATable, table_files
-from af3pipe.schemas import DeadLetter, Reason
+from af3pipe.schemas import DeadLetter, Reason, Rejected
 from af3pipe.transforms import metrics
 from af3pipe.transforms.pubsub import is_subscription, reach, subscription_of
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.watch import check_watched
 from af3pipe.transforms.write import new_run_id
 
+_MAY_BE_FLINK = ("FlinkRunner", "PortableRunner")
+_CHECKPOINT_MS = 10_000
+_LOOK_EVERY_S = 2.0
+_GRACE_S = 5.0  # other portable runners end by themselves
 _log = logging.getLogger(__name__)
 _PRISM = (
     "cannot start Prism, Beam's runner for streams on one machine: {}. Where it cannot be downloaded, build it "
@@ -54,10 +58,15 @@ class Watch:
         self.run_id = new_run_id()
         self._job = job
         self._runner = options.view_as(StandardOptions).runner
+        # Flink's sources stay open after the end, for the checkpoints: to see it, and to end the job, is left to us.
+        self._may_go_on = self._runner in _MAY_BE_FLINK
+        self._looked_at = self._ended_at = 0.0
         revision = self._checkpoint.revision if self._checkpoint and not self._checkpoint.path else job.revision
         try:
             pipeline = beam.Pipeline(options=options)
-            graph.build_stream(pipeline, job.model_copy(update={"revision": revision}), self.run_id)
+            graph.build_stream(
+                pipeline, job.model_copy(update={"revision": revision}), self.run_id, tell_end=self._may_go_on
+            )
         except ValueError as error:  # Beam's own check of its options
             raise JobError(str(error)) from error
         batch.tell_unfinished(job)
@@ -79,7 +88,19 @@ class Watch:
 
     def wait(self, seconds: float) -> bool:
         """Waits this long at most; says whether the run has ended."""
-        return self._background.wait(seconds)
+        if not self._background.wait(seconds) and self._may_go_on:
+            self._end()
+        return self._background.wait(0)
+
+    def _end(self) -> None:
+        """Ends a job in which all is written, and which had time to end by itself."""
+        now = time.monotonic()
+        if not self._ended_at and now - self._looked_at > _LOOK_EVERY_S:
+            self._looked_at = now
+            if _is_there(ended_uri(self._job.output, self.run_id)):
+                self._ended_at = now
+        if self._ended_at and now - self._ended_at > _GRACE_S:
+            self._result.cancel()
 
     def progress(self) -> batch.Progress:
         """How far it is, as far as this process can see."""
@@ -103,12 +124,14 @@ class Watch:
         """
         with batch.connected():
             state = self._result.state
-        if self._is_cancelled or state == PipelineState.CANCELLED:
-            storage.delete(stop_uri(self._job.output, self.run_id))
+        is_ended = bool(self._ended_at) and not self._is_cancelled
+        if self._is_cancelled or (state == PipelineState.CANCELLED and not is_ended):
+            self._forget()
             return None
-        self._background.result()
-        if state not in (PipelineState.DONE, PipelineState.DRAINED):
-            raise batch.RunFailed(f"the runner ended the job in state {state}; see its log above")
+        if not is_ended:
+            self._background.result()
+            if state not in (PipelineState.DONE, PipelineState.DRAINED):
+                raise batch.RunFailed(f"the runner ended the job in state {state}; see its log above")
         job, wall_s = self._job, time.monotonic() - self._started
         counted = batch.counters(self._result)
         report = RunReport(
@@ -116,9 +139,21 @@ class Watch:
         )
         fill_empty_tables(job.output, job.tables(), self.run_id, job.partition_by)
         write_record(job, self._checkpoint, self._runner, self._started_at, report)
-        storage.delete(stop_uri(job.output, self.run_id))
+        self._forget()
         _tell_left(job)
         return report
+
+    def _forget(self) -> None:
+        storage.delete(stop_uri(self._job.output, self.run_id))
+        storage.delete(ended_uri(self._job.output, self.run_id))
+
+
+def _is_there(uri: str) -> bool:
+    try:
+        storage.stat(uri)
+    except (Rejected, storage.StorageError):  # which is tried again
+        return False
+    return True
 
 
 def _tell_left(job: JobConfig) -> None:
@@ -156,10 +191,14 @@ def stream_options(job: JobConfig, flags: list[str]) -> PipelineOptions:
         )
     standard.streaming = True
     flink = options.view_as(FlinkOptions)
-    if standard.runner in ("FlinkRunner", "PortableRunner") and flink.shutdown_sources_after_idle_ms is None:
-        # With checkpoints, Beam keeps what is read once (the output's earlier rows) open for ever, as Flink needed it
-        # before 1.15; and the stream waits for its end.
-        flink.shutdown_sources_after_idle_ms = 1
+    if standard.runner in _MAY_BE_FLINK:
+        # A bundle that is not full ends at a checkpoint. Sources may not shut down (shutdown_sources_after_idle_ms):
+        # where its input has ended, a step fires all timers at once, the clock's without end, and no checkpoint can
+        # be finished.
+        if flink.checkpointing_interval is None:
+            flink.checkpointing_interval = _CHECKPOINT_MS
+        if flink.finish_bundle_before_checkpointing is None:
+            flink.finish_bundle_before_checkpointing = True
     if standard.runner == "PrismRunner" and not prism.prism_location:
         prism.prism_location = shutil.which("prism")
     return options

@@ -37,6 +37,10 @@ def settled(output):
     return set(ds.dataset(files, format="parquet").to_table(columns=["uri"])["uri"].to_pylist()) if files else set()
 
 
+def checkpoints(cluster):
+    return cluster.ask(f"/jobs/{cluster.jobs()[0]['jid']}/checkpoints")["counts"]
+
+
 def test_a_killed_task_manager_loses_nothing(model, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "watched"
     folder.mkdir()
@@ -52,12 +56,14 @@ def test_a_killed_task_manager_loses_nothing(model, tmp_path):
             for name in names[5:]:
                 (folder / name).write_bytes(found[name])
             time.sleep(5)  # some of them are being asked
+            assert checkpoints(cluster)["completed"] > 3
             cluster.task_managers[1].kill()
             cluster.task_managers[1].start()
             wait_until(lambda: watch.wait(0) or len(settled(output)) == len(names), "all rows", 240)
             watch.stop()
             wait_until(lambda: watch.wait(0), "the end of the stream", 120)
             report = watch.report()
+            assert checkpoints(cluster)["restored"] >= 1
         finally:
             if not watch.wait(0):
                 watch.cancel()

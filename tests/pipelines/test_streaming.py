@@ -6,6 +6,7 @@ from apache_beam.options.pipeline_options import PrismRunnerOptions, StandardOpt
 
 from af3pipe.pipelines.graph import build_stream
 from af3pipe.pipelines.job import JobError, make_job
+from af3pipe.pipelines.runners import FlinkOptions
 from af3pipe.pipelines.streaming import _check_inputs, stream_options
 from tests import fixtures_audio as make
 from tests.fused import fuse
@@ -117,6 +118,19 @@ def test_other_runners_stream_too(runner):
     options = stream_options(job_of(beam={"runner": runner}), [])
     assert options.view_as(StandardOptions).runner.lower().startswith(runner)
     assert options.view_as(StandardOptions).streaming
+
+
+@pytest.mark.parametrize("runner", ["flink", "portable"])
+def test_bundles_on_flink_end_at_checkpoints_and_its_sources_stay_open(runner):
+    found = stream_options(job_of(), [f"--runner={runner}"]).view_as(FlinkOptions)
+    assert (found.checkpointing_interval, found.finish_bundle_before_checkpointing) == (10_000, True)
+    assert found.shutdown_sources_after_idle_ms is None
+    given = stream_options(job_of(), [f"--runner={runner}", "--checkpointing_interval=500"]).view_as(FlinkOptions)
+    assert given.checkpointing_interval == 500
+
+
+def test_other_runners_are_not_told_of_checkpoints():
+    assert stream_options(job_of(), []).view_as(FlinkOptions).checkpointing_interval is None
 
 
 @pytest.mark.parametrize("runner", ["local", "FnApiRunner", "DirectRunner"])

@@ -1,0 +1,53 @@
+"""Word of the end of a stream, where its runner goes on when all is done."""
+
+from types import MappingProxyType
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import TimerSpec, on_timer
+from apache_beam.transforms.window import GlobalWindow, GlobalWindows
+
+from af3pipe import storage
+from af3pipe.transforms.stores import set_storage
+
+
+class _EndDoFn(beam.DoFn):
+    _END = TimerSpec("end", TimeDomain.WATERMARK)
+
+    def __init__(self, uri: str, storage_options: storage.StorageOptions) -> None:
+        self._uri = uri
+        self._storage_options = storage_options
+
+    def setup(self) -> None:
+        set_storage(self._storage_options)
+
+    def process(self, keyed: tuple[str, str], end: Any = beam.DoFn.TimerParam(_END)) -> None:
+        end.set(GlobalWindow().max_timestamp())
+
+    @on_timer(_END)
+    def on_end(self) -> None:
+        storage.write_atomic(self._uri, b"")
+
+
+class TellEnd(beam.PTransform):
+    """Writes an empty file once the watermark of a PCollection has come to its end: nothing more will come.
+
+    Args:
+        uri: Of the file.
+        storage_options: As of `ReadRecordings`.
+    """
+
+    def __init__(self, uri: str, *, storage_options: storage.StorageOptions = MappingProxyType({})) -> None:
+        super().__init__()
+        self._dofn = _EndDoFn(uri, dict(storage_options))
+
+    def expand(self, last: Any) -> Any:
+        pair: Any = tuple[str, str]
+        once = last.pipeline | "Once" >> beam.Create([("", "")], reshuffle=False).with_output_types(pair)
+        none = last | "None" >> beam.FlatMap(lambda _: []).with_output_types(pair)
+        return (
+            (once, none | "Ever" >> beam.WindowInto(GlobalWindows()))
+            | "OnceAndNone" >> beam.Flatten()
+            | "End" >> beam.ParDo(self._dofn)
+        )
