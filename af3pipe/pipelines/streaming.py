@@ -13,6 +13,7 @@ from apache_beam.runners.runner import PipelineState
 from af3pipe import storage
 from af3pipe.pipelines import batch, graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables
+from af3pipe.pipelines.flink_jobs import cancel_job, name_job
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.record import RunReport, ended_uri, started_uri, stop_uri, write_record, write_started
 from af3pipe.pipelines.relist import InputError, relist
@@ -61,6 +62,8 @@ class Watch:
         # Flink's sources stay open after the end, for the checkpoints: to see it, and to end the job, is left to us.
         self._may_go_on = self._runner in _MAY_BE_FLINK
         self._looked_at = self._ended_at = 0.0
+        self._options = options
+        self._job_name = name_job(options, self.run_id) if self._may_go_on else ""
         revision = self._checkpoint.revision if self._checkpoint and not self._checkpoint.path else job.revision
         try:
             pipeline = beam.Pipeline(options=options)
@@ -100,7 +103,12 @@ class Watch:
             if _is_there(ended_uri(self._job.output, self.run_id)):
                 self._ended_at = now
         if self._ended_at and now - self._ended_at > _GRACE_S:
-            self._result.cancel()
+            self._cancel()
+
+    def _cancel(self) -> None:
+        self._result.cancel()
+        if self._may_go_on:
+            cancel_job(self._options, self._job_name)
 
     def progress(self) -> batch.Progress:
         """How far it is, as far as this process can see."""
@@ -113,7 +121,7 @@ class Watch:
     def cancel(self) -> None:
         """Ends it now. What was not written yet is asked again by the next run into the same output."""
         self._is_cancelled = True
-        self._result.cancel()
+        self._cancel()
 
     def report(self) -> RunReport | None:
         """What it did, once it has ended; None where it was cancelled.

@@ -169,6 +169,7 @@ class Cluster:
         return [
             "--runner=PortableRunner",
             f"--job_endpoint=localhost:{self.job_server.port}",
+            f"--flink_master=127.0.0.1:{self._rest}",
             "--environment_type=EXTERNAL",
             f"--environment_config={_POOL}:{self._pool_port}",
             f"--parallelism={self._slots * len(self.task_managers)}",

@@ -64,6 +64,8 @@ def test_a_killed_task_manager_loses_nothing(model, tmp_path):
             wait_until(lambda: watch.wait(0), "the end of the stream", 120)
             report = watch.report()
             assert checkpoints(cluster)["restored"] >= 1
+            wait_until(lambda: cluster.jobs()[0]["state"] == "CANCELED", "the end of the job at the cluster", 60)
+            assert [job["name"] for job in cluster.jobs()] == [f"af3pipe-{watch.run_id.lower()}"]
         finally:
             if not watch.wait(0):
                 watch.cancel()

@@ -1,0 +1,44 @@
+"""Ending a job at a Flink cluster: one that Beam's job server is told to cancel runs on there."""
+
+import json
+import logging
+import urllib.request
+from typing import Any
+
+from apache_beam.options.pipeline_options import FlinkRunnerOptions, GoogleCloudOptions, PipelineOptions
+from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES, FlinkRunner
+
+_TIMEOUT_S = 10
+_log = logging.getLogger(__name__)
+
+
+def name_job(options: PipelineOptions, run_id: str) -> str:
+    """Names the job after the run, unless it has a name; gives that."""
+    cloud = options.view_as(GoogleCloudOptions)
+    cloud.job_name = cloud.job_name or f"af3pipe-{run_id.lower()}"
+    name: str = cloud.job_name
+    return name
+
+
+def cancel_job(options: PipelineOptions, name: str) -> None:
+    """Cancels a job at the cluster, by Flink's REST API; where that cannot be done, logs what is left to do."""
+    master = options.view_as(FlinkRunnerOptions).flink_master.strip()
+    if master in MAGIC_HOST_NAMES:
+        _log.warning(
+            "job %s may go on at the cluster, with nothing to do: cancel it there (`flink cancel`, or the web UI). "
+            "With --flink-master HOST:8081 this is done for you",
+            name,
+        )
+        return
+    address = FlinkRunner.add_http_scheme(master).rstrip("/")
+    try:
+        for job in _call(f"{address}/jobs/overview")["jobs"]:
+            if job["name"] == name and job["end-time"] < 0:
+                _call(f"{address}/jobs/{job['jid']}?mode=cancel", method="PATCH")
+    except (OSError, ValueError, KeyError) as error:
+        _log.warning("job %s may go on at the cluster, and has to be cancelled there: %s: %s", name, address, error)
+
+
+def _call(url: str, method: str = "GET") -> Any:
+    with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=_TIMEOUT_S) as answer:
+        return json.loads(answer.read() or b"{}")
