@@ -13,10 +13,10 @@ _log = logging.getLogger(__name__)
 
 
 def name_job(options: PipelineOptions, run_id: str) -> str:
-    """Names the job after the run, unless it has a name; gives that."""
+    """Gives the job a name that no other one has at the cluster."""
     cloud = options.view_as(GoogleCloudOptions)
-    cloud.job_name = cloud.job_name or f"af3pipe-{run_id.lower()}"
-    name: str = cloud.job_name
+    name = f"{cloud.job_name or 'af3pipe'}-{run_id.lower()}"
+    cloud.job_name = name
     return name
 
 

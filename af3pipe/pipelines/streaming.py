@@ -104,6 +104,7 @@ class Watch:
                 self._ended_at = now
         if self._ended_at and now - self._ended_at > _GRACE_S:
             self._cancel()
+            self._may_go_on = False  # once is enough
 
     def _cancel(self) -> None:
         self._result.cancel()
