@@ -18,6 +18,7 @@ from af3pipe.transforms import metrics
 from af3pipe.transforms.containers import container_rows
 from af3pipe.transforms.manifest import is_manifest
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome
+from af3pipe.transforms.pubsub import is_subscription
 from af3pipe.transforms.read import list_recordings, tagged
 from af3pipe.transforms.stores import count_retries, set_storage
 from af3pipe.transforms.ticks import Ticks
@@ -33,7 +34,7 @@ def check_watched(name: str) -> None:
     Raises:
         ValueError: It is a manifest or a container, which would be read again and again from its beginning.
     """
-    if name.startswith("pubsub://"):
+    if is_subscription(name):
         raise ValueError(f"input {name} is a subscription, and no folder; ReadNotifications reads it")
     if is_manifest(name) or container_rows(name) is not None:
         raise ValueError(
