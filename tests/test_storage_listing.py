@@ -19,7 +19,7 @@ _NAMES = st.sampled_from(["a", "b", "ab", "a b", "ä", "a.wav", "b.wav", "[x]", 
 _PATHS = st.lists(_NAMES, min_size=1, max_size=4).map("/".join)
 _PARTS = st.sampled_from(["*", "**", "?", "a*", "*.wav", "[ab]", "[!a]*", "a", "b", "deep", "?.wav", "[[]x]", "ä"])
 _GLOBS = st.lists(_PARTS, min_size=1, max_size=4).map("/".join).filter(lambda glob: any(c in glob for c in "*?["))
-_QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Keys(synthetic_s3.Bucket):

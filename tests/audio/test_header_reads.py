@@ -145,7 +145,7 @@ def test_an_mp4_s_length_is_the_decoder_s():
 
 
 @given(st.lists(st.tuples(st.integers(0, 700_000), st.integers(0, 255)), max_size=20), st.integers(0, 700_000))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_damaged_index_is_not_trusted_with_more_than_a_number(changes, length):
     data = bytearray(_large_index())
     for position, value in changes:

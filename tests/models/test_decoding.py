@@ -339,7 +339,7 @@ def played(ours, cases, order, logits):
 def test_no_row_depends_on_the_others(demo_oracle, dtype):
     ours = chooser(demo_oracle)
 
-    @settings(max_examples=25, deadline=None, database=None)
+    @settings(max_examples=25, database=None)
     @given(CASES, st.randoms(use_true_random=False), st.integers(0, 1000))
     def holds(cases, random, seed):
         logits = torch.randn(4, len(cases), 604, generator=torch.Generator().manual_seed(seed)).mul(4).to(dtype)
@@ -366,7 +366,7 @@ def test_seeds_decide_the_draws(demo_oracle):
 
 
 @given(st.lists(st.floats(-4, 4), min_size=1, max_size=9), st.integers(0, 8))
-@settings(deadline=None, database=None)
+@settings(database=None)
 def test_draws_follow_the_probabilities(logits, masked):
     """Of numbers spread evenly, each token gets its share, and what is masked none."""
     scores = torch.tensor(logits)

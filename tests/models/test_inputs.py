@@ -22,7 +22,7 @@ def oracle(request):
 def test_audio_tokens_and_prompts_are_the_processors_own(oracle):
     checkpoint, inputs = oracle.checkpoint, Inputs(oracle.checkpoint, oracle.processor)
 
-    @settings(max_examples=12, deadline=None, database=None)
+    @settings(max_examples=12, database=None)
     @given(LENGTHS, st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20))
     @example(321, "x")
     @example(480_001, "Describe the audio in detail.")

@@ -22,7 +22,7 @@ def test_columns_are_the_fields(row_format):
 
 @FORMATS
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_rows_survive_parquet(row_format, data):
     written = data.draw(st.lists(rows(row_format.row_class), min_size=1, max_size=4))
     sink = pa.BufferOutputStream()

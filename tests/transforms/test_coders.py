@@ -23,7 +23,7 @@ def equal(left, right):
 
 @pytest.mark.parametrize("row_class", ROW_CLASSES, ids=lambda row_class: row_class.__name__)
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_round_trip_keeps_value_and_class(row_class, data):
     row = data.draw(rows(row_class))
     coder = registry.get_coder(row_class)

@@ -115,7 +115,7 @@ HISTORIES = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(HISTORIES)
 def test_any_history_passes_as_it_should(histories):
     listed = [
@@ -167,7 +167,7 @@ def test_dead_letters_are_told_as_recordings_are():
 VERSIONS = [(name, version) for name in range(6) for version in range(2)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.frozensets(st.sampled_from(VERSIONS), max_size=1), min_size=30, max_size=70))
 def test_whatever_comes_and_goes_nothing_is_left_out_for_long(changes):
     listings = [set(VERSIONS)]

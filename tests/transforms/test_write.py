@@ -181,7 +181,7 @@ LETTER = DeadLetter(
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(Reason)), max_size=12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_dead_letters_are_neither_lost_nor_doubled(pairs):
     rows = [
         LETTER._replace(recording_id=f"id{n}", reason=reason, dead_letter_key=f"{n}{reason}") for n, reason in pairs

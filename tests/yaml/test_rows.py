@@ -13,7 +13,7 @@ from tests.rows import rows
 
 
 @pytest.mark.parametrize("row_class", [Recording, Answer, DeadLetter, RecordingResult])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_rows_come_back(row_class, data):
     row = data.draw(rows(row_class))
