@@ -219,7 +219,7 @@ def _job_flags(
     ] = None,
     chunk_recordings: Annotated[
         int | None,
-        typer.Option(help="Recordings asked before their rows land, in a run in one process; 1000 by default."),
+        typer.Option(help="Recordings that a worker asks before their rows land; 1000 by default."),
     ] = None,
     fail_on_dead_letters: Annotated[
         str | None, typer.Option(help="Fail when there are more than this: a count, or a share such as 5%.")

@@ -22,6 +22,7 @@ from af3pipe.models.family import Checkpoint, adapter_revision, open_checkpoint
 from af3pipe.models.tasks import resolve
 from af3pipe.pipelines import graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables, take_found, take_verified, verified_uri
+from af3pipe.pipelines.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.plan import Plan, Settlement
 from af3pipe.pipelines.reach import check_runner
@@ -156,6 +157,8 @@ def run(
         on_progress: Called now and then on the calling thread, with what this process has counted.
         progress_every_s: How often.
 
+    Interrupted by Ctrl-C, it cancels its job at a Flink cluster; what was not written is asked by the next run.
+
     Raises:
         JobError, ModelError: Found before anything was started.
         RunFailed: The pipeline failed.
@@ -171,6 +174,7 @@ def run(
         pinned["device"] = "all"  # no other worker will come for the other GPUs of this machine
     ran_job = job.model_copy(update=pinned)
     in_chunks = again is not None or is_in_process(options)
+    job_name = name_job(options, run_id) if options.view_as(StandardOptions).runner in MAY_BE_FLINK else ""
     try:
         pipeline = beam.Pipeline(options=options)
         if not in_chunks:  # they have graphs of their own
@@ -186,8 +190,13 @@ def run(
             _run_in_chunks(ran_job, options, run_id, again) if in_chunks else _run_whole(pipeline, ran_job, run_id)
         )
     )
-    while not background.wait(progress_every_s):
-        on_progress(progress(metrics.tally() - before, time.monotonic() - started))
+    try:
+        while not background.wait(progress_every_s):
+            on_progress(progress(metrics.tally() - before, time.monotonic() - started))
+    except KeyboardInterrupt:
+        if job_name:
+            cancel_job(options, job_name)  # it would go on, and nobody wait for it
+        raise
     found, counted, chunks = background.result()
     wall_s = time.monotonic() - started
     on_progress(progress(metrics.tally() - before, wall_s))
@@ -248,11 +257,12 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
             _hold(how, held)
         asked = 0
         for number, chunk in enumerate(plan.chunks(job.chunk_recordings if is_here else _CHUNK_ELSEWHERE)):
-            before, asked = asked, asked + len(chunk.recordings)
+            before, asked = asked, asked + len(chunk)
             # Of the sample, each chunk has the share that it has of the recordings.
             sample = job.verify_sample * asked // plan.to_ask - job.verify_sample * before // plan.to_ask
             pipeline = beam.Pipeline(options=options)
-            graph.build_chunk(pipeline, job.model_copy(update={"verify_sample": sample}), run_id, chunk, number)
+            sampled = job.model_copy(update={"verify_sample": sample})
+            graph.build_chunk(pipeline, sampled, run_id, chunk, number, here=is_here)
             counted += _run_pipeline(pipeline)
             if sample:
                 chunks.append(number)

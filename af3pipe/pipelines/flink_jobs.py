@@ -8,6 +8,8 @@ from typing import Any
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, GoogleCloudOptions, PipelineOptions
 from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES, FlinkRunner
 
+MAY_BE_FLINK = ("FlinkRunner", "PortableRunner")
+"""Runners of which Beam cannot tell whether a Flink cluster is behind them."""
 _TIMEOUT_S = 10
 _log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The graph of a job: recordings in, Parquet out. Needs neither torch nor the model's weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -10,30 +10,27 @@ from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
 from af3pipe.pipelines.accounting import found_uri, verified_uri, write_found, write_verified
 from af3pipe.pipelines.job import JobConfig
-from af3pipe.pipelines.plan import Chunk
 from af3pipe.pipelines.record import ended_uri, stop_uri
-from af3pipe.schemas import DeadLetter, Recording
+from af3pipe.schemas import DeadLetter, Recording, RecordingResult
 from af3pipe.transforms import (
     AcknowledgeMessages,
     AnswerAndSettle,
-    AnswerRecordings,
     AskAudioFlamingo,
     DecodeAudio,
+    JoinRejected,
     Notified,
+    NotWritten,
     Outcome,
+    PlannedRecording,
     ReadNotifications,
     ReadRecordings,
-    ReconcileRecordings,
     ResumeRecordings,
+    SettledRecording,
     SettleRejected,
     VerifyAnswers,
     WatchRecordings,
-    WriteAnswers,
-    WriteDeadLetters,
-    WriteRecordings,
     WriteSettledRecordings,
 )
-from af3pipe.transforms.ask import AnswerOutcome, VerifiableOutcome
 from af3pipe.transforms.ended import TellEnd
 from af3pipe.transforms.launcher import CheckWorkers
 from af3pipe.transforms.notify import version_of
@@ -41,6 +38,8 @@ from af3pipe.transforms.once import Once
 from af3pipe.transforms.pubsub import is_subscription, subscription_of
 from af3pipe.transforms.read import list_recordings
 
+_HELD_S = 600.0
+"""So long a worker of a batch holds what it has settled at most: what is lost with it."""
 _LEASE_S = 60
 """What a watch that died had of messages comes again after so long."""
 
@@ -97,12 +96,8 @@ def found_by(job: JobConfig, name: str) -> Iterator[Recording | DeadLetter]:
     return list_recordings(name, channel=job.channel, stream=job.stream, allow_prefixes=job.allow_prefixes)
 
 
-def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> AnswerOutcome | VerifiableOutcome:
-    """Lays the whole job, from listing on.
-
-    Returns:
-        The outcome before it is written: answers, and all dead letters.
-    """
+def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
+    """Lays the whole job, from listing on, for workers elsewhere."""
     how = asking(job, keep_engine=True)
     inputs = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
     found = inputs | "ReadRecordings" >> ReadRecordings(
@@ -113,21 +108,39 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> AnswerOutcome
     )
     _ = found | "CountFound" >> _CountFound(job, run_id)
     resume = ResumeRecordings(
-        job.output if job.resume else None, how.decode, how.ask, storage_options=job.storage_options
+        job.output if job.resume else None, how.decode, how.ask, run_id=run_id, storage_options=job.storage_options
     )
     left = found | "ResumeRecordings" >> resume
-    return _answer(Outcome(left.good, left.dead_letters), left.skipped, how, job, run_id, chunk=0)
+    joined = Outcome(left.good, left.dead_letters) | "JoinRejected" >> JoinRejected()
+    skipped = left.skipped | "SettleSkipped" >> beam.Map(_settled).with_output_types(SettledRecording)
+    not_asked = (joined.settled, skipped) | "NotAsked" >> beam.Flatten()
+    _ = not_asked | "WriteNotAsked" >> WriteSettledRecordings(job.output, **_written(job, run_id))
+    _ask_and_write(joined.planned, how, job, run_id, chunk=0)
 
 
 def build_chunk(
-    pipeline: beam.Pipeline, job: JobConfig, run_id: str, chunk: Chunk, number: int
-) -> AnswerOutcome | VerifiableOutcome:
-    """Lays the job for recordings that are planned; `job.verify_sample` is this chunk's."""
-    recordings = pipeline | "Recordings" >> beam.Create(chunk.recordings, reshuffle=False).with_output_types(
-        Recording
+    pipeline: beam.Pipeline,
+    job: JobConfig,
+    run_id: str,
+    planned: Sequence[PlannedRecording],
+    number: int,
+    *,
+    here: bool,
+) -> None:
+    """Lays the job for recordings that are planned.
+
+    Args:
+        pipeline: Where to.
+        job: What to do; its `verify_sample` is this chunk's.
+        run_id: Names the run.
+        planned: What there is to ask.
+        number: Of the chunk.
+        here: Whether it runs in this process; else its recordings are spread over workers.
+    """
+    create = beam.Create(planned, reshuffle=not here).with_output_types(PlannedRecording)
+    _ask_and_write(
+        pipeline | "Planned" >> create, asking(job, keep_engine=not here), job, run_id, chunk=number, here=here
     )
-    letters = pipeline | "Rejected" >> beam.Create(chunk.dead_letters, reshuffle=False).with_output_types(DeadLetter)
-    return _answer(Outcome(recordings, letters), None, asking(job), job, run_id, chunk=number)
 
 
 def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str, *, tell_end: bool = False) -> None:
@@ -210,36 +223,41 @@ def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tu
     return Outcome(good, letters) | "Once" >> Once(), waiting  # several may tell of the same
 
 
-def _answer(
-    recordings: Outcome, skipped: Any, how: Asking, job: JobConfig, run_id: str, *, chunk: int
-) -> AnswerOutcome | VerifiableOutcome:
-    answers: AnswerOutcome | VerifiableOutcome = recordings | "AnswerRecordings" >> AnswerRecordings(
-        how.decode, how.ask, accelerator=job.accelerator
-    )
-    results = {
-        "recordings": recordings.good,
-        "answers": answers.good,
-        "dead_letters": answers.dead_letters,
-        "kept": answers.kept,
-    } | "ReconcileRecordings" >> ReconcileRecordings(job.all_tasks())
-    if skipped is not None:
-        results = (results, skipped) | "AllResults" >> beam.Flatten()
-    told = answers.dead_letters | "NotYetTold" >> beam.Filter(lambda letter: not letter.run_id)
-    where: dict[str, Any] = {
+def _ask_and_write(planned: Any, how: Asking, job: JobConfig, run_id: str, *, chunk: int, here: bool = False) -> None:
+    """One stage, which writes as it goes: a run that is given up leaves what it has answered."""
+    at_work: dict[str, Any] = {"accelerator": job.accelerator}
+    if not here:
+        planned = planned | "NotWritten" >> NotWritten(
+            job.output, run_id, storage_options=job.storage_options, **at_work
+        )
+    answered = planned | "AnswerAndSettle" >> AnswerAndSettle(how.decode, how.ask, job.all_tasks(), **at_work)
+    settled = answered.settled if job.verify_sample else answered
+    _ = settled | "WriteSettledRecordings" >> WriteSettledRecordings(job.output, **_written(job, run_id), **at_work)
+    if job.verify_sample:
+        verify = VerifyAnswers(how.decode, how.ask, sample=job.verify_sample, **at_work)
+        _ = (
+            answered
+            | "VerifyAnswers" >> verify
+            | "WriteVerified"
+            >> beam.Map(
+                write_verified, uri=verified_uri(job.output, run_id, chunk), storage_options=job.storage_options
+            )
+        )
+
+
+def _written(job: JobConfig, run_id: str) -> dict[str, Any]:
+    """How a batch's rows are written."""
+    return {
         "run_id": run_id,
+        "pane_every_s": _HELD_S,
+        "most_held": job.chunk_recordings,
         "partition_by": job.partition_by,
         "storage_options": job.storage_options,
     }
-    _ = answers.good | "WriteAnswers" >> WriteAnswers(job.output, **where)
-    _ = told | "WriteDeadLetters" >> WriteDeadLetters(job.output, **where)
-    _ = results | "WriteRecordings" >> WriteRecordings(job.output, **where)
-    if job.verify_sample:
-        verify = VerifyAnswers(how.decode, how.ask, sample=job.verify_sample, accelerator=job.accelerator)
-        verified = answers | "VerifyAnswers" >> verify
-        _ = verified | "WriteVerified" >> beam.Map(
-            write_verified, uri=verified_uri(job.output, run_id, chunk), storage_options=job.storage_options
-        )
-    return answers
+
+
+def _settled(result: RecordingResult) -> SettledRecording:
+    return SettledRecording(result, (), ())
 
 
 class _CountFound(beam.PTransform):

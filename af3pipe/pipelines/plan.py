@@ -29,16 +29,10 @@ from af3pipe.transforms.resume import (
     split_earlier,
     with_first_run,
 )
+from af3pipe.transforms.settle import PlannedRecording
 
 _BATCH = 1000
 _TRIES = 3
-
-
-class Chunk(NamedTuple):
-    """Recordings that are asked together, and dead letters of the same recordings that there are already."""
-
-    recordings: tuple[Recording, ...]
-    dead_letters: tuple[DeadLetter, ...]
 
 
 class Settlement(NamedTuple):
@@ -64,7 +58,7 @@ class Plan:
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE mention (number INTEGER PRIMARY KEY, id TEXT, item BLOB);
             CREATE TABLE earlier (id TEXT, row BLOB);
-            CREATE TABLE left (number INTEGER PRIMARY KEY, items BLOB);
+            CREATE TABLE left (number INTEGER PRIMARY KEY, item BLOB);
             """
         )
         self.found = 0
@@ -119,7 +113,7 @@ class Plan:
             while batch := list(itertools.islice(groups, _BATCH)):
                 recordings = [found for group in batch for found in group if isinstance(found, Recording)]
                 stated = dict(zip(recordings, pool.map(stat_recording, recordings), strict=True))
-                left: list[Chunk] = []
+                left: list[PlannedRecording] = []
                 for group in batch:
                     items = [stated[item] if isinstance(item, Recording) else item for item in group]
                     for found_id in dict.fromkeys(item.recording_id for item in items):
@@ -131,16 +125,13 @@ class Plan:
                         else:
                             left.append(outcome)
                             self.to_ask += 1
-                self._insert("INSERT INTO left (items) VALUES (?)", ((pickle.dumps(chunk),) for chunk in left))
+                self._insert("INSERT INTO left (item) VALUES (?)", ((pickle.dumps(planned),) for planned in left))
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
+    def chunks(self, size: int) -> Iterator[list[PlannedRecording]]:
         """What there is to ask, so many recordings at a time, in the order in which they were found."""
-        rows = self._db.execute("SELECT items FROM left ORDER BY number")
-        while batch := [pickle.loads(items) for (items,) in itertools.islice(rows, size)]:
-            yield Chunk(
-                tuple(recording for chunk in batch for recording in chunk.recordings),
-                tuple(letter for chunk in batch for letter in chunk.dead_letters),
-            )
+        rows = self._db.execute("SELECT item FROM left ORDER BY number")
+        while chunk := [pickle.loads(item) for (item,) in itertools.islice(rows, size)]:
+            yield chunk
 
     def _insert(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
         self._db.execute("BEGIN")
@@ -168,7 +159,7 @@ class Plan:
 
     def _outcome(
         self, items: list[Recording | DeadLetter | RecordingResult], keys: WorkKeys, *, retry: bool
-    ) -> Settlement | Chunk:
+    ) -> Settlement | PlannedRecording:
         """Of one recording."""
         if isinstance(items[0], RecordingResult):
             return Settlement(items[0], ())
@@ -179,7 +170,7 @@ class Plan:
             result = settle_rejected(items[0].recording_id, [failed_by(letter) for letter in letters])
             return Settlement(result, letters)
         left = resume(keys.add(recordings[0], letters), settled, answers, told, retry=retry)
-        return Settlement(left, ()) if isinstance(left, RecordingResult) else Chunk((left,), letters)
+        return Settlement(left, ()) if isinstance(left, RecordingResult) else PlannedRecording(left, letters)
 
     def _earlier(self, found_id: str) -> list[Settled | Covered | Told]:
         return [pickle.loads(row) for (row,) in self._db.execute("SELECT row FROM earlier WHERE id = ?", (found_id,))]

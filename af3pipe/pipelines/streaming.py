@@ -13,7 +13,7 @@ from apache_beam.runners.runner import PipelineState
 from af3pipe import storage
 from af3pipe.pipelines import batch, graph
 from af3pipe.pipelines.accounting import count_run, fill_empty_tables
-from af3pipe.pipelines.flink_jobs import cancel_job, name_job
+from af3pipe.pipelines.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.record import RunReport, ended_uri, started_uri, stop_uri, write_record, write_started
 from af3pipe.pipelines.relist import InputError, relist
@@ -26,7 +26,6 @@ from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.watch import check_watched
 from af3pipe.transforms.write import new_run_id
 
-_MAY_BE_FLINK = ("FlinkRunner", "PortableRunner")
 _CHECKPOINT_MS = 10_000
 _LOOK_EVERY_S = 2.0
 _GRACE_S = 5.0  # other portable runners end by themselves
@@ -60,7 +59,7 @@ class Watch:
         self._job = job
         self._runner = options.view_as(StandardOptions).runner
         # Flink's sources stay open after the end, for the checkpoints: to see it, and to end the job, is left to us.
-        self._may_go_on = self._runner in _MAY_BE_FLINK
+        self._may_go_on = self._runner in MAY_BE_FLINK
         self._looked_at = self._ended_at = 0.0
         self._options = options
         self._job_name = name_job(options, self.run_id) if self._may_go_on else ""
@@ -200,7 +199,7 @@ def stream_options(job: JobConfig, flags: list[str]) -> PipelineOptions:
         )
     standard.streaming = True
     flink = options.view_as(FlinkOptions)
-    if standard.runner in _MAY_BE_FLINK:
+    if standard.runner in MAY_BE_FLINK:
         # A bundle that is not full ends at a checkpoint. Sources may not shut down (shutdown_sources_after_idle_ms):
         # where its input has ended, a step fires all timers at once, the clock's without end, and no checkpoint can
         # be finished.

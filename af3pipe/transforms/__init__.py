@@ -15,10 +15,17 @@ from af3pipe.transforms.pubsub import PullMessages, ReadNotifications
 from af3pipe.transforms.read import ReadRecordings
 from af3pipe.transforms.reconcile import ReconcileRecordings
 from af3pipe.transforms.resume import ResumeRecordings
-from af3pipe.transforms.settle import AnswerAndSettle, SettledRecording, SettleRejected
+from af3pipe.transforms.settle import (
+    AnswerAndSettle,
+    JoinRejected,
+    PlannedRecording,
+    SettledRecording,
+    SettleRejected,
+)
 from af3pipe.transforms.verify import VerifyAnswers
 from af3pipe.transforms.watch import WatchRecordings
 from af3pipe.transforms.write import WriteAnswers, WriteDeadLetters, WriteRecordings
+from af3pipe.transforms.written import NotWritten
 
 __all__ = [
     "AcknowledgeMessages",
@@ -26,9 +33,12 @@ __all__ = [
     "AnswerRecordings",
     "AskAudioFlamingo",
     "DecodeAudio",
+    "JoinRejected",
+    "NotWritten",
     "Notified",
     "Outcome",
     "ParseNotification",
+    "PlannedRecording",
     "PullMessages",
     "ReadNotifications",
     "ReadRecordings",

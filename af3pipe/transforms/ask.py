@@ -54,7 +54,7 @@ from af3pipe.transforms.outcome import (
 )
 from af3pipe.transforms.overlap import OverlapDoFn
 
-_ASKED = "asked"
+ASKED = "asked"
 KEPT = "kept"
 KNOWN = "known"
 PARTS = "parts"
@@ -359,7 +359,7 @@ class AskDoFn(OverlapDoFn[Segment, list[Reply]]):
                 yield beam.pvalue.TaggedOutput(DEAD_LETTERS, outcome)
                 continue
             if isinstance(outcome, AskedRequest):
-                yield beam.pvalue.TaggedOutput(_ASKED, outcome)
+                yield beam.pvalue.TaggedOutput(ASKED, outcome)
                 continue
             metrics.count("answers")
             is_part = outcome.segments and not (segment.segment_index == 0 and segment.is_last)
@@ -564,7 +564,7 @@ class AskAudioFlamingo(beam.PTransform):
             KNOWN: tuple[str, Covered],
         }
         if self.dofn.verifiable:
-            tags[_ASKED] = AskedRequest
+            tags[ASKED] = AskedRequest
         ask = beam.ParDo(self.dofn).with_output_types(Answer, **tags)
         asked = segments | "Ask" >> ask.with_outputs(*tags, main="whole").with_resource_hints(**self._hints)
         stitched = {"parts": asked[PARTS], "known": asked[KNOWN]} | "Stitch" >> _Stitch()
@@ -572,7 +572,7 @@ class AskAudioFlamingo(beam.PTransform):
         kept = (asked[KEPT], stitched[KEPT]) | "AllKept" >> beam.Flatten()
         dead_letters = join_dead_letters(asked[DEAD_LETTERS], before)
         if self.dofn.verifiable:
-            return VerifiableOutcome(good, dead_letters, kept, asked[_ASKED])
+            return VerifiableOutcome(good, dead_letters, kept, asked[ASKED])
         return AnswerOutcome(good, dead_letters, kept)
 
 

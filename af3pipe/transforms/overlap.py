@@ -18,6 +18,8 @@ from af3pipe.transforms.launcher import SentByLauncher
 
 Element = TypeVar("Element")
 Result = TypeVar("Result")
+DONE = "done"
+"""Tag of the element itself behind its outputs, from a DoFn that `tells_done`."""
 
 
 class _Pending(NamedTuple):
@@ -34,7 +36,13 @@ class OverlapDoFn(SentByLauncher, beam.DoFn, Generic[Element, Result]):
     Args:
         max_pending: Most elements under way.
         max_pending_weight: Most weight under way, in the unit of `weigh`; a heavier single element still passes.
+
+    Attributes:
+        tells_done: Whether the tag `DONE` says when all outputs of an element have been emitted: they are not
+            interleaved with those of another.
     """
+
+    tells_done = False
 
     def __init__(self, max_pending: int, max_pending_weight: float = float("inf")) -> None:
         if max_pending < 1:
@@ -92,6 +100,8 @@ class OverlapDoFn(SentByLauncher, beam.DoFn, Generic[Element, Result]):
         for pending in done:
             for output in self.emit(pending.element, pending.future):
                 yield _windowed(output, pending)
+            if self.tells_done:
+                yield _windowed(TaggedOutput(DONE, pending.element), pending)
 
     def _abandon(self) -> None:
         for pending in self._pending:

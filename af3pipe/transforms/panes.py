@@ -1,14 +1,17 @@
-"""What a stream has settled to Parquet: all rows of a pane in files of their own."""
+"""What is settled to Parquet, as it comes: all rows of some recordings in files of their own."""
 
 import hashlib
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.transforms import trigger, window
+from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.timestamp import Duration
+from apache_beam.utils.windowed_value import WindowedValue
 
 from af3pipe import storage
 from af3pipe.transforms import metrics
@@ -29,8 +32,8 @@ from af3pipe.transforms.write import (
 _NEVER_TOO_LATE = Duration(seconds=100 * 365 * 24 * 3600)
 
 
-class _WritePaneDoFn(beam.DoFn):
-    """(shard, `SettledRecording`s of a pane) to (recording_id, content identity) of each, when its rows are there."""
+class _WriteDoFn(beam.DoFn):
+    """Writes lists of `SettledRecording`; gives (recording_id, content identity) of each when its rows are there."""
 
     def __init__(
         self, output: str, run_id: str, partition_by: Sequence[str], storage_options: storage.StorageOptions
@@ -43,14 +46,10 @@ class _WritePaneDoFn(beam.DoFn):
     def setup(self) -> None:
         set_storage(self._storage_options)
 
-    def finish_bundle(self) -> None:
-        count_retries()
-
-    def process(
-        self, pane: tuple[int, Iterable[SettledRecording]], begins: Any = beam.DoFn.WindowParam
+    def write(
+        self, settled: Sequence[SettledRecording], *, day: str | None = None, pane: str = ""
     ) -> Iterator[tuple[str, str]]:
-        settled = list(pane[1])
-        begin = begins.start.to_utc_datetime()
+        """As of `write_folders`."""
         # The row of a recording names all others, and is there last: who finds it finds them.
         for rows, row_format in (
             ([row for found in settled for row in found.answers], ANSWERS),
@@ -58,13 +57,7 @@ class _WritePaneDoFn(beam.DoFn):
             ([found.result for found in settled], RECORDINGS),
         ):
             for _ in write_folders(
-                rows,
-                row_format,
-                self._output,
-                self._run_id,
-                self._partition_by,
-                day=f"{begin:%Y-%m-%d}",
-                pane=f"-{begin:%Y%m%dT%H%M%SZ}",
+                rows, row_format, self._output, self._run_id, self._partition_by, day=day, pane=pane
             ):
                 metrics.count("files_written")
         for found in settled:
@@ -72,21 +65,74 @@ class _WritePaneDoFn(beam.DoFn):
             yield found.result.recording_id, found.result.content_identity
 
 
-class WriteSettledRecordings(beam.PTransform):
-    """Writes a stream of `SettledRecording` under `output`, in windows of their objects' modification time.
+class _WritePaneDoFn(_WriteDoFn):
+    """Takes (shard, `SettledRecording`s of a pane)."""
 
-    A pane is what has come to a window since the pane before it: each makes files of its own, in all tables, some
-    time after its first element. However late an element is, it is written. Gives (recording_id, content identity)
-    of each recording once its rows are there.
+    def finish_bundle(self) -> None:
+        count_retries()
+
+    def process(
+        self, pane: tuple[int, Iterable[SettledRecording]], begins: Any = beam.DoFn.WindowParam
+    ) -> Iterator[tuple[str, str]]:
+        begin = begins.start.to_utc_datetime()
+        yield from self.write(list(pane[1]), day=f"{begin:%Y-%m-%d}", pane=f"-{begin:%Y%m%dT%H%M%SZ}")
+
+
+class _WriteAsSettledDoFn(_WriteDoFn):
+    """Takes `SettledRecording`, and writes those that it has when they are many, or have waited for long.
+
+    Not first when the bundle ends, as a bundle may be all that a worker has to do.
+    """
+
+    def __init__(self, *where: Any, most_held: int, every_s: float) -> None:
+        super().__init__(*where)
+        self._most_held = most_held
+        self._every_s = every_s
+
+    def start_bundle(self) -> None:
+        self._settled: list[SettledRecording] = []
+
+    def process(self, settled: SettledRecording) -> Iterator[tuple[str, str]]:
+        now = time.monotonic()
+        if not self._settled:
+            self._write_at = now + self._every_s
+        self._settled.append(settled)
+        if len(self._settled) >= self._most_held or now >= self._write_at:
+            yield from self._write()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        for written in self._write():
+            yield GlobalWindows.windowed_value(written)
+        count_retries()
+
+    def _write(self) -> Iterator[tuple[str, str]]:
+        settled, self._settled = self._settled, []
+        return self.write(settled)
+
+
+class WriteSettledRecordings(beam.PTransform):
+    """Writes `SettledRecording` under `output`, and does not wait for all of them.
+
+    A stream is written in windows of their objects' modification time. A pane is what has come to a window since the
+    pane before it: each makes files of its own, in all tables, some time after its first element. However late an
+    element is, it is written.
+
+    What is bounded is written by the worker that has it, without a shuffle: what that has settled makes files of its
+    own when it is so many recordings, or has waited as long as a pane would.
+
+    Gives (recording_id, content identity) of each recording once its rows are there.
 
     Args:
         output: Folder, local or on any fsspec URL.
         run_id: Names the run in the files and their rows; the default is a new one.
-        window_s: Length of the windows.
+        window_s: Length of a stream's windows.
         pane_every_s: How long a pane waits, from its first element on.
-        shards: How many sets of files a pane is spread over, for streams that are too much for one worker.
-        partition_by: As of `WriteAnswers`, but `date` is the day of the window.
+        shards: How many sets of files a stream's pane is spread over, where it is too much for one worker.
+        most_held: How many recordings of what is bounded a worker holds before it writes them; kilobytes each.
+        partition_by: As of `WriteAnswers`, but a stream's `date` is the day of the window.
         storage_options: As of `ReadRecordings`.
+        accelerator: Beam's resource hint, where what is bounded comes from `AnswerAndSettle` with the same: they are
+            one stage then, and nothing waits.
 
     Raises:
         ValueError: There can be no such partitions.
@@ -100,8 +146,10 @@ class WriteSettledRecordings(beam.PTransform):
         window_s: float = 300.0,
         pane_every_s: float = 60.0,
         shards: int = 1,
+        most_held: int = 1000,
         partition_by: Sequence[str] = (),
         storage_options: storage.StorageOptions = MappingProxyType({}),
+        accelerator: str | None = None,
     ) -> None:
         super().__init__()
         check_partition_by(partition_by)
@@ -110,9 +158,15 @@ class WriteSettledRecordings(beam.PTransform):
         self._window_s = window_s
         self._pane_every_s = math.ceil(pane_every_s)  # Beam takes whole seconds
         self._shards = shards
-        self._write = _WritePaneDoFn(output, run_id, partition_by, dict(storage_options))
+        self._most_held = most_held
+        self._where = output, run_id, partition_by, dict(storage_options)
+        if accelerator:
+            self.with_resource_hints(accelerator=accelerator)
 
     def expand(self, settled: Any) -> Any:
+        if settled.is_bounded:
+            write = _WriteAsSettledDoFn(*self._where, most_held=self._most_held, every_s=self._pane_every_s)
+            return settled | "WriteAsSettled" >> beam.ParDo(write).with_output_types(tuple[str, str])
         shards = self._shards
         return (
             settled
@@ -126,7 +180,7 @@ class WriteSettledRecordings(beam.PTransform):
             | "Shard"
             >> beam.Map(lambda found: (_shard(found, shards), found)).with_output_types(tuple[int, SettledRecording])
             | "Pane" >> beam.GroupByKey()
-            | "WritePane" >> beam.ParDo(self._write).with_output_types(tuple[str, str])
+            | "WritePane" >> beam.ParDo(_WritePaneDoFn(*self._where)).with_output_types(tuple[str, str])
         )
 
 

@@ -249,8 +249,14 @@ class _EarlierDoFn(beam.DoFn):
 
 
 class _FilesDoFn(_EarlierDoFn):
-    def process(self, output: str) -> list[tuple[str, str]]:
-        return earlier_files(output)
+    def __init__(self, run_id: str | None, storage_options: storage.StorageOptions) -> None:
+        super().__init__(storage_options)
+        self._run_id = run_id
+
+    def process(self, output: str) -> Iterator[tuple[str, str]]:
+        for table, uri in earlier_files(output):
+            if self._run_id is None or not storage.name(uri).startswith(self._run_id):
+                yield table, uri
 
 
 class _RowsDoFn(_EarlierDoFn):
@@ -383,6 +389,8 @@ class ResumeRecordings(beam.PTransform):
         output: Folder with the tables of earlier runs; None where none is to be resumed.
         decode: How recordings are decoded.
         ask: What is asked.
+        run_id: Of a bounded run that writes as it goes: what it has written itself is not of an earlier one, where
+            its runner begins it again.
         storage_options: As of `ReadRecordings`.
     """
 
@@ -392,10 +400,12 @@ class ResumeRecordings(beam.PTransform):
         decode: DecodeAudio,
         ask: AskAudioFlamingo,
         *,
+        run_id: str | None = None,
         storage_options: storage.StorageOptions = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self._output = output
+        self._run_id = run_id
         self._storage_options = dict(storage_options)
         self._dofn = _ResumeDoFn(decode.dofn, ask.dofn)
 
@@ -413,7 +423,8 @@ class ResumeRecordings(beam.PTransform):
         files = pipeline | "Outputs" >> beam.Create([self._output] if self._output else [], reshuffle=False)
         return (
             files
-            | "EarlierFiles" >> beam.ParDo(_FilesDoFn(self._storage_options)).with_output_types(tuple[str, str])
+            | "EarlierFiles"
+            >> beam.ParDo(_FilesDoFn(self._run_id, self._storage_options)).with_output_types(tuple[str, str])
             | "SpreadFiles" >> beam.Reshuffle()
             | "ReadEarlier" >> beam.ParDo(_RowsDoFn(self._storage_options)).with_output_types(tuple[str, Any])
         )

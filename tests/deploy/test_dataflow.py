@@ -26,9 +26,8 @@ DOCKERFILES = sorted(FOLDER.glob("*.Dockerfile"))
 METADATA = json.loads((FOLDER / "metadata.json").read_text(encoding="utf-8"))
 PARAMETERS = {found["name"]: found for found in METADATA["parameters"]}
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-# Beam's options have parameters of their own; chunks are for runs in one process; what a parameter says, all can see;
-# and a template's job ends.
-NO_PARAMETERS = {"beam", "chunk_recordings", "storage_options", "watch"}
+# Beam's options have parameters of their own; what a parameter says, all can see; and a template's job ends.
+NO_PARAMETERS = {"beam", "storage_options", "watch"}
 LEAST = {"inputs": "gs://archive/in/*.wav", "output": "gs://labels/out", "sdk_container_image": "registry/worker:1"}
 
 

@@ -4,13 +4,17 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from af3pipe.pipelines import batch
@@ -114,7 +118,7 @@ def test_both_task_managers_give_the_rows_of_the_in_process_run(store, cluster, 
     (found,) = cluster.jobs()
     assert found["state"] == "FINISHED"
     asking = [
-        sum(number for step, number in read.items() if "AskAudioFlamingo" in step)
+        sum(number for step, number in read.items() if "AnswerAndSettle" in step)
         for read in cluster.records_read(found["jid"]).values()
     ]
     assert len(asking) == 2
@@ -179,22 +183,65 @@ def nothing_lost_or_twice(store, output, in_process, tmp_path):
 
 
 def slowly(store, model, output):
-    """A job that reads no further ahead than it has to."""
-    return job(store, model, output, slots=1, queue_audio_s=5, decode_threads=1)
+    """A job that reads no further ahead than it has to, and writes what it has."""
+    return job(store, model, output, slots=1, queue_audio_s=5, decode_threads=1, chunk_recordings=1)
+
+
+def written(store, output):
+    """The recordings that have a row, as calls that read them."""
+    files = store.fs.glob(f"labels/{output}/recordings/*.parquet")
+    uris = [uri for file in files for uri in pq.read_table(BytesIO(store.fs.cat_file(file)))["uri"].to_pylist()]
+    return {f"GET /{uri.partition('://')[2]}" for uri in uris}
+
+
+@contextlib.contextmanager
+def those_written_are_not_read_again(store, output):
+    done, before = written(store, output), recordings_read(store)
+    assert done & before.keys(), "else nothing is shown"
+    yield
+    again = recordings_read(store) - before
+    assert again, "the others have to be read"
+    assert not done & again.keys()
 
 
 def test_a_killed_model_process_and_a_killed_task_manager_cost_time_only(store, cluster, model, in_process, tmp_path):
     with midway(store, cluster, slowly(store, model, "killed")) as report:
-        os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
-        wait_for_reading(store, report)  # by the one that came for it, too
-        orphans = running_children(cluster.pools[1])  # none, where it has done its part
-        cluster.task_managers[1].kill()
-        # It holds a GPU: without its TaskManager it must not stay.
-        wait_until(lambda: not any(map(is_running, orphans)), "the worker of the killed TaskManager to end")
-        cluster.task_managers[1].start()
-    counts = report.result().counts
+        wait_until(lambda: written(store, "killed") & recordings_read(store).keys(), "the first answers to land")
+        with those_written_are_not_read_again(store, "killed"):
+            os.kill(model_process(cluster.pools[0]), signal.SIGKILL)
+            wait_for_reading(store, report)  # by the one that came for it, too
+            orphans = running_children(cluster.pools[1])  # none, where it has done its part
+            cluster.task_managers[1].kill()
+            # It holds a GPU: without its TaskManager it must not stay.
+            wait_until(lambda: not any(map(is_running, orphans)), "the worker of the killed TaskManager to end")
+            cluster.task_managers[1].start()
+            counts = report.result().counts
     assert counts.reconciled, counts.problems
     nothing_lost_or_twice(store, "killed", in_process, tmp_path)
+
+
+def test_a_run_that_is_interrupted_ends_at_the_cluster_and_keeps_what_it_has_answered(
+    store, cluster, model, in_process, tmp_path
+):
+    again = slowly(store, model, "interrupted")
+    (tmp_path / "job.yaml").write_text(again.model_dump_json(exclude_unset=True))
+    run = [sys.executable, "-m", "af3pipe", "run", str(tmp_path / "job.yaml"), *cluster.flags]
+    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: len(written(store, "interrupted")) > 8 or process.poll() is not None, "rows", 240)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    wait_until(lambda: cluster.jobs()[0]["state"] == "CANCELED", "the job to be cancelled at the cluster")
+    done = written(store, "interrupted")
+    with those_written_are_not_read_again(store, "interrupted"):
+        counts = batch.run(again, cluster.flags).counts
+    assert counts.reconciled, counts.problems
+    assert len(done) - 1 <= counts.states["skipped_done"] <= len(done), "the manifest's bad line is none to skip"
+    nothing_lost_or_twice(store, "interrupted", in_process, tmp_path)
 
 
 def test_without_its_job_server_a_run_fails_and_the_same_again_completes_it(

@@ -19,6 +19,7 @@ from af3pipe.transforms import (
 from af3pipe.transforms.ask import AskDoFn
 
 HINT = "beam:resources:accelerator:v1"
+WRITE = "WriteSettledRecordings/WriteAsSettled"
 AT_SILENCE = {"over_length": "split", "split_at": "silence"}
 
 
@@ -48,7 +49,8 @@ def test_the_engine_is_opened_as_the_job_says():
 
     class Asking(PipelineVisitor):
         def visit_transform(self, node):
-            found.extend(fn for fn in [getattr(node.transform, "fn", None)] if isinstance(fn, AskDoFn))
+            fn = getattr(getattr(node.transform, "fn", None), "_dofn", None)
+            found.extend([fn] if isinstance(fn, AskDoFn) else [])
 
     pipeline.visit(Asking())
     (dofn,) = found
@@ -67,25 +69,24 @@ def test_labels_read_as_the_job():
         "CheckWorkers",
         "ReadRecordings",
         "ResumeRecordings",
-        "AnswerRecordings",
-        "ReconcileRecordings",
-        "AllResults",
-        "NotYetTold",
-        "WriteAnswers",
-        "WriteDeadLetters",
-        "WriteRecordings",
+        "JoinRejected",
+        "SettleSkipped",
+        "NotAsked",
+        "WriteNotAsked",
+        "NotWritten",
+        "AnswerAndSettle",
+        "WriteSettledRecordings",
         "CountFound",
     }
-    assert "AnswerRecordings/DecodeAudio/Decode" in transforms(proto())
-    assert "AnswerRecordings/AskAudioFlamingo/Ask" in transforms(proto())
+    assert {"AnswerAndSettle/Decode", "AnswerAndSettle/Ask"} < transforms(proto()).keys()
 
 
-def test_decoding_and_asking_share_one_environment_with_the_accelerator():
+def test_decoding_to_writing_share_one_environment_with_the_accelerator():
     found = proto(accelerator="type:nvidia-l4;count:1;install-nvidia-driver")
     named = transforms(found)
     ids = {
         named[name].environment_id
-        for name in ("AnswerRecordings/DecodeAudio/Decode", "AnswerRecordings/AskAudioFlamingo/Ask")
+        for name in ("NotWritten/NotWritten", "AnswerAndSettle/Decode", "AnswerAndSettle/Ask", WRITE)
     }
     assert len(ids) == 1
     hints = found.components.environments[ids.pop()].resource_hints
@@ -101,28 +102,25 @@ def test_segments_go_from_decoding_to_asking_and_nowhere_else(verify_sample):
         for name, found in transforms(proto(verify_sample=verify_sample)).items()
         if not found.subtransforms
     }
-    decoded = set(leaves["AnswerRecordings/DecodeAudio/Decode/ParDo(DecodeDoFn)"].outputs.values())
-    takers = {name: decoded & set(found.inputs.values()) for name, found in leaves.items()}
-    letters = takers.pop("AnswerRecordings/DecodeAudio/AllDeadLetters")
-    (segments,) = decoded - letters
-    assert {name: taken for name, taken in takers.items() if taken} == {
-        "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)": {segments}
-    }
+    segments = set(leaves["AnswerAndSettle/Decode"].outputs.values())
+    takers = [name for name, found in leaves.items() if segments & set(found.inputs.values())]
+    assert takers == ["AnswerAndSettle/Ask"]
 
 
 def test_verifying_adds_steps_only_where_it_is_asked_for():
     plain, verifying = transforms(proto(verify_sample=0)), transforms(proto(verify_sample=5))
     added = verifying.keys() - plain.keys()
-    assert {name.partition("/")[0] for name in added} == {"VerifyAnswers", "WriteVerified"}
+    outputs = {"AnswerAndSettle/Settle/ParDo(_GatherDoFn)"}  # Beam's own, of a step with several
+    assert {name.partition("/")[0] for name in added - outputs} == {"VerifyAnswers", "WriteVerified"}
     assert plain.keys() < verifying.keys()
-    ask = "AnswerRecordings/AskAudioFlamingo/Ask/ParDo(AskDoFn)"
-    assert set(plain[ask].outputs) == {"None", "dead_letters", "parts", "kept", "known"}
-    assert set(verifying[ask].outputs) == {"None", "dead_letters", "parts", "kept", "known", "asked"}
+    settle = "AnswerAndSettle/Settle"
+    assert len(plain[settle].outputs) == 1
+    assert len(verifying[settle].outputs) == 2
 
 
 def test_verifying_asks_where_the_model_is():
     named = transforms(proto(verify_sample=5, accelerator="type:nvidia-l4;count:1;install-nvidia-driver"))
-    places = {"AnswerRecordings/AskAudioFlamingo/Ask", "VerifyAnswers/AskAlone"}
+    places = {"AnswerAndSettle/Ask", "VerifyAnswers/AskAlone"}
     assert len({named[name].environment_id for name in places}) == 1
     for name in ("VerifyAnswers/Sample", "VerifyAnswers/Total", "WriteVerified"):  # text, and numbers
         assert named[name].environment_id != named["VerifyAnswers/AskAlone"].environment_id

@@ -1,5 +1,6 @@
-"""What a stream writes: files of one window each, and the row of a recording last."""
+"""What is written as it comes: files of one window or bundle each, and the row of a recording last."""
 
+import re
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,7 +16,7 @@ from apache_beam.transforms.window import TimestampedValue
 
 from af3pipe import storage
 from af3pipe.transforms import WriteSettledRecordings, write
-from af3pipe.transforms.panes import _shard
+from af3pipe.transforms.panes import _shard, _WriteAsSettledDoFn
 from af3pipe.transforms.settle import SettledRecording, event_time
 from tests.collected import Collected
 from tests.outputs import answer_row, letter_row, recording_row
@@ -168,8 +169,8 @@ def test_two_versions_of_a_recording_are_two_rows(tmp_path):
 def strategy(**how):
     """How its windows are laid, as a runner gets it."""
     pipeline = beam.Pipeline()
-    rows = pipeline | beam.Create([]).with_output_types(SettledRecording)
-    _ = rows | WriteSettledRecordings("out", run_id=RUN, **how)
+    stream = test_stream.TestStream(coder=registry.get_coder(SettledRecording)).with_output_types(SettledRecording)
+    _ = pipeline | stream | WriteSettledRecordings("out", run_id=RUN, **how)
     parts = pipeline.to_runner_api().components
     (window,) = [one for one in parts.transforms.values() if one.unique_name == "WriteSettledRecordings/Window"]
     (windowed,) = window.outputs.values()
@@ -188,6 +189,60 @@ def test_nothing_is_too_late_and_no_runner_overflows():
 def test_a_pane_waits_whole_seconds(asked_s, waits_ms):
     trigger = strategy(pane_every_s=asked_s).trigger.repeat.subtrigger.after_processing_time
     assert [one.delay.delay_millis for one in trigger.timestamp_transforms] == [waits_ms]
+
+
+def test_what_is_bounded_is_written_in_the_same_files_whenever_it_was_modified(tmp_path):
+    rows = [settled(n, mtime, broken=n == 2) for n, mtime in enumerate((EARLY, LATE, None))]
+    found = Collected()
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        given = pipeline | beam.Create(rows, reshuffle=False).with_output_types(SettledRecording)
+        write_them = WriteSettledRecordings(str(tmp_path), run_id=RUN, partition_by=["date", "station"])
+        _ = given | write_them | found.into("versions")
+    assert sorted(found["versions"]) == sorted((row.result.recording_id, row.result.content_identity) for row in rows)
+    for table in ("captions", "recordings"):
+        (name,) = files(tmp_path, table)
+        assert name.parent.as_posix() == "date=2026-01-02/station=K%20Q", "the day is the run's"
+        assert re.fullmatch(RUN + r"-[0-9a-f]{16}\.parquet", name.name)
+        assert sorted(ids(tmp_path, table)) == expected_ids(rows)
+    assert ids(tmp_path, "dead_letters") == [rows[2].result.recording_id]
+
+
+def batch_writer(output, most_held=1000, every_s=3600.0):
+    dofn = _WriteAsSettledDoFn(str(output), RUN, (), {}, most_held=most_held, every_s=every_s)
+    dofn.setup()
+    dofn.start_bundle()
+    return dofn
+
+
+def test_a_bundle_of_a_batch_is_written_before_it_ends_when_it_is_large(tmp_path):
+    dofn = batch_writer(tmp_path, most_held=3)
+    rows = [settled(n) for n in range(7)]
+    there = []
+    for row in rows:
+        given = list(dofn.process(row))
+        there.append((len(given), len(files(tmp_path, "recordings"))))
+    assert there == [(0, 0), (0, 0), (3, 1), (0, 1), (0, 1), (3, 2), (0, 2)]
+    (last,) = dofn.finish_bundle()
+    assert last.value[0] == rows[6].result.recording_id
+    assert sorted(ids(tmp_path, "recordings")) == expected_ids(rows)
+    assert list(dofn.finish_bundle()) == []
+
+
+def test_a_bundle_of_a_batch_is_written_before_it_ends_when_it_takes_long(tmp_path):
+    dofn = batch_writer(tmp_path, every_s=0.2)
+    assert list(dofn.process(settled(1))) == []
+    time.sleep(0.25)
+    assert len(list(dofn.process(settled(2)))) == 2
+    assert list(dofn.process(settled(3))) == [], "the wait begins with the first that is held"
+
+
+def test_a_bundle_of_a_batch_that_comes_again_does_not_write_what_it_held_before(tmp_path):
+    dofn = batch_writer(tmp_path)
+    assert list(dofn.process(settled(1))) == []
+    dofn.start_bundle()
+    assert list(dofn.process(settled(2))) == []
+    assert len(list(dofn.finish_bundle())) == 1
+    assert ids(tmp_path, "recordings") == expected_ids([settled(2)])
 
 
 def test_windows_may_be_of_part_of_a_second(tmp_path):

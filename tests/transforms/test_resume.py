@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from af3pipe.audio.levels import measure
 from af3pipe.models import ENGINES, EngineOptions, answer, caption, resolve, transcript
 from af3pipe.models.engine import EngineInfo
-from af3pipe.pipelines.plan import Chunk, Plan, Settlement
+from af3pipe.pipelines.plan import Plan, Settlement
 from af3pipe.schemas import (
     RECORDING_SCHEMA,
     Answer,
@@ -45,7 +45,7 @@ from af3pipe.transforms.ask import AskDoFn, make_answer, stitch_group
 from af3pipe.transforms.outcome import recording_of, to_dead_letter
 from af3pipe.transforms.reconcile import covered_by, failed_by, settle
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, read_earlier, resume
-from af3pipe.transforms.settle import settle_letter
+from af3pipe.transforms.settle import settle_letters
 from af3pipe.transforms.ticks import Ticks
 from af3pipe.transforms.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, write_rows
 from tests.collected import Collected
@@ -610,20 +610,18 @@ def outcomes_of(found, output, order):
             settled[one.result.recording_id] = (one.result._replace(created_at=0), letters)
         chunks = list(plan.chunks(2))
         for chunk in chunks:
-            assert isinstance(chunk, Chunk)
-            assert 1 <= len(chunk.recordings) <= 2
-            for recording in chunk.recordings:
+            assert 1 <= len(chunk) <= 2
+            for recording, letters in chunk:
                 assert recording.recording_id not in asked
-                own = [found for found in chunk.dead_letters if found.recording_id == recording.recording_id]
-                asked[recording.recording_id] = (recording, {found.dead_letter_key: found.run_id for found in own})
-            assert {found.recording_id for found in chunk.dead_letters} <= asked.keys()
+                assert {letter.recording_id for letter in letters} <= {recording.recording_id}
+                asked[recording.recording_id] = recording, {one.dead_letter_key: one.run_id for one in letters}
         assert plan.found == len(settled) + len(asked)
-        assert plan.to_ask == len(asked) == sum(len(chunk.recordings) for chunk in chunks)
+        assert plan.to_ask == len(asked) == sum(map(len, chunks))
     assert not settled.keys() & asked.keys()
     return settled, asked
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(mentions(), max_size=12),
     st.dictionaries(IDS, st.sampled_from([(), (Reason.TOO_LONG,), (Reason.UNREADABLE,)]), max_size=4),
@@ -721,7 +719,7 @@ def test_a_stream_is_held_against_what_there_is_when_it_starts(tmp_path):
         to_dead_letter(rejected, Recording(name, name), stage=Stage.LIST) for name in ("told", "untold", "cut_short")
     )
     result = settle(keyed, [], [failed_by(told._replace(run_id=""))])._replace(settled_state=TerminalState.OK)
-    list(write_rows([result, settle_letter(told).result], RECORDINGS, str(tmp_path), "recordings", "run 1"))
+    list(write_rows([result, settle_letters([told]).result], RECORDINGS, str(tmp_path), "recordings", "run 1"))
     # Of the second, the run was killed before it wrote the row that names it.
     list(write_rows([told, cut_short], DEAD_LETTER_ROWS, str(tmp_path), "dead_letters", "run 1"))
     own = told._replace(recording_id=BASE.recording_id, dead_letter_key=result.dead_letter_keys[0])

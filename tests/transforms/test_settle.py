@@ -7,19 +7,31 @@ import apache_beam as beam
 import pytest
 
 from af3pipe.models import ENGINES, answer, caption, transcript
-from af3pipe.schemas import Earlier, Question, Reason, Recording, Rejected, Stage, TerminalState, make_recording_id
+from af3pipe.schemas import (
+    DeadLetter,
+    Earlier,
+    Question,
+    Reason,
+    Recording,
+    Rejected,
+    Stage,
+    TerminalState,
+    make_recording_id,
+)
 from af3pipe.transforms import (
     AnswerAndSettle,
     AnswerRecordings,
     AskAudioFlamingo,
     DecodeAudio,
+    JoinRejected,
+    Outcome,
     ReconcileRecordings,
     SettleRejected,
 )
 from af3pipe.transforms.ask import KEPT, KNOWN, PARTS, stitch_key
 from af3pipe.transforms.outcome import DEAD_LETTERS, to_dead_letter
 from af3pipe.transforms.reconcile import covered_by
-from af3pipe.transforms.settle import NotTogether, _GatherDoFn, event_time, settle_letter
+from af3pipe.transforms.settle import NotTogether, _Answered, _Decoded, _GatherDoFn, event_time, settle_letters
 from tests import fixtures_audio as make
 from tests.collected import Collected
 from tests.echo_engine import FAILS_S
@@ -221,37 +233,85 @@ def test_what_was_kept_of_one_version_is_not_kept_of_another(recordings):
         same(in_batch([version]), timeless(*apart([both[version.etag]])))
 
 
+VERSION = "id", "etag"
+
+
+def decoded(recording, segments=1, letters=(), version=VERSION):
+    return "decoded", _Decoded(version, recording, segments, tuple(letters))
+
+
+def answered(*outputs, index=0, version=VERSION):
+    return "answered", _Answered(version, index, outputs)
+
+
 def gathered(*items: tuple[str, Any], tasks=TASKS[:1]):
+    """What comes of a bundle, in the order in which it comes."""
     dofn = _GatherDoFn(frozenset(f"{task.name}/" for task in tasks))
     dofn.start_bundle()
-    for item in items:
-        assert dofn.process(item) is None
-    return list(dofn.finish_bundle())
+    found = [one for item in items for one in dofn.process(item)]
+    dofn.finish_bundle()
+    return found
 
 
 def test_what_is_not_in_one_bundle_is_an_error_and_no_row(recordings):
     one = recordings["short"]
     _, (row,), _ = in_batch([one], TASKS[:1])
-    (whole,) = gathered(("recording", one), ("answer", row))
+    (whole,) = gathered(decoded(one), answered(("", row)))
     assert whole.value.result.terminal_state is TerminalState.OK
     with pytest.raises(NotTogether, match="a recording that is not in their bundle"):
-        gathered(("answer", row))
+        gathered(answered(("", row)))
+    with pytest.raises(NotTogether, match=r"1 of 2 segments of .*short\.wav were answered"):
+        gathered(decoded(one, segments=2), answered(("", row)))
     with pytest.raises(NotTogether, match=r"short\.wav came to an end without an answer to each task"):
-        gathered(("recording", one))
+        gathered(decoded(one), answered(("", row)), tasks=TASKS[:2])
     with pytest.raises(NotTogether, match="without an answer to each task"):
-        gathered(("recording", one), ("answer", row), tasks=TASKS[:2])
+        gathered(decoded(one), answered())
     letter = to_dead_letter(Rejected(Stage.GENERATE, Reason.OUT_OF_MEMORY, "full"), one, stage=Stage.GENERATE)
     with pytest.raises(NotTogether, match="not in their bundle"):
-        gathered((DEAD_LETTERS, letter))
+        gathered(answered((DEAD_LETTERS, letter)))
 
 
 def test_nothing_is_left_of_a_bundle_that_failed(recordings):
     one = recordings["short"]
     dofn = _GatherDoFn(frozenset())
     dofn.start_bundle()
-    dofn.process(("recording", one))
+    assert list(dofn.process(decoded(one))) == []
     dofn.start_bundle()
-    assert list(dofn.finish_bundle()) == []
+    dofn.finish_bundle()
+
+
+def test_a_recording_that_is_in_a_bundle_twice_is_settled_once(recordings):
+    one = recordings["long"]
+    _, rows, _ = in_batch([one], TASKS[:1])
+    assert len(rows) == 3
+    segments = [answered(("", row), index=row.segment_index) for row in rows]
+    once = [decoded(one, 3), *segments]
+    expected = [found.value for found in gathered(*once)]
+    in_turn = [*once, *once]
+    for order in (in_turn, [*segments, *segments[:2], decoded(one, 3), decoded(one, 3), segments[2]]):
+        ((result, answers, letters),) = [found.value for found in gathered(*order)]
+        assert sorted(answers) == sorted(expected[0].answers)
+        assert result._replace(created_at=0) == expected[0].result._replace(created_at=0)
+        assert letters == ()
+
+
+def test_a_recording_is_settled_before_its_bundle_ends(recordings):
+    """A worker may have but one bundle, of all that it has to do."""
+    one, other = recordings["short"], recordings["a part"]
+    _, rows, _ = in_batch([one, other], TASKS[:1])
+    row, other_row = (next(row for row in rows if row.recording_id == each.recording_id) for each in (one, other))
+    dofn = _GatherDoFn(frozenset({"caption/"}))
+    dofn.start_bundle()
+    came = [
+        [found.value.result.recording_id for found in dofn.process(item)]
+        for item in (
+            decoded(one),
+            decoded(other, version=("other", "")),
+            answered(("", other_row), version=("other", "")),
+            answered(("", row)),
+        )
+    ]
+    assert came == [[], [], [other.recording_id], [one.recording_id]]
 
 
 def test_parts_may_come_in_any_order(recordings):
@@ -269,7 +329,7 @@ def test_parts_may_come_in_any_order(recordings):
         )
         for number, piece in enumerate(whole.segments)
     ]
-    items = [("recording", one), *((PARTS, part) for part in parts)]
+    items = [decoded(one, len(parts)), *(answered((PARTS, part), index=part.segment_index) for part in parts)]
     (forwards,) = gathered(*items, tasks=tasks)
     (backwards,) = gathered(*items[::-1], tasks=tasks)
     assert forwards.value.answers == backwards.value.answers
@@ -278,9 +338,52 @@ def test_parts_may_come_in_any_order(recordings):
     known = covered_by(found)
     kept = ((KNOWN, (stitch_key(one.recording_id, "transcript", None), known)), (KEPT, (one.recording_id, known)))
     for again in kept[:1], kept:  # it may be told twice
-        (met,) = gathered(*again, *items, tasks=tasks)
+        (met,) = gathered(decoded(one, len(parts) + 1), answered(*again, index=9), *items[1:], tasks=tasks)
         assert met.value.answers == ()
         assert met.value.result.kept_answers == 1
+
+
+def test_a_recording_that_was_named_well_and_badly_is_settled_once(recordings):
+    """As `ReconcileRecordings` does; a dead letter that an earlier run wrote is not written again."""
+    one, gone = recordings["short"], recordings["gone"]
+    bad = [
+        to_dead_letter(Rejected(Stage.LIST, Reason.UNREADABLE, detail), found, stage=Stage.LIST)._replace(
+            run_id=run_id, dead_letter_key=detail
+        )
+        for found, detail, run_id in (
+            (one, "new", ""),
+            (one, "told", "run 1"),
+            (gone, "only bad", ""),
+            (gone, "told before", "run 1"),
+        )
+    ]
+    found, batch = Collected(), Collected()
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        given = pipeline | "Good" >> beam.Create([one], reshuffle=False).with_output_types(Recording)
+        letters = pipeline | "Bad" >> beam.Create(bad, reshuffle=False).with_output_types(DeadLetter)
+        joined = Outcome(given, letters) | JoinRejected()
+        _ = joined.planned | AnswerAndSettle(*how(TASKS), TASKS) | "A" >> found.into("asked")
+        _ = joined.settled | "B" >> found.into("rejected")
+        answers = given | AnswerRecordings(*how(TASKS))
+        results = {
+            "recordings": given,
+            "answers": answers.good,
+            "dead_letters": (answers.dead_letters, letters) | beam.Flatten(),
+            "kept": answers.kept,
+        } | ReconcileRecordings(TASKS)
+        _ = results | "C" >> batch.into("results")
+    results, answers, letters = timeless(*apart([*found["asked"], *found["rejected"]]))
+    assert results == timeless(batch["results"], [], [])[0]
+    assert [(row.terminal_state.value, row.dead_letters, row.kept_dead_letters) for row in found_rows(results)] == [
+        ("dead_letter", 1, 1),
+        ("ok_partial", 1, 1),
+    ]
+    assert [letter.dead_letter_key for letter in letters] == ["new", "only bad"]
+    assert len(answers) == len(TASKS)
+
+
+def found_rows(results):
+    return sorted(results, key=lambda row: row.terminal_state.value)
 
 
 def test_each_is_settled_when_its_object_was_modified(recordings):
@@ -302,7 +405,7 @@ def test_where_nobody_knows_when_an_object_was_modified_it_is_when_it_was_asked(
     letter = to_dead_letter(
         Rejected(Stage.READ, Reason.NOT_FOUND, "gone"), Recording("id", "a.wav"), stage=Stage.READ
     )
-    settled_letter = settle_letter(letter)
+    settled_letter = settle_letters([letter])
     assert event_time(settled_letter).micros == settled_letter.result.created_at
 
 
@@ -311,7 +414,7 @@ def test_what_is_rejected_keeps_an_id_that_looks_like_a_secret():
     one = Recording("a?token=abcdef", "s3://archive/gone.wav")
     letter = to_dead_letter(Rejected(Stage.LIST, Reason.NOT_FOUND, "gone"), one, stage=Stage.LIST)
     assert "abcdef" not in letter.input
-    assert settle_letter(letter).result.recording_id == letter.recording_id == one.recording_id
+    assert settle_letters([letter]).result.recording_id == letter.recording_id == one.recording_id
 
 
 def test_what_is_rejected_before_it_is_asked_is_settled():

@@ -1,0 +1,108 @@
+"""What this very run has written: a runner that lost a worker gives what that had to another, from its beginning."""
+
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import apache_beam as beam
+import pyarrow.parquet as pq
+
+from af3pipe import storage
+from af3pipe.transforms import metrics
+from af3pipe.transforms.settle import PlannedRecording
+from af3pipe.transforms.stores import set_storage
+
+
+class _Written:
+    """Ids of the recordings that a run has written, in a file: memory does not grow with the run."""
+
+    def __init__(self, output: str, run_id: str) -> None:
+        self._recordings = storage.join(output, "recordings")
+        self._run_id = run_id
+        self._folder = tempfile.TemporaryDirectory(prefix="af3pipe-written-")
+        self._lock = threading.Lock()
+        self._read: set[str] = set()
+        self._ids = sqlite3.connect(Path(self._folder.name, "ids.sqlite"), check_same_thread=False)
+        self._ids.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+            "CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID;"
+        )
+
+    def look(self) -> None:
+        """Reads the files that are new.
+
+        Raises:
+            StorageError, Rejected: They cannot be listed or read.
+        """
+        with self._lock:
+            for uri in storage.list_files(self._recordings):
+                if uri not in self._read and storage.name(uri).startswith(self._run_id) and uri.endswith(".parquet"):
+                    with storage.open_input(uri) as file:
+                        ids = pq.read_table(file, columns=["recording_id"])["recording_id"].to_pylist()
+                    self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((one,) for one in ids))
+                    self._read.add(uri)
+
+    def __contains__(self, recording_id: str) -> bool:
+        with self._lock:
+            return bool(self._ids.execute("SELECT 1 FROM ids WHERE id = ?", [recording_id]).fetchone())
+
+
+_written: dict[tuple[str, str], _Written] = {}
+_written_lock = threading.Lock()
+
+
+class _NotWrittenDoFn(beam.DoFn):
+    """Looks once a bundle, as it is bundles that come again."""
+
+    def __init__(self, output: str, run_id: str, storage_options: storage.StorageOptions) -> None:
+        self._key = output, run_id
+        self._storage_options = storage_options
+
+    def setup(self) -> None:
+        set_storage(self._storage_options)
+
+    def start_bundle(self) -> None:
+        with _written_lock:
+            if self._key not in _written:
+                _written[self._key] = _Written(*self._key)
+        self._run = _written[self._key]
+        self._run.look()
+
+    def process(self, planned: PlannedRecording) -> Iterator[PlannedRecording]:
+        if planned.recording.recording_id in self._run:
+            metrics.count("recordings_done")
+        else:
+            yield planned
+
+
+class NotWritten(beam.PTransform):
+    """Of `PlannedRecording`, those of which this run has no row yet in `recordings/`.
+
+    For a bounded run that writes as it goes: what a worker had written before it was lost is not asked again.
+
+    Args:
+        output: Of the run.
+        run_id: Of the run.
+        storage_options: As of `ReadRecordings`.
+        accelerator: As of the transform behind it, to be one stage with that.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        run_id: str,
+        *,
+        storage_options: storage.StorageOptions = MappingProxyType({}),
+        accelerator: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._dofn = _NotWrittenDoFn(output, run_id, dict(storage_options))
+        if accelerator:
+            self.with_resource_hints(accelerator=accelerator)
+
+    def expand(self, planned: Any) -> Any:
+        return planned | "NotWritten" >> beam.ParDo(self._dofn).with_output_types(PlannedRecording)
