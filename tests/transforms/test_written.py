@@ -1,0 +1,123 @@
+"""What a run has written is not asked again where its runner begins anew; all else is."""
+
+import time
+
+import apache_beam as beam
+import pytest
+
+from af3pipe.models import ENGINES, EngineFailed
+from af3pipe.pipelines.accounting import count_run, take_found
+from af3pipe.pipelines.graph import build
+from af3pipe.pipelines.job import make_job
+from af3pipe.schemas import Recording
+from af3pipe.transforms import NotWritten, PlannedRecording
+from af3pipe.transforms.write import RECORDINGS, write_folders
+from af3pipe.transforms.written import _NotWrittenDoFn
+from tests import fixtures_audio as make
+from tests.collected import Collected
+from tests.echo_engine import EchoEngine
+from tests.outputs import FIRST, SECOND, recording_row
+
+RUN = "20260103T030405Z-cccccc"
+
+
+def planned(*numbers):
+    return [
+        PlannedRecording(Recording(recording_row(n).recording_id, f"s3://archive/{n}.flac", 100)) for n in numbers
+    ]
+
+
+def write(output, run_id, *numbers, partition_by=()):
+    return list(write_folders(map(recording_row, numbers), RECORDINGS, str(output), run_id, partition_by))
+
+
+def left_of(dofn, elements):
+    dofn.start_bundle()
+    return [found for element in elements for found in dofn.process(element)]
+
+
+def opened(output, run_id):
+    dofn = _NotWrittenDoFn(str(output), run_id, {})
+    dofn.setup()
+    return dofn
+
+
+def test_what_the_run_has_written_goes_no_further(tmp_path):
+    write(tmp_path, RUN, 1, 2)
+    write(tmp_path, RUN, 3, partition_by=["date", "station"])
+    write(tmp_path, FIRST, 4)
+    write(tmp_path, SECOND, 5)
+    found = Collected()
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        given = pipeline | beam.Create(planned(*range(7)), reshuffle=False).with_output_types(PlannedRecording)
+        _ = given | NotWritten(str(tmp_path), RUN) | found.into("left")
+    assert sorted(found["left"]) == sorted(planned(0, 4, 5, 6))
+
+
+def test_a_bundle_that_comes_again_leaves_out_what_was_written_meanwhile(tmp_path):
+    dofn, elements = opened(tmp_path, "20260104T030405Z-dddddd"), planned(1, 2, 3)
+    assert left_of(dofn, elements) == elements
+    write(tmp_path, "20260104T030405Z-dddddd", 2)
+    assert left_of(dofn, elements) == planned(1, 3)
+    write(tmp_path, "20260104T030405Z-dddddd", 1)
+    assert left_of(dofn, elements) == planned(3)
+
+
+def test_files_are_read_once_in_a_process(tmp_path, monkeypatch):
+    run_id = "20260105T030405Z-eeeeee"
+    (uri,) = write(tmp_path, run_id, 1)
+    assert left_of(opened(tmp_path, run_id), planned(1, 2)) == planned(2)
+    (tmp_path / uri.removeprefix(f"{tmp_path}/")).write_bytes(b"not to be read again")
+    assert left_of(opened(tmp_path, run_id), planned(1, 2)) == planned(2)
+
+
+class DyingEngine(EchoEngine):
+    """Answers so many requests, and then none."""
+
+    left = 0
+
+    def submit(self, request):
+        if type(self).left == 0:
+            raise EngineFailed("the GPU is gone")
+        type(self).left -= 1
+        return super().submit(request)
+
+
+@pytest.fixture
+def dying(monkeypatch):
+    monkeypatch.setitem(ENGINES, "dying", "tests.transforms.test_written:DyingEngine")
+    return DyingEngine
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_job_that_its_runner_begins_again_asks_what_it_has_not_written(tmp_path, dying, resume):
+    archive, output = tmp_path / "in", tmp_path / "out"
+    archive.mkdir()
+    for n in range(12):
+        (archive / f"{n}.wav").write_bytes(make.wav(make.sound(1 + n / 10, 8000), 8000))
+    (archive / "broken.wav").write_bytes(b"fLaC" + bytes(2000))
+    (archive / "text.wav").write_bytes(b"Dear diary")
+    values = {"inputs": [str(archive)], "output": str(output), "model": "demo", "tasks": ["caption", "transcript"]}
+    values |= {"engine": "dying", "chunk_recordings": 1, "resume": resume, "slots": 1, "queue_audio_s": 1}
+    job = make_job(values)
+
+    def begin():
+        with beam.Pipeline(runner="FnApiRunner") as pipeline:
+            build(pipeline, job, RUN)
+
+    dying.left = 7
+    with pytest.raises(Exception, match="the GPU is gone"):
+        begin()
+    files = sorted(output.rglob("*.parquet"))
+    before = count_run(str(output), RUN, None)
+    assert before.reconciled, before.problems
+    assert 1 <= before.states["ok"] <= 7
+    time.sleep(0.01)  # so that a row that is written again is another one
+    dying.left = 12 - before.states["ok"]  # it fails where one is asked again
+    begin()
+    assert dying.left == 0
+    counts = count_run(str(output), RUN, take_found(str(output), RUN))
+    assert counts.reconciled, counts.problems
+    assert counts.states == {"ok": 12, "dead_letter": 2}
+    assert counts.answers == {"captions": 12, "transcripts": 12}
+    assert set(files) <= set(output.rglob("*.parquet"))
