@@ -655,8 +655,8 @@ def _exit(job: JobConfig, report: RunReport) -> None:
     counts = report.counts
     if not counts.reconciled:
         stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)
-    if report.verified and report.verified.problem:
-        stop(f"the replies do not verify: {report.verified.problem}", EXIT_FAILED)
+    if report.unverified:
+        stop(f"the replies do not verify: {report.unverified}", EXIT_FAILED)
     dead_letters = sum(counts.dead_letters.values()) + counts.kept_dead_letters
     if dead_letters > job.dead_letters_allowed(counts.found):
         stop(

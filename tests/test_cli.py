@@ -13,7 +13,8 @@ import soundfile
 from typer.testing import CliRunner
 
 from af3pipe import cli
-from af3pipe.transforms import reconcile
+from af3pipe.transforms import panes
+from af3pipe.transforms.write import RECORDINGS, write_folders
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 
@@ -208,12 +209,11 @@ def test_dead_letters_of_an_earlier_run_count_as_long_as_they_hold(archive, tmp_
 
 
 def test_counts_that_do_not_reconcile_exit_1_and_name_the_gap(archive, tmp_path, monkeypatch):
-    settle = reconcile.settle
-    monkeypatch.setattr(
-        reconcile,
-        "settle",
-        lambda found, *what, **kept: None if found.uri.endswith("fine.wav") else settle(found, *what, **kept),
-    )
+    def losing(rows, row_format, *where, **how):
+        kept = [row for row in rows if row_format is not RECORDINGS or not row.uri.endswith("fine.wav")]
+        return write_folders(kept, row_format, *where, **how)
+
+    monkeypatch.setattr(panes, "write_folders", losing)
     done = quick(archive, tmp_path / "out")
     assert done.exit_code == 1
     assert "DOES NOT RECONCILE" in done.output

@@ -27,16 +27,19 @@ def cancel_job(options: PipelineOptions, name: str) -> None:
     master = options.view_as(FlinkRunnerOptions).flink_master.strip()
     if master in MAGIC_HOST_NAMES:
         _log.warning(
-            "job %s may go on at the cluster, with nothing to do: cancel it there (`flink cancel`, or the web UI). "
-            "With --flink-master HOST:8081 this is done for you",
+            "job %s may go on at the cluster: cancel it there (`flink cancel`, or the web UI). With --flink-master "
+            "HOST:8081 this is done for you",
             name,
         )
         return
     address = FlinkRunner.add_http_scheme(master).rstrip("/")
     try:
-        for job in _call(f"{address}/jobs/overview")["jobs"]:
-            if job["name"] == name and job["end-time"] < 0:
+        jobs = [job for job in _call(f"{address}/jobs/overview")["jobs"] if job["name"] == name]
+        for job in jobs:
+            if job["end-time"] < 0:
                 _call(f"{address}/jobs/{job['jid']}?mode=cancel", method="PATCH")
+        if not jobs:
+            _log.warning("%s has no job %s yet: look again, whether it is about to start", address, name)
     except (OSError, ValueError, KeyError) as error:
         _log.warning("job %s may go on at the cluster, and has to be cancelled there: %s: %s", name, address, error)
 

@@ -24,6 +24,7 @@ from af3pipe.transforms import (
     PlannedRecording,
     ReadNotifications,
     ReadRecordings,
+    ReadWritten,
     ResumeRecordings,
     SettledRecording,
     SettleRejected,
@@ -37,6 +38,7 @@ from af3pipe.transforms.notify import version_of
 from af3pipe.transforms.once import Once
 from af3pipe.transforms.pubsub import is_subscription, subscription_of
 from af3pipe.transforms.read import list_recordings
+from af3pipe.transforms.write import ROWS_PER_SHARD
 
 _HELD_S = 600.0
 """So long a worker of a batch holds what it has settled at most: what is lost with it."""
@@ -114,7 +116,9 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
     joined = Outcome(left.good, left.dead_letters) | "JoinRejected" >> JoinRejected()
     skipped = left.skipped | "SettleSkipped" >> beam.Map(_settled).with_output_types(SettledRecording)
     not_asked = (joined.settled, skipped) | "NotAsked" >> beam.Flatten()
-    _ = not_asked | "WriteNotAsked" >> WriteSettledRecordings(job.output, **_written(job, run_id))
+    to_write = not_asked | "NotAskedNotWritten" >> NotWritten(job.output, run_id, storage_options=job.storage_options)
+    written = _written(job, run_id) | {"most_held": ROWS_PER_SHARD}
+    _ = to_write | "WriteNotAsked" >> WriteSettledRecordings(job.output, **written)
     _ask_and_write(joined.planned, how, job, run_id, chunk=0)
 
 
@@ -261,11 +265,15 @@ def _settled(result: RecordingResult) -> SettledRecording:
 
 
 class _CountFound(beam.PTransform):
-    """Leaves the number of recordings found beside the run's tables; those rejected already count too."""
+    """Leaves the number of recordings found beside the run's tables; those rejected already count too.
+
+    And those that the run had found, and written, before its runner began it again: they may be gone by now.
+    """
 
     def __init__(self, job: JobConfig, run_id: str) -> None:
         super().__init__()
         self._uri = found_uri(job.output, run_id)
+        self._read_written = ReadWritten(job.output, run_id, storage_options=job.storage_options)
         self._storage_options = job.storage_options
 
     def expand(self, recordings: Any) -> Any:
@@ -273,6 +281,7 @@ class _CountFound(beam.PTransform):
             recordings.good | "FoundId" >> beam.Map(lambda found: found.recording_id).with_output_types(str),
             recordings.dead_letters
             | "RejectedId" >> beam.Map(lambda letter: letter.recording_id).with_output_types(str),
+            recordings.good.pipeline | "WrittenId" >> self._read_written,
         ]
         return (
             ids

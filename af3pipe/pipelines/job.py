@@ -227,8 +227,8 @@ class JobConfig(_Strict):
         stream: Index among the audio streams of a container; a manifest's own column goes before it.
         accelerator: Beam's accelerator hint for the workers that hold the model.
         resume: Whether what earlier runs answered in `output` is left as it is, and only the rest is asked.
-        chunk_recordings: How many recordings a worker asks before it writes their rows; after ten minutes it writes
-            those it has. A run in one process asks one chunk after the other.
+        chunk_recordings: How many recordings a worker asks before it writes their rows; with the first one that is
+            answered after ten minutes it writes those it has. A run in one process asks one chunk after the other.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
         verify_sample: How many requests, drawn at random, are asked again one at a time by plain `generate`.
         storage_options: URL prefix (`s3://archive/`) to fsspec's options for what is below it: `endpoint_url`,

@@ -43,6 +43,14 @@ class RunReport(NamedTuple):
     metrics: dict[str, int]
     verified: Verified | None = None
 
+    @property
+    def unverified(self) -> str | None:
+        """Why the run's answers are not to be trusted, in a sentence; None where nothing speaks against them."""
+        answers = sum(self.counts.answers.values())
+        if self.verified and not self.verified.sampled and answers:
+            return f"no request was drawn to be asked again, and yet {answers} answers are written"
+        return self.verified.problem if self.verified else None
+
 
 def record_uri(output: str, run_id: str) -> str:
     """Where the record of a finished run is."""

@@ -25,7 +25,7 @@ from af3pipe.transforms.settle import (
 from af3pipe.transforms.verify import VerifyAnswers
 from af3pipe.transforms.watch import WatchRecordings
 from af3pipe.transforms.write import WriteAnswers, WriteDeadLetters, WriteRecordings
-from af3pipe.transforms.written import NotWritten
+from af3pipe.transforms.written import NotWritten, ReadWritten
 
 __all__ = [
     "AcknowledgeMessages",
@@ -42,6 +42,7 @@ __all__ = [
     "PullMessages",
     "ReadNotifications",
     "ReadRecordings",
+    "ReadWritten",
     "ReconcileRecordings",
     "ResumeRecordings",
     "SettleRejected",

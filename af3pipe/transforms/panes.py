@@ -14,6 +14,7 @@ from apache_beam.utils.timestamp import Duration
 from apache_beam.utils.windowed_value import WindowedValue
 
 from af3pipe import storage
+from af3pipe.schemas import TerminalState
 from af3pipe.transforms import metrics
 from af3pipe.transforms.settle import SettledRecording
 from af3pipe.transforms.stores import count_retries, set_storage
@@ -61,7 +62,8 @@ class _WriteDoFn(beam.DoFn):
             ):
                 metrics.count("files_written")
         for found in settled:
-            metrics.count(f"recordings_{found.result.terminal_state.value}")
+            if found.result.terminal_state is not TerminalState.SKIPPED_DONE:  # counted where it was skipped
+                metrics.count(f"recordings_{found.result.terminal_state.value}")
             yield found.result.recording_id, found.result.content_identity
 
 

@@ -28,6 +28,7 @@ _SEGMENT = "segment"
 _DECODED = "decoded"
 _ANSWERED = "answered"
 _REJECTED = "rejected"
+_REMEMBERED = 10_000  # more than are ever under way at once: what is left of one that is there twice comes soon
 _Version: TypeAlias = tuple[str, str]  # a bundle may have two versions of a file that is written again and again
 
 
@@ -284,7 +285,7 @@ class _GatherDoFn(beam.DoFn):
 
     def start_bundle(self) -> None:
         self._gathered: dict[_Version, _Gathered] = defaultdict(_Gathered)
-        self._settled: set[_Version] = set()
+        self._settled: dict[_Version, None] = {}
 
     def process(self, tagged: tuple[str, Any]) -> Iterator[Any]:
         tag, item = tagged
@@ -297,7 +298,9 @@ class _GatherDoFn(beam.DoFn):
             else:
                 gathered.add_decoded(item)
             if gathered.is_whole:
-                self._settled.add(item.version)
+                self._settled[item.version] = None
+                if len(self._settled) > _REMEMBERED:
+                    del self._settled[next(iter(self._settled))]
                 yield _windowed(self._gathered.pop(item.version).settle(self._tasks))
 
     def finish_bundle(self) -> None:

@@ -11,6 +11,7 @@ import re
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from io import BytesIO
 from types import MappingProxyType
@@ -36,6 +37,7 @@ from af3pipe.transforms.stores import count_retries, set_storage
 
 ROWS_PER_FILE = 50_000
 ROWS_PER_SHARD = 10_000
+_WRITERS = 8
 
 
 def new_run_id() -> str:
@@ -229,8 +231,15 @@ def write_folders(
     by_folder: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         by_folder[folder_of(row)].append(row)
-    for folder, found in sorted(by_folder.items()):
-        yield from write_rows(found, row_format, output, folder, run_id, pane=pane)
+    folders = sorted(by_folder)
+
+    def write(folder: str) -> list[str]:
+        return list(write_rows(by_folder[folder], row_format, output, folder, run_id, pane=pane))
+
+    # Partitions may be many, and a store takes its time for each.
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="af3pipe-write") as pool:
+        for uris in pool.map(write, folders):
+            yield from uris
 
 
 class _ToShard(beam.DoFn):

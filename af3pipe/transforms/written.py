@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from af3pipe import storage
 from af3pipe.transforms import metrics
-from af3pipe.transforms.settle import PlannedRecording
+from af3pipe.transforms.settle import PlannedRecording, SettledRecording
 from af3pipe.transforms.stores import set_storage
 
 
@@ -46,6 +46,11 @@ class _Written:
                     self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((one,) for one in ids))
                     self._read.add(uri)
 
+    def ids(self) -> Iterator[str]:
+        """All of them."""
+        with self._lock:
+            yield from (one for (one,) in self._ids.execute("SELECT id FROM ids").fetchall())
+
     def __contains__(self, recording_id: str) -> bool:
         with self._lock:
             return bool(self._ids.execute("SELECT 1 FROM ids WHERE id = ?", [recording_id]).fetchone())
@@ -55,34 +60,47 @@ _written: dict[tuple[str, str], _Written] = {}
 _written_lock = threading.Lock()
 
 
-class _NotWrittenDoFn(beam.DoFn):
-    """Looks once a bundle, as it is bundles that come again."""
+def _written_by(output: str, run_id: str) -> _Written:
+    """As it is now, from one in the process."""
+    with _written_lock:
+        if (output, run_id) not in _written:
+            _written[output, run_id] = _Written(output, run_id)
+    found = _written[output, run_id]
+    found.look()
+    return found
 
+
+class _WrittenDoFn(beam.DoFn):
     def __init__(self, output: str, run_id: str, storage_options: storage.StorageOptions) -> None:
-        self._key = output, run_id
+        self._where = output, run_id
         self._storage_options = storage_options
 
     def setup(self) -> None:
         set_storage(self._storage_options)
 
-    def start_bundle(self) -> None:
-        with _written_lock:
-            if self._key not in _written:
-                _written[self._key] = _Written(*self._key)
-        self._run = _written[self._key]
-        self._run.look()
 
-    def process(self, planned: PlannedRecording) -> Iterator[PlannedRecording]:
-        if planned.recording.recording_id in self._run:
+class _NotWrittenDoFn(_WrittenDoFn):
+    """Looks once a bundle, as it is bundles that come again."""
+
+    def start_bundle(self) -> None:
+        self._run = _written_by(*self._where)
+
+    def process(self, found: PlannedRecording | SettledRecording) -> Iterator[Any]:
+        if _recording_id(found) not in self._run:
+            yield found
+        elif isinstance(found, PlannedRecording):
             metrics.count("recordings_done")
-        else:
-            yield planned
+
+
+def _recording_id(found: PlannedRecording | SettledRecording) -> str:
+    return (found.result if isinstance(found, SettledRecording) else found.recording).recording_id
 
 
 class NotWritten(beam.PTransform):
-    """Of `PlannedRecording`, those of which this run has no row yet in `recordings/`.
+    """Of `PlannedRecording` or `SettledRecording`, those of which this run has no row yet in `recordings/`.
 
-    For a bounded run that writes as it goes: what a worker had written before it was lost is not asked again.
+    For a bounded run that writes as it goes: what a worker had written before it was lost is not asked again, nor
+    told otherwise.
 
     Args:
         output: Of the run.
@@ -104,5 +122,29 @@ class NotWritten(beam.PTransform):
         if accelerator:
             self.with_resource_hints(accelerator=accelerator)
 
-    def expand(self, planned: Any) -> Any:
-        return planned | "NotWritten" >> beam.ParDo(self._dofn).with_output_types(PlannedRecording)
+    def expand(self, found: Any) -> Any:
+        return found | "NotWritten" >> beam.ParDo(self._dofn).with_output_types(found.element_type)
+
+
+class _ReadWrittenDoFn(_WrittenDoFn):
+    def process(self, _: Any) -> Iterator[str]:
+        return _written_by(*self._where).ids()
+
+
+class ReadWritten(beam.PTransform):
+    """The id of each recording that this run has written before its runner began it again.
+
+    Args:
+        output: Of the run.
+        run_id: Of the run.
+        storage_options: As of `ReadRecordings`.
+    """
+
+    def __init__(
+        self, output: str, run_id: str, *, storage_options: storage.StorageOptions = MappingProxyType({})
+    ) -> None:
+        super().__init__()
+        self._dofn = _ReadWrittenDoFn(output, run_id, dict(storage_options))
+
+    def expand(self, pipeline: Any) -> Any:
+        return pipeline | beam.Impulse() | "ReadWritten" >> beam.ParDo(self._dofn).with_output_types(str)

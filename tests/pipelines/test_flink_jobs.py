@@ -18,7 +18,7 @@ def test_no_two_jobs_have_the_same_name():
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ([], "job mine may go on at the cluster, with nothing to do: cancel it there"),
+        ([], "job mine may go on at the cluster: cancel it there"),
         ([f"--flink_master=localhost:{free_port()}"], "job mine may go on at the cluster, and has to be cancelled"),
     ],
     ids=["cluster not known", "cluster does not answer"],

@@ -72,6 +72,7 @@ def test_labels_read_as_the_job():
         "JoinRejected",
         "SettleSkipped",
         "NotAsked",
+        "NotAskedNotWritten",
         "WriteNotAsked",
         "NotWritten",
         "AnswerAndSettle",

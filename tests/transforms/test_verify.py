@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from af3pipe.models import EngineFailed, answer, caption, transcript
+from af3pipe.pipelines.accounting import RunCounts
+from af3pipe.pipelines.record import RunReport
 from af3pipe.schemas import Question, Recording, Reply
 from af3pipe.transforms import AskAudioFlamingo, DecodeAudio, VerifyAnswers
 from af3pipe.transforms.ask import AskedRequest
@@ -95,6 +97,18 @@ def test_a_sample_of_which_nothing_could_be_asked_again_verifies_nothing():
     )
     assert Verified(2, 1, 1, 1, not_asked=gone).problem is None
     assert Verified().problem is None  # a run in which nothing was answered
+
+
+def test_a_sample_of_nothing_is_told_where_there_are_answers():
+    """As where a runner begins a job again when all is asked."""
+    counts = RunCounts(1, {"ok": 1}, {"captions": 3, "answers": 0}, {}, 0, 1.0, ())
+    assert RunReport("run", counts, 1.0, {}, Verified(1, 1, 3, 3)).unverified is None
+    assert RunReport("run", counts, 1.0, {}).unverified is None
+    assert RunReport("run", counts._replace(answers={"captions": 0}), 1.0, {}, Verified()).unverified is None
+    assert "no request was drawn" in RunReport("run", counts, 1.0, {}, Verified()).unverified
+    assert (
+        "none of 2" in RunReport("run", counts, 1.0, {}, Verified(2, not_asked=(NotAsked("", "", 0, ""),))).unverified
+    )
 
 
 @given(data=st.data())
