@@ -130,8 +130,8 @@ def show_speed_up(folder: Path, recordings: int, window_s: float) -> None:
 def show_memory(folder: Path, listed: list[int]) -> None:
     """As many recordings as each of these, one after the other."""
     print(f"{'listed':>10}{'job s':>8}{'a second':>10}{'pool MiB':>10}{'TaskManager MiB':>17}")
+    port = free_port()  # one for all: s3fs keeps what it has connected to
     for count in listed:
-        port = free_port()
         bucket = ["--keys", count, "--folders", 100, "--port", port]
         (folder / str(count)).mkdir()
         store = {
