@@ -2,9 +2,10 @@
 
     python -m benchmarks.streaming                      # latency, with the demo model
     python -m benchmarks.streaming --soak 3600          # 5 files a second, an engine of constant time
+    python -m benchmarks.streaming --soak 3600 --flink  # on a cluster on this machine (benchmarks/flink.py)
 
 Files of 2 s land by a rename, as a careful writer's do; one in a hundred is corrupt. Rows are seen when a reader of
-`recordings/` sees them. The runner is Prism, with its worker in this process.
+`recordings/` sees them. The runner is Prism, with its worker in this process, or Flink: two TaskManagers of one slot.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +30,9 @@ import soundfile
 
 from af3pipe.pipelines.job import make_job
 from af3pipe.pipelines.streaming import Watch
-from benchmarks import constant_engine
+from benchmarks import constant_engine, flink_pool
 from benchmarks.machine import children, cpu_s, describe
+from tests.integration.flink import flink_cluster
 
 RATE = 16_000
 CORRUPT_EVERY = 100
@@ -89,30 +92,41 @@ def look(output: Path, visible_s: dict[str, float], stop: threading.Event) -> No
 
 
 def memory_mib() -> tuple[float, float]:
-    """Of this process and its decoders, and of Prism."""
-    own = prism = 0.0
+    """Of all Python (this process, workers, decoders), and of the runner (Prism, or all of Flink)."""
+    own = runner = 0.0
     for pid in ("self", *children()):
         with contextlib.suppress(OSError):
             status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
             size = int(status["VmRSS"].split()[0]) / 1024
-            if status["Name"].strip() == "prism":
-                prism += size
+            if status["Name"].strip() in ("prism", "java"):
+                runner += size
             else:
                 own += size
-    return own, prism
+    return own, runner
 
 
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def run(args: argparse.Namespace, root: Path) -> None:
+@contextlib.contextmanager
+def cluster_flags(root: Path) -> Iterator[list[str]]:
+    """Of a Flink cluster; says how many checkpoints it made."""
+    (root / "spans").mkdir()
+    os.environ |= {flink_pool.WINDOW_S: str(constant_engine.window_s), flink_pool.SPANS: str(root / "spans")}
+    with flink_cluster(root / "flink", pool_module=flink_pool.__name__) as cluster:
+        yield cluster.flags
+        (job,) = cluster.jobs()
+        print("checkpoints:", cluster.ask(f"/jobs/{job['jid']}/checkpoints")["counts"])
+
+
+def run(args: argparse.Namespace, root: Path, flags: list[str]) -> None:
     (root / "in").mkdir()
     (root / "clips").mkdir()
     sources = clips(root / "clips", 40)
     constant = args.soak is not None
     if constant:
-        constant_engine.register()
+        flink_pool.register() if args.flink else constant_engine.register()
     job = make_job(
         {
             "inputs": [str(root / "in")],
@@ -129,21 +143,21 @@ def run(args: argparse.Namespace, root: Path) -> None:
     landed_s: dict[str, float] = {}
     visible_s: dict[str, float] = {}
     stop_landing, stop_looking = threading.Event(), threading.Event()
-    watch = Watch(job, args.beam)
+    watch = Watch(job, flags)
     started = time.monotonic()
     writer = threading.Thread(target=land, args=(sources, root / "in", pace_s, stop_landing, landed_s))
     reader = threading.Thread(target=look, args=(root / "out", visible_s, stop_looking))
     writer.start()
     reader.start()
     if constant:
-        print("| minute | landed | visible | this process and decoders (MiB) | Prism (MiB) | CPU |")
+        print("| minute | landed | visible | Python (MiB) | runner (MiB) | CPU |")
         print("|---|---|---|---|---|---|")
     next_s = 0.0
     while time.monotonic() - started < seconds and not watch.wait(1.0):
         if constant and time.monotonic() - started >= next_s:
-            own, prism = memory_mib()
+            own, runner = memory_mib()
             print(
-                f"| {next_s / 60:.0f} | {len(landed_s)} | {len(visible_s)} | {own:.0f} | {prism:.0f} "
+                f"| {next_s / 60:.0f} | {len(landed_s)} | {len(visible_s)} | {own:.0f} | {runner:.0f} "
                 f"| {cpu_s():.0f} s |",
                 flush=True,
             )
@@ -186,14 +200,18 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=300.0)
     parser.add_argument("--pane-every", type=float, default=2.0)
     parser.add_argument("--folder", help="keeps the files; the default is a temporary one")
-    args, args.beam = parser.parse_known_args()
-    if shutil.which("prism") is None:
+    parser.add_argument("--flink", action="store_true", help="with --soak")
+    args, beam_flags = parser.parse_known_args()
+    if args.flink and args.soak is None:
+        parser.error("--flink needs --soak: its workers have the constant engine")
+    if not args.flink and shutil.which("prism") is None:
         print("Prism is not on the path; Beam will try to download it")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(args.folder or folder)
         root.mkdir(exist_ok=True)
-        run(args, root)
+        with cluster_flags(root) if args.flink else contextlib.nullcontext([]) as flags:
+            run(args, root, [*flags, *beam_flags])
 
 
 if __name__ == "__main__":
