@@ -16,7 +16,7 @@ from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.schemas import ANSWER_SCHEMA, DEAD_LETTER_SCHEMA, RECORDING_SCHEMA
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.verify import Verified, total
-from af3pipe.transforms.write import partition_folder
+from af3pipe.transforms.write import is_file_of, partition_folder
 
 TABLE_SCHEMAS: dict[str, pa.Schema] = {
     **dict.fromkeys(ANSWER_TABLES, ANSWER_SCHEMA),
@@ -105,11 +105,7 @@ def take_verified(uris: Iterable[str]) -> Verified:
 def run_files(output: str, run_id: str) -> dict[str, list[str]]:
     """The run's Parquet files by table."""
     return {
-        table: [
-            uri
-            for uri in storage.list_files(storage.join(output, table))
-            if storage.name(uri).startswith(run_id) and uri.endswith(".parquet")
-        ]
+        table: [uri for uri in storage.list_files(storage.join(output, table)) if is_file_of(uri, run_id)]
         for table in TABLE_SCHEMAS
     }
 

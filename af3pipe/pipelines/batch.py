@@ -31,10 +31,12 @@ from af3pipe.pipelines.runners import IN_PROCESS
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.transforms import metrics
 from af3pipe.transforms.launcher import this_process
+from af3pipe.transforms.panes import write_settled
 from af3pipe.transforms.pubsub import is_subscription
 from af3pipe.transforms.resume import WorkKeys
+from af3pipe.transforms.settle import SettledRecording, new_letters
 from af3pipe.transforms.stores import set_storage
-from af3pipe.transforms.write import DEAD_LETTER_ROWS, RECORDINGS, ROWS_PER_SHARD, new_run_id, write_folders
+from af3pipe.transforms.write import ROWS_PER_SHARD, new_run_id
 
 T = TypeVar("T")
 Items: TypeAlias = Iterable[Recording | DeadLetter | RecordingResult]
@@ -283,16 +285,11 @@ def _hold(how: graph.Asking, held: ExitStack) -> None:
 
 
 def _write_settlements(batch: list[Settlement], job: JobConfig, run_id: str) -> Counter[str]:
-    """Writes what there is nothing to ask of: the dead letters first, since rows are there when they are named."""
-    letters = [letter for settlement in batch for letter in settlement.dead_letters if not letter.run_id]
-    results = [settlement.result for settlement in batch]
-    files = [
-        *write_folders(letters, DEAD_LETTER_ROWS, job.output, run_id, job.partition_by),
-        *write_folders(results, RECORDINGS, job.output, run_id, job.partition_by),
-    ]
-    counted = Counter(f"recordings_{result.terminal_state.value}" for result in results)
-    counted.update(f"dead_letters_{letter.reason.value}" for letter in letters)
-    counted["files_written"] = len(files)
+    """Writes what there is nothing to ask of."""
+    settled = [SettledRecording(result, (), new_letters(letters)) for result, letters in batch]
+    counted = Counter(f"recordings_{one.result.terminal_state.value}" for one in settled)
+    counted.update(f"dead_letters_{letter.reason.value}" for one in settled for letter in one.dead_letters)
+    counted["files_written"] = len(list(write_settled(settled, job.output, run_id, job.partition_by)))
     return counted
 
 

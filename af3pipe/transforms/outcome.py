@@ -74,6 +74,11 @@ def outcomes(
         yield to_dead_letter(error)
 
 
+def by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:
+    """As what is told of the same recording meets."""
+    return found.recording_id, found
+
+
 def now_us() -> int:
     """Microseconds since 1970-01-01 UTC."""
     return time.time_ns() // 1000

@@ -33,6 +33,25 @@ from af3pipe.transforms.write import (
 _NEVER_TOO_LATE = Duration(seconds=100 * 365 * 24 * 3600)
 
 
+def write_settled(
+    settled: Sequence[SettledRecording],
+    output: str,
+    run_id: str,
+    partition_by: Sequence[str] = (),
+    *,
+    day: str | None = None,
+    pane: str = "",
+) -> Iterator[str]:
+    """Writes all rows of some recordings, as `write_folders` does those of one kind."""
+    # The row of a recording names all others, and is there last: who finds it finds them.
+    for rows, row_format in (
+        ([row for found in settled for row in found.answers], ANSWERS),
+        ([row for found in settled for row in found.dead_letters], DEAD_LETTER_ROWS),
+        ([found.result for found in settled], RECORDINGS),
+    ):
+        yield from write_folders(rows, row_format, output, run_id, partition_by, day=day, pane=pane)
+
+
 class _WriteDoFn(beam.DoFn):
     """Writes lists of `SettledRecording`; gives (recording_id, content identity) of each when its rows are there."""
 
@@ -50,17 +69,9 @@ class _WriteDoFn(beam.DoFn):
     def write(
         self, settled: Sequence[SettledRecording], *, day: str | None = None, pane: str = ""
     ) -> Iterator[tuple[str, str]]:
-        """As of `write_folders`."""
-        # The row of a recording names all others, and is there last: who finds it finds them.
-        for rows, row_format in (
-            ([row for found in settled for row in found.answers], ANSWERS),
-            ([row for found in settled for row in found.dead_letters], DEAD_LETTER_ROWS),
-            ([found.result for found in settled], RECORDINGS),
-        ):
-            for _ in write_folders(
-                rows, row_format, self._output, self._run_id, self._partition_by, day=day, pane=pane
-            ):
-                metrics.count("files_written")
+        """As of `write_settled`."""
+        for _ in write_settled(settled, self._output, self._run_id, self._partition_by, day=day, pane=pane):
+            metrics.count("files_written")
         for found in settled:
             if found.result.terminal_state is not TerminalState.SKIPPED_DONE:  # counted where it was skipped
                 metrics.count(f"recordings_{found.result.terminal_state.value}")

@@ -35,9 +35,10 @@ from af3pipe.transforms import metrics
 from af3pipe.transforms.ask import AskAudioFlamingo, AskDoFn
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.decode import DecodeAudio, DecodeDoFn
-from af3pipe.transforms.outcome import DEAD_LETTERS, split_input
+from af3pipe.transforms.outcome import DEAD_LETTERS, by_id, split_input
 from af3pipe.transforms.reconcile import own_columns
 from af3pipe.transforms.stores import set_storage
+from af3pipe.transforms.write import is_file_of
 
 _RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
 _COVERED_BY = ["start_s", "end_s", "segments", "duration_s", *Levels._fields, "etag", "size_bytes", "mtime"]
@@ -255,7 +256,7 @@ class _FilesDoFn(_EarlierDoFn):
 
     def process(self, output: str) -> Iterator[tuple[str, str]]:
         for table, uri in earlier_files(output):
-            if self._run_id is None or not storage.name(uri).startswith(self._run_id):
+            if self._run_id is None or not is_file_of(uri, self._run_id):
                 yield table, uri
 
 
@@ -367,10 +368,6 @@ def _named(earlier: list[Settled | Covered | Told]) -> list[Settled | Covered | 
     return [row for row in earlier if not isinstance(row, Told) or row.dead_letter_key in named]
 
 
-def _by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:
-    return found.recording_id, found
-
-
 class ResumeOutcome(NamedTuple):
     """An `Outcome` of the recordings there is something to ask of, and the `RecordingResult` of all others."""
 
@@ -431,12 +428,12 @@ class ResumeRecordings(beam.PTransform):
 
 
 def _meet(recordings: Any, letters: Any, earlier: Any) -> Any:
-    by_id = {
-        "recordings": recordings | "RecordingId" >> beam.Map(_by_id).with_output_types(tuple[str, Recording]),
-        "dead_letters": letters | "DeadLetterId" >> beam.Map(_by_id).with_output_types(tuple[str, DeadLetter]),
+    told = {
+        "recordings": recordings | "RecordingId" >> beam.Map(by_id).with_output_types(tuple[str, Recording]),
+        "dead_letters": letters | "DeadLetterId" >> beam.Map(by_id).with_output_types(tuple[str, DeadLetter]),
         "earlier": earlier,
     }
-    return by_id | "MeetById" >> beam.CoGroupByKey()
+    return told | "MeetById" >> beam.CoGroupByKey()
 
 
 def _tagged(inputs: Any, dofn: beam.DoFn) -> Any:

@@ -20,7 +20,7 @@ from af3pipe.schemas import Answer, Covered, DeadLetter, Recording, RecordingRes
 from af3pipe.transforms.ask import ASKED, KEPT, KNOWN, PARTS, AskAudioFlamingo, AskedRequest, stitch_group, stitch_key
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.decode import DecodeAudio
-from af3pipe.transforms.outcome import DEAD_LETTERS
+from af3pipe.transforms.outcome import DEAD_LETTERS, by_id
 from af3pipe.transforms.overlap import DONE, OverlapDoFn
 from af3pipe.transforms.reconcile import asked_of, covered_by, failed_by, settle, settle_rejected
 
@@ -270,10 +270,11 @@ class _Gathered:
         )
         if result is None:
             raise NotTogether(f"{recording.uri} came to an end without an answer to each task")
-        return SettledRecording(result, tuple(self.answers), _new(self.dead_letters))
+        return SettledRecording(result, tuple(self.answers), new_letters(self.dead_letters))
 
 
-def _new(letters: Iterable[DeadLetter]) -> tuple[DeadLetter, ...]:
+def new_letters(letters: Iterable[DeadLetter]) -> tuple[DeadLetter, ...]:
+    """Those that no earlier run has written."""
     return tuple(letter for letter in letters if not letter.run_id)
 
 
@@ -373,23 +374,21 @@ class JoinRejected(beam.PTransform):
     """
 
     def expand(self, found: Any) -> Any:
-        by_id = {
-            "recordings": found.good | "RecordingId" >> beam.Map(_by_id).with_output_types(tuple[str, Recording]),
+        mentions = {
+            "recordings": found.good | "RecordingId" >> beam.Map(by_id).with_output_types(tuple[str, Recording]),
             "dead_letters": found.dead_letters
-            | "DeadLetterId" >> beam.Map(_by_id).with_output_types(tuple[str, DeadLetter]),
+            | "DeadLetterId" >> beam.Map(by_id).with_output_types(tuple[str, DeadLetter]),
         }
         join = beam.ParDo(_JoinDoFn()).with_output_types(PlannedRecording, **{_REJECTED: SettledRecording})
-        joined = by_id | "MeetById" >> beam.CoGroupByKey() | "Join" >> join.with_outputs(_REJECTED, main="planned")
+        joined = mentions | "MeetById" >> beam.CoGroupByKey() | "Join" >> join.with_outputs(_REJECTED, main="planned")
         return JoinedOutcome(joined.planned, joined[_REJECTED])
-
-
-def _by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:
-    return found.recording_id, found
 
 
 def settle_letters(letters: Sequence[DeadLetter]) -> SettledRecording:
     """What there is of a recording that was rejected, as often as it was named, before there was anything to ask."""
-    return SettledRecording(settle_rejected(letters[0].recording_id, map(failed_by, letters)), (), _new(letters))
+    return SettledRecording(
+        settle_rejected(letters[0].recording_id, map(failed_by, letters)), (), new_letters(letters)
+    )
 
 
 class SettleRejected(beam.PTransform):

@@ -45,6 +45,12 @@ def new_run_id() -> str:
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
 
 
+def is_file_of(uri: str, run_id: str) -> bool:
+    """Whether it is a Parquet file that this run has written."""
+    name = storage.name(uri)
+    return name.startswith(run_id) and name.endswith(".parquet")
+
+
 class RowFormat(NamedTuple):
     """How one row type lands.
 

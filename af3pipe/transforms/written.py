@@ -15,6 +15,7 @@ from af3pipe import storage
 from af3pipe.transforms import metrics
 from af3pipe.transforms.settle import PlannedRecording, SettledRecording
 from af3pipe.transforms.stores import set_storage
+from af3pipe.transforms.write import is_file_of
 
 
 class _Written:
@@ -40,16 +41,16 @@ class _Written:
         """
         with self._lock:
             for uri in storage.list_files(self._recordings):
-                if uri not in self._read and storage.name(uri).startswith(self._run_id) and uri.endswith(".parquet"):
+                if uri not in self._read and is_file_of(uri, self._run_id):
                     with storage.open_input(uri) as file:
                         ids = pq.read_table(file, columns=["recording_id"])["recording_id"].to_pylist()
                     self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((one,) for one in ids))
                     self._read.add(uri)
 
-    def ids(self) -> Iterator[str]:
+    def ids(self) -> list[str]:
         """All of them."""
         with self._lock:
-            yield from (one for (one,) in self._ids.execute("SELECT id FROM ids").fetchall())
+            return [one for (one,) in self._ids.execute("SELECT id FROM ids")]
 
     def __contains__(self, recording_id: str) -> bool:
         with self._lock:
@@ -127,7 +128,7 @@ class NotWritten(beam.PTransform):
 
 
 class _ReadWrittenDoFn(_WrittenDoFn):
-    def process(self, _: Any) -> Iterator[str]:
+    def process(self, _: Any) -> list[str]:
         return _written_by(*self._where).ids()
 
 
