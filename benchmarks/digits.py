@@ -16,8 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.dataset as ds
-
+from af3pipe import storage
+from af3pipe.pipelines.accounting import read_rows
 from benchmarks import machine
 from tools.demo_checkpoint.vocabulary import DIGITS, WORDS
 
@@ -43,8 +43,8 @@ def heard(files: list[Path], output: Path) -> tuple[dict[str, str], str]:
     command = [sys.executable, "-m", "af3pipe", "run", str(manifest), "--output", str(output / "out")]
     command += ["--model", "demo", "--task", "transcript", "--max-new-tokens", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    table = ds.dataset(output / "out" / "transcripts", format="parquet").to_table(columns=["uri", "text"])
-    return {row["uri"]: words(row["text"]) for row in table.to_pylist()}, done.stdout
+    rows = read_rows(storage.list_files(str(output / "out" / "transcripts")), ["uri", "text"])
+    return {row["uri"]: words(row["text"]) for row in rows}, done.stdout
 
 
 def errors(said: list[str], found: list[str]) -> int:

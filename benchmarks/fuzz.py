@@ -20,8 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.dataset as ds
-
+from af3pipe import storage
+from af3pipe.pipelines.accounting import read_rows
 from benchmarks import fuzz_worker, machine
 from tests import mutations
 from tests.mutations import Case
@@ -138,7 +138,7 @@ def _died(cases: list[Case], dead: dict[str, str]) -> list[Fate]:
 
 
 def _rows(output: Path, table: str) -> list[dict]:
-    return ds.dataset(output / table, format="parquet").to_table().to_pylist()
+    return list(read_rows(storage.list_files(str(output / table))))
 
 
 def fates_of(cases: Iterable[Case], recordings: list[dict], letters: list[dict], broken: list[str]) -> Iterator[Fate]:

@@ -18,16 +18,17 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import soundfile
 
+from af3pipe import storage
+from af3pipe.pipelines.accounting import read_rows
 from af3pipe.pipelines.job import make_job
 from af3pipe.pipelines.streaming import Watch
 from benchmarks import constant_engine, flink_pool
@@ -87,8 +88,8 @@ def look(output: Path, visible_s: dict[str, float], stop: threading.Event) -> No
         for path in set((output / "recordings").glob("*.parquet")) - known:
             now = time.time()
             known.add(path)
-            for uri in pq.read_table(path, columns=["uri"])["uri"].to_pylist():
-                visible_s.setdefault(uri, now)
+            for row in read_rows([str(path)], ["uri"]):
+                visible_s.setdefault(row["uri"], now)
 
 
 def memory_mib() -> tuple[float, float]:
@@ -179,9 +180,9 @@ def run(args: argparse.Namespace, root: Path, flags: list[str]) -> None:
 
 def tell(report: object, seen: Seen, output: Path) -> None:
     waits = [at - seen.landed_s[uri] for uri, at in seen.visible_s.items() if uri in seen.landed_s]
-    rows = ds.dataset(output / "recordings", format="parquet").to_table(columns=["uri", "terminal_state"])
-    uris = rows["uri"].to_pylist()
-    states = {state: rows["terminal_state"].to_pylist().count(state) for state in ("ok", "dead_letter")}
+    rows = list(read_rows(storage.list_files(str(output / "recordings")), ["uri", "terminal_state"]))
+    uris = [row["uri"] for row in rows]
+    states = Counter(row["terminal_state"] for row in rows)
     print(f"\nOn {describe()}")
     print(f"landed {len(seen.landed_s)}, rows {len(uris)}, different {len(set(uris))}, {states}")
     print(f"never seen: {len(set(seen.landed_s) - set(uris))}; report: {report}")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from af3pipe import storage
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.schemas import ANSWER_SCHEMA, DEAD_LETTER_SCHEMA, RECORDING_SCHEMA
+from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms.stores import set_storage
 from af3pipe.transforms.verify import Verified, total
 from af3pipe.transforms.write import is_file_of, partition_folder
@@ -110,11 +111,11 @@ def run_files(output: str, run_id: str) -> dict[str, list[str]]:
     }
 
 
-def read_rows(uris: Iterable[str], columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of Parquet files, one file in memory at a time."""
+def read_rows(uris: Iterable[str], columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Reads rows of Parquet files, one file in memory at a time."""
     for uri in uris:
         with storage.open_input(uri) as file:
-            yield from pq.read_table(file, columns=columns).to_pylist()
+            yield from ParquetFile(file).read(columns).to_pylist()
 
 
 def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
@@ -191,7 +192,7 @@ def _columns(uris: Iterable[str], columns: list[str]) -> Iterator[list[list[Any]
     columns = ["recording_id", *columns]
     for uri in uris:
         with storage.open_input(uri) as file:
-            for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+            for batch in ParquetFile(file).iter_batches(_BATCH_ROWS, columns=columns):
                 yield [batch[name].to_pylist() for name in columns]
 
 

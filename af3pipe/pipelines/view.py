@@ -23,6 +23,7 @@ from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.pipelines.accounting import TABLE_SCHEMAS
 from af3pipe.schemas import Rejected
 from af3pipe.storage import ObjectInfo
+from af3pipe.storage.parquet import ParquetFile
 
 Mask = npt.NDArray[np.bool_]
 """One truth value per row."""
@@ -144,10 +145,6 @@ def each(function: Callable[[_Item], _Value], items: Iterable[_Item]) -> Iterato
             yield ahead.popleft().result()
 
 
-def _listed(columns: Sequence[str] | None) -> list[str] | None:
-    return None if columns is None else list(columns)
-
-
 class NotATable(Exception):
     """A file of a table that is none: which, why, and what to do.
 
@@ -161,11 +158,10 @@ class NotATable(Exception):
 
 
 @contextmanager
-def _parquet(info: ObjectInfo, columns: Sequence[str] | None) -> Iterator[pq.ParquetFile]:
-    # Without threads of Arrow's: one that lets go of a Python file as the interpreter ends aborts the process.
+def _parquet(info: ObjectInfo, columns: Sequence[str] | None) -> Iterator[ParquetFile]:
     with storage.open_input(info.uri, size_bytes=info.size_bytes) as file:
         try:
-            parquet = pq.ParquetFile(file)
+            parquet = ParquetFile(file)
             lacking = set(columns or ()) - set(parquet.schema_arrow.names)
             if lacking:
                 raise NotATable(info, f"has no column {sorted(lacking)[0]}: another version or program wrote it")
@@ -182,7 +178,7 @@ def read_columns(info: ObjectInfo, columns: Sequence[str] | None = None) -> pa.T
         NotATable: It is not Parquet, or lacks one of the columns.
     """
     with _parquet(info, columns) as parquet:
-        return parquet.read(columns=_listed(columns), use_threads=False)
+        return parquet.read(columns)
 
 
 def read_rows_of(
@@ -204,7 +200,7 @@ def read_rows_of(
         first = 0
         with _parquet(files[number], columns) as parquet:
             for group in range(parquet.num_row_groups):
-                rows = parquet.read_row_group(group, columns=_listed(columns), use_threads=False)
+                rows = parquet.read_row_group(group, columns)
                 yield number, first, rows
                 first += len(rows)
 

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.parquet import ParquetFile
 from af3pipe.storage.reading import FIRST_BYTES, RetriedReads, open_raw
 from af3pipe.storage.stores import locate
 
@@ -285,13 +285,13 @@ _cells = _Cells()
 def _read_run(cell: Cell, etag: str | None) -> _Run:
     try:
         with storage.open_input(cell.container) as file:
-            return _run(pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20), cell, etag)
+            return _run(ParquetFile(file, buffer_size=1 << 20), cell, etag)
     except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError to pyarrow
         detail = f"Row {cell.row} of {cell.container} cannot be read: {error}."
         raise Rejected(Stage.READ, Reason.DECODE_ERROR, detail) from error
 
 
-def _run(parquet: Any, cell: Cell, etag: str | None) -> _Run:
+def _run(parquet: ParquetFile, cell: Cell, etag: str | None) -> _Run:
     """The rest of a row group from its beginning, or of a large one from the row that is wanted."""
     leaf = f"{cell.column}.bytes"
     paths = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
@@ -308,7 +308,7 @@ def _run(parquet: Any, cell: Cell, etag: str | None) -> _Run:
     is_large = group.column(paths.index(leaf)).total_uncompressed_size > _RUN_BYTES
     cells: list[Any] = []
     size_bytes = 0
-    for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[index], columns=[leaf], use_threads=False):
+    for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[index], columns=[leaf]):
         if is_large and first + len(batch) <= cell.row:
             first += len(batch)
             continue

@@ -13,11 +13,11 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.storage.members import Cell, Span, identity
+from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms.manifest import Row, is_binary, manifest_rows
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
@@ -251,7 +251,7 @@ def _parquet_rows(found: storage.ObjectInfo) -> Iterator[Row]:
     number = 0
     try:
         with storage.open_input(found.uri, size_bytes=found.size_bytes) as file:
-            parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+            parquet = ParquetFile(file, buffer_size=1 << 20)
             schema = parquet.schema_arrow
             audio = _audio_column(schema)
             if audio is not None:
@@ -270,7 +270,7 @@ def _parquet_rows(found: storage.ObjectInfo) -> Iterator[Row]:
         yield from manifest_rows(found.uri)
 
 
-def _batches(parquet: Any, audio: str) -> Iterator[tuple[Any, list[bool]]]:
+def _batches(parquet: ParquetFile, audio: str) -> Iterator[tuple[Any, list[bool]]]:
     """Batches of all columns but the bytes, and of each row whether it has bytes: of most, the footer tells."""
     paths = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
     leaf = f"{audio}.bytes"
@@ -283,7 +283,7 @@ def _batches(parquet: Any, audio: str) -> Iterator[tuple[Any, list[bool]]]:
         nulls = stated.null_count if stated is not None and stated.has_null_count else None
         all_alike = nulls in (0, group.num_rows) and len(columns) > 0
         wanted = columns if all_alike else [*columns, leaf]
-        for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[index], columns=wanted, use_threads=False):
+        for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[index], columns=wanted):
             if all_alike:
                 yield _with_column(batch, audio), [nulls == 0] * len(batch)
                 continue

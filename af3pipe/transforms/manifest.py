@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from af3pipe import storage
 from af3pipe.models.tasks import answer
@@ -27,6 +26,7 @@ from af3pipe.schemas import (
     make_recording_id,
     stream_index,
 )
+from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms.outcome import to_dead_letter
 from af3pipe.transforms.trust import check_named
 
@@ -208,13 +208,13 @@ def _check_columns(uri: str, names: Sequence[str]) -> None:
 
 def _parquet_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
     # Or column chunks would be read whole.
-    parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+    parquet = ParquetFile(file, buffer_size=1 << 20)
     columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
     _check_columns(uri, columns)
     number = 0
     try:
         for group in range(parquet.metadata.num_row_groups):  # a damaged one costs none before it
-            for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"row {number} of {uri}", f"{uri}#row={number}", row)

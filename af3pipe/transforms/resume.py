@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import pyarrow as pa
-import pyarrow.parquet as pq
 from apache_beam.coders import registry
 
 from af3pipe import storage
@@ -31,6 +30,7 @@ from af3pipe.schemas import (
     task_key,
     work_key,
 )
+from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms import metrics
 from af3pipe.transforms.ask import AskAudioFlamingo, AskDoFn
 from af3pipe.transforms.coders import RowTupleCoder
@@ -101,7 +101,7 @@ def read_earlier(table: str, uri: str) -> Iterator[tuple[str, Settled | Covered 
 def _batches(table: str, uri: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     try:
         with storage.open_input(uri) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = ParquetFile(file)
             missing = sorted(set(columns) - set(parquet.schema_arrow.names))
             if missing:
                 raise _unusable(uri, f"it has no column {', '.join(missing)}, as rows of {table} have here")

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any
 
 import apache_beam as beam
-import pyarrow.parquet as pq
 
 from af3pipe import storage
+from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms import metrics
 from af3pipe.transforms.settle import PlannedRecording, SettledRecording
 from af3pipe.transforms.stores import set_storage
@@ -43,7 +43,7 @@ class _Written:
             for uri in storage.list_files(self._recordings):
                 if uri not in self._read and is_file_of(uri, self._run_id):
                     with storage.open_input(uri) as file:
-                        ids = pq.read_table(file, columns=["recording_id"])["recording_id"].to_pylist()
+                        ids = ParquetFile(file).read(["recording_id"])["recording_id"].to_pylist()
                     self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((one,) for one in ids))
                     self._read.add(uri)
 

@@ -2,9 +2,8 @@
 
 import contextlib
 
-import pyarrow.dataset as ds
-
 from tests.integration.servers import free_port, python_module, serving
+from tests.tables import read_table
 
 ANSWER_TABLES = ("captions", "transcripts", "answers")
 TABLES = (*ANSWER_TABLES, "recordings", "dead_letters")
@@ -47,7 +46,7 @@ def rows(output, table, *, without=("run_id", "created_at")):
     folder = output / table
     if not folder.exists():
         return []
-    found = ds.dataset(folder, format="parquet").to_table().to_pylist()
+    found = read_table(folder).to_pylist()
     kept = [{key: value for key, value in row.items() if key not in without} for row in found]
     return sorted(kept, key=str)
 

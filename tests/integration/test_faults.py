@@ -6,7 +6,6 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow.dataset as ds
 import pytest
 
 from af3pipe import storage
@@ -16,6 +15,7 @@ from benchmarks import constant_engine
 from tests import fixtures_audio as make
 from tests.integration.fault_proxy import KINDS
 from tests.integration.servers import S3, free_port, python_module, serving, store_server, using
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 NAMES = [f"{number:04}.wav" for number in range(1000)]
@@ -63,8 +63,8 @@ def run(inputs, output, monkeypatch):
     )
 
 
-def rows(server, folder):
-    return ds.dataset(folder, format="parquet", filesystem=server.fs).to_table().to_pylist()
+def rows(folder):
+    return read_table(folder).to_pylist()
 
 
 def test_a_thousand_recordings_through_faults(server, tmp_path, monkeypatch):
@@ -90,11 +90,11 @@ def test_a_thousand_recordings_through_faults(server, tmp_path, monkeypatch):
     answered = set(NAMES) - set(LOST)
     assert report.counts.reconciled, report.counts.problems
     assert report.counts.states == {"ok": len(answered), "dead_letter": len(LOST)}
-    assert Counter(storage.name(row["uri"]) for row in rows(server, "labels/out/recordings")) == Counter(NAMES)
+    assert Counter(storage.name(row["uri"]) for row in rows("s3://labels/out/recordings")) == Counter(NAMES)
     for table in TABLES:
-        assert Counter(storage.name(row["uri"]) for row in rows(server, f"labels/out/{table}")) == Counter(answered)
+        assert Counter(storage.name(row["uri"]) for row in rows(f"s3://labels/out/{table}")) == Counter(answered)
 
-    letters = {storage.name(row["uri"]): row for row in rows(server, "labels/out/dead_letters")}
+    letters = {storage.name(row["uri"]): row for row in rows("s3://labels/out/dead_letters")}
     assert letters.keys() == LOST.keys()
     for letter in letters.values():
         assert (letter["stage"], letter["reason"], letter["retryable"]) == ("read", "unreadable", True)
@@ -118,7 +118,7 @@ def test_a_body_that_never_comes_whole_is_unreadable_for_now(server, tmp_path, m
     with spoiled(server, tmp_path / "proxy.log", *options, patience_s=0.2) as halving:
         report = run(halving.url("archive/half"), str(tmp_path / "out"), monkeypatch)
     assert report.counts.reconciled, report.counts.problems
-    (letter,) = ds.dataset(tmp_path / "out" / "dead_letters", format="parquet").to_table().to_pylist()
+    (letter,) = read_table(tmp_path / "out" / "dead_letters").to_pylist()
     assert (letter["stage"], letter["reason"], letter["retryable"]) == ("read", "unreadable", True)
     assert f"could not be read in {TRIES} tries" in letter["detail"]
     assert letter["traceback"] is None

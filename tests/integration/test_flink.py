@@ -10,11 +10,9 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from af3pipe.pipelines import batch
@@ -25,6 +23,7 @@ from tests import fixtures_audio as make
 from tests.integration.flink import children, flink_cluster, wait_until
 from tests.integration.runners import OF_A_RUN, ON_THE_WAY, TABLES, same_rows
 from tests.integration.servers import S3, free_port, python_module, serving, store_server, using
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 RATE = 16_000
@@ -190,7 +189,7 @@ def slowly(store, model, output):
 def written(store, output):
     """The recordings that have a row, as calls that read them."""
     files = store.fs.glob(f"labels/{output}/recordings/*.parquet")
-    uris = [uri for file in files for uri in pq.read_table(BytesIO(store.fs.cat_file(file)))["uri"].to_pylist()]
+    uris = [uri for file in files for uri in read_table(f"s3://{file}", ["uri"])["uri"].to_pylist()]
     return {f"GET /{uri.partition('://')[2]}" for uri in uris}
 
 

@@ -4,7 +4,6 @@ import shutil
 import time
 from importlib import resources
 
-import pyarrow.dataset as ds
 import pytest
 
 from af3pipe.pipelines import batch, streaming
@@ -13,6 +12,7 @@ from af3pipe.pipelines.job import make_job
 from af3pipe.pipelines.view import export_latest
 from tests.integration.flink import flink_cluster, wait_until
 from tests.integration.runners import TABLES, same_rows
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +34,7 @@ def job(folder, output, model):
 def settled(output):
     """URIs that have a row."""
     files = list((output / "recordings").rglob("*.parquet"))
-    return set(ds.dataset(files, format="parquet").to_table(columns=["uri"])["uri"].to_pylist()) if files else set()
+    return set(read_table(output / "recordings", ["uri"])["uri"].to_pylist()) if files else set()
 
 
 def checkpoints(cluster):

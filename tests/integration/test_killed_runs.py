@@ -9,11 +9,11 @@ import sys
 from collections import Counter
 
 import numpy as np
-import pyarrow.dataset as ds
 import pytest
 
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 KILLED = -signal.SIGKILL
@@ -54,7 +54,7 @@ def run_killed(tmp_path, job, kills):
 
 
 def latest_recordings(output):
-    table = ds.dataset(output / "recordings", format="parquet").to_table().to_pylist()
+    table = read_table(output / "recordings").to_pylist()
     newest = {row["recording_id"]: row for row in sorted(table, key=lambda row: (row["created_at"], row["run_id"]))}
     kept = [{key: value for key, value in row.items() if key not in LEAVES_OUT} for row in newest.values()]
     return sorted(kept, key=str)

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from tests import outputs
 from tests.integration.servers import s3_by_environment
 from tests.kills import killed_after
 from tests.outputs import FIRST, SECOND, write_run
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 WIDE = os.environ | {"COLUMNS": "200"}
@@ -58,7 +58,7 @@ def test_compact_and_export_of_a_real_run(ran):
     done = command("export", ran / "out", ran / "clean", "--table", "captions")
     assert done.exit_code == 0, done.output
     assert f"2 rows in {ran}/clean/captions.parquet" in done.output
-    assert pq.read_table(ran / "clean" / "captions.parquet").num_rows == 2
+    assert read_table(ran / "clean" / "captions.parquet").num_rows == 2
 
 
 def test_what_is_wrong_is_said_with_what_to_do(tmp_path):

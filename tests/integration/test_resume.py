@@ -21,6 +21,7 @@ from benchmarks import constant_engine
 from tests import fixtures_audio as make
 from tests.integration.runners import ANSWER_TABLES, portable_runner, rows
 from tests.integration.test_killed_runs import KILLED, run_killed
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 RATE = 16_000
@@ -545,7 +546,7 @@ def test_a_file_among_the_earlier_rows_that_cannot_be_read_is_named(archive, out
         finish([archive], tasks=BOTH, engine="closed")
     path.write_bytes(body)
     older = output / "recordings" / "older.parquet"
-    table = pq.read_table(next((output / "recordings").glob("*.parquet")))
+    table = read_table(next((output / "recordings").glob("*.parquet")))
     pq.write_table(table.drop_columns(["answer_keys", "work_key"]), older)
     with pytest.raises(batch.RunFailed, match=rf"^{older}, .* no column answer_keys, work_key"):
         finish([archive], tasks=BOTH, engine="closed")

@@ -6,7 +6,6 @@ import os
 import threading
 from importlib import resources
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -18,6 +17,7 @@ from af3pipe.pipelines.view import latest
 from tests import fixtures_audio as make
 from tests.integration.runners import portable_runner
 from tests.integration.servers import S3, store_server
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 CLIPS = ("siren.flac", "corrupt.flac", "digits_four_zero_two_nine.mp3")
@@ -126,10 +126,10 @@ def test_secrets_appear_nowhere(signed, tmp_path, caplog):
     assert done.exit_code == 0, done.output
     written = [path for path in output.rglob("*") if path.is_file()]
     told = [done.output, caplog.text]
-    told += [str(pq.read_table(path).to_pylist()) for path in written if path.suffix == ".parquet"]
+    told += [str(read_table(path).to_pylist()) for path in written if path.suffix == ".parquet"]
     told += [path.read_text() for path in written if path.suffix == ".json"]
     assert len(told) > 5
     assert not [text for text in told if SECRET in text]
-    rows = [row for path in (output / "recordings").iterdir() for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in (output / "recordings").iterdir() for row in read_table(path).to_pylist()]
     assert sorted(row["settled_state"] for row in rows) == ["dead_letter", "dead_letter", "ok"]
     assert os.environ.get("AWS_SECRET_ACCESS_KEY") != SECRET

@@ -4,12 +4,12 @@ import json
 import shutil
 from importlib import resources
 
-import pyarrow.dataset as ds
 import pytest
 
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import make_job
 from tests.integration.servers import STORES, store_server, using
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 TABLES = ("captions", "transcripts", "answers", "recordings", "dead_letters")
@@ -59,11 +59,11 @@ def run(archive, output):
     )
 
 
-def rows(output, archive, filesystem=None):
+def rows(output, archive):
     found = {}
     for table in TABLES:
-        dataset = ds.dataset(f"{output}/{table}", format="parquet", filesystem=filesystem)
-        found[table] = sorted((without_place(row, archive) for row in dataset.to_table().to_pylist()), key=str)
+        held = read_table(f"{output}/{table}").to_pylist()
+        found[table] = sorted((without_place(row, archive) for row in held), key=str)
     return found
 
 
@@ -98,7 +98,7 @@ def test_a_run_from_and_to_a_store_gives_the_rows_of_a_local_one(store, folder, 
     local_report, local_rows = local
     assert report.counts.reconciled, report.counts.problems
     assert report.counts[:4] == local_report.counts[:4]
-    found = rows("labels/the out", store.url("archive/in"), store.fs)
+    found = rows(store.url("labels/the out"), store.url("archive/in"))
     for table in TABLES:
         assert found[table] == local_rows[table], table
     assert {row["uri"] for row in found["captions"]} == {

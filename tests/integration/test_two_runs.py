@@ -3,14 +3,13 @@
 import json
 import subprocess
 from collections import Counter
-from io import BytesIO
 
-import pyarrow.parquet as pq
 import pytest
 
 from af3pipe import storage
 from tests import fixtures_audio as make
 from tests.integration.servers import S3, python_module, store_server, using
+from tests.tables import read_table
 
 pytestmark = pytest.mark.integration
 PARTS = {"first": range(40), "second": range(20, 60)}
@@ -61,7 +60,7 @@ def test_two_runs_into_one_folder(base):
     rows = {table: [] for table in TABLES}
     for uri in files:
         if uri.endswith(".parquet"):
-            rows[storage.name(storage.parent(uri))] += pq.read_table(BytesIO(storage.read_bytes(uri))).to_pylist()
+            rows[storage.name(storage.parent(uri))] += read_table(uri).to_pylist()
     for table in ("captions", "transcripts", "recordings"):
         found = Counter((row["run_id"], storage.name(row["uri"])) for row in rows[table])
         assert max(found.values()) == 1

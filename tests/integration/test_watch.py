@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from importlib import resources
 
 import numpy as np
-import pyarrow.dataset as ds
 import pytest
 import soundfile
 
@@ -21,6 +20,7 @@ from af3pipe.pipelines.job import make_job
 from tests.integration.pubsub import prism
 from tests.integration.runners import TABLES, rows, same_rows
 from tests.integration.servers import S3, python_module, store_server, using
+from tests.tables import read_table
 
 pytestmark = [
     pytest.mark.integration,
@@ -73,7 +73,7 @@ def recordings(output):
     folder = output / "recordings"
     if not list(folder.rglob("*.parquet")):
         return []
-    found = ds.dataset(folder, format="parquet").to_table(columns=["uri", "terminal_state"])
+    found = read_table(folder, ["uri", "terminal_state"])
     return list(zip(*found.to_pydict().values(), strict=True))
 
 
@@ -174,7 +174,7 @@ def test_rows_land_in_windows_of_modification_time_however_late(model, runner, t
         for path in (output / table).rglob("*.parquet"):
             begin = re.search(r"-(\d{8}T\d{6}Z)-[0-9a-f]+\.parquet$", path.name)[1]
             begin_s = datetime.strptime(begin, "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc).timestamp()
-            for mtime in ds.dataset(path, format="parquet").to_table(columns=["mtime"])["mtime"].to_pylist():
+            for mtime in read_table(path, ["mtime"])["mtime"].to_pylist():
                 assert 0 <= datetime.fromisoformat(mtime).timestamp() - begin_s < WINDOW_S
             assert path.parent.name == f"date={begin[:4]}-{begin[4:6]}-{begin[6:8]}"
 

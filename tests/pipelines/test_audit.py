@@ -14,6 +14,7 @@ from af3pipe.transforms import write
 from af3pipe.transforms.read import list_recordings
 from tests import outputs
 from tests.outputs import FIRST, SECOND, THIRD, write_run
+from tests.tables import read_table
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_runs_after_one_another_are_right(output):
 @pytest.mark.parametrize(("table", "named"), [("captions", "answers"), ("dead_letters", "dead letters")])
 def test_a_lost_file_of_rows_is_missing(output, table, named):
     victim = files(output, table)[0]
-    lost = pq.read_table(victim)
+    lost = read_table(victim)
     victim.unlink()
     problems = found(output)
     assert set(problems) == {"missing", "miscounted"}
@@ -244,7 +245,7 @@ def test_new_changed_and_gone_recordings_are_told(archive):
 def test_where_only_one_side_has_an_etag_size_and_time_tell(archive):
     out = archive.parent / "out"
     (path,) = (out / "recordings").iterdir()
-    rows = pq.read_table(path)
+    rows = read_table(path)
     tagged = rows.set_column(rows.schema.get_field_index("etag"), "etag", pa.array(["tag"] * 3))
     pq.write_table(tagged, path)
     assert audit(str(out), [str(archive)]).right

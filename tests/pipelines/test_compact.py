@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 import duckdb
 import polars as pl
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,10 +18,12 @@ from af3pipe.pipelines.audit import audit
 from af3pipe.pipelines.compact import CompactError, compact, recover
 from af3pipe.pipelines.view import Compaction, latest, open_compactions
 from af3pipe.schemas import ANSWER_SCHEMA
+from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms import write
 from tests import outputs
 from tests.kills import killed_after
 from tests.outputs import FIRST, SECOND, THIRD, write_run
+from tests.tables import read_table
 
 TABLES = ("captions", "recordings", "dead_letters")
 
@@ -47,11 +48,11 @@ def files(output, table):
 
 def test_many_files_become_one_and_every_row_stays(output):
     before = holding(output)
-    rows = {table: sorted(map(repr, pq.read_table(output / table).to_pylist())) for table in TABLES}
+    rows = {table: sorted(map(repr, read_table(output / table).to_pylist())) for table in TABLES}
     done = compact(str(output))
     assert (done.files_before, done.files_after) == (7 + 1 + 8 + 1 + 2, 3)
     assert {table: len(files(output, table)) for table in TABLES} == dict.fromkeys(TABLES, 1)
-    assert {table: sorted(map(repr, pq.read_table(output / table).to_pylist())) for table in TABLES} == rows
+    assert {table: sorted(map(repr, read_table(output / table).to_pylist())) for table in TABLES} == rows
     assert holding(output) == before
     assert audit(str(output)).right
     assert not [path for path in output.rglob("*") if path.name.startswith(".")]
@@ -61,7 +62,7 @@ def test_rows_are_sorted_by_recording_and_the_schema_is_the_same(output):
     compact(str(output))
     for table in TABLES:
         (path,) = files(output, table)
-        ids = pq.read_table(path)["recording_id"].to_pylist()
+        ids = read_table(path)["recording_id"].to_pylist()
         assert ids == sorted(ids)
     assert pq.read_schema(files(output, "captions")[0]).equals(ANSWER_SCHEMA)
     assert pq.read_metadata(files(output, "captions")[0]).row_group(0).column(0).compression == "ZSTD"
@@ -75,7 +76,7 @@ def test_row_groups_and_files_are_cut_as_asked_and_nothing_is_lost(tmp_path, mon
     work = module._Compaction
     monkeypatch.setattr(module, "_Compaction", lambda output, record, _: work(output, record, 3 * largest))
     compact(str(tmp_path))
-    found = [pq.ParquetFile(path) for path in files(tmp_path, "captions")]
+    found = [ParquetFile(path) for path in files(tmp_path, "captions")]
     assert 1 < len(found) < 10
     groups = [file.metadata.row_group(n).num_rows for file in found for n in range(file.num_row_groups)]
     assert groups == [40] * 7 + [20]
@@ -99,7 +100,7 @@ def test_rows_that_are_there_twice_are_dropped_the_newest_kept(output):
     outputs.write_rows(output, SECOND, write.ANSWERS, again)
     done = compact(str(output))
     assert (done.duplicates, done.differing) == (3, 2)
-    texts = pq.read_table(output / "captions")["text"].to_pylist()
+    texts = read_table(output / "captions")["text"].to_pylist()
     assert len(texts) == 27
     assert {"otherwise 1", "otherwise 2"} <= set(texts)
     assert not {"heard 1 ", "heard 2 "} & set(texts)
@@ -110,15 +111,15 @@ def test_latest_drops_what_no_longer_holds_and_the_books_stay_right(output):
     done = compact(str(output), only_latest=True)
     assert done.superseded == 5 + 2 + 7  # answers, dead letters and rows of recordings/ of the first run
     assert holding(output) == before
-    assert pq.read_table(output / "captions").num_rows == 22
-    assert pq.read_table(output / "recordings").num_rows == 24
+    assert read_table(output / "captions").num_rows == 22
+    assert read_table(output / "recordings").num_rows == 24
     report = audit(str(output))
     assert (report.problems, report.notes) == ([], [])
     write_run(output, THIRD, range(24), version="3", later_s=120)
     assert compact(str(output), only_latest=True).superseded == 22 + 24 + 2
     report = audit(str(output))  # dropped twice over, and the records of the runs still fit
     assert (report.problems, report.notes) == ([], [])
-    assert pq.read_table(output / "dead_letters").num_rows == 0
+    assert read_table(output / "dead_letters").num_rows == 0
 
 
 def test_files_of_a_run_that_has_not_finished_are_left_alone(output):
@@ -183,7 +184,7 @@ def test_tables_without_rows_keep_a_file(tmp_path):
     write_run(tmp_path, FIRST, [])
     compact(str(tmp_path))
     (path,) = files(tmp_path, "captions")
-    assert pq.read_table(path).num_rows == 0
+    assert read_table(path).num_rows == 0
 
 
 def test_other_programs_read_what_is_compacted(output):
@@ -191,16 +192,16 @@ def test_other_programs_read_what_is_compacted(output):
     path = f"{output}/captions/*.parquet"
     assert duckdb.sql(f"SELECT count(DISTINCT text) FROM '{path}'").fetchall() == [(27,)]
     assert pl.read_parquet(path).height == 27
-    assert pc.count_distinct(ds.dataset(output / "captions").to_table()["answer_key"]).as_py() == 27
+    assert pc.count_distinct(read_table(output / "captions")["answer_key"]).as_py() == 27
 
 
 def test_a_row_of_an_older_version_gets_nulls(output):
     path = files(output, "captions")[0]
-    table = pq.read_table(path)
+    table = read_table(path)
     pq.write_table(table.drop_columns(["history"]), path)
     assert latest(str(output)).read("captions")["history"].null_count == len(table)
     compact(str(output))
-    found = pq.read_table(output / "captions")
+    found = read_table(output / "captions")
     assert found.num_rows == 27
     assert found["history"].null_count == len(table)
 
@@ -224,12 +225,12 @@ def test_killed_after_any_write_or_delete_no_row_is_lost_or_double(tmp_path):
         assert open_compactions(str(copy)) == []
         assert holding(copy) == before, number
         assert audit(str(copy)).right
-        raw = {table: pq.read_table(copy / table).num_rows for table in TABLES}
+        raw = {table: read_table(copy / table).num_rows for table in TABLES}
         done = {"captions": 7, "recordings": 8, "dead_letters": 1}
         undone = {"captions": 9, "recordings": 11, "dead_letters": 2}
         assert raw == (done if states == ["committed"] or not killed else undone)
         compact(str(copy), only_latest=True)
-        assert {table: pq.read_table(copy / table).num_rows for table in TABLES} == done
+        assert {table: read_table(copy / table).num_rows for table in TABLES} == done
         if not killed:
             break
     assert ["writing"] in after

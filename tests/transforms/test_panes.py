@@ -6,8 +6,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import apache_beam as beam
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import pytest
 from apache_beam.coders import registry
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -20,6 +18,7 @@ from af3pipe.transforms.panes import _shard, _WriteAsSettledDoFn
 from af3pipe.transforms.settle import SettledRecording, event_time
 from tests.collected import Collected
 from tests.outputs import answer_row, letter_row, recording_row
+from tests.tables import read_table
 
 RUN = "20260102T030405Z-abcdef"
 EARLY, LATE = "1970-01-01T00:00:00+00:00", "2100-02-03T04:05:06+00:00"
@@ -54,7 +53,7 @@ def files(output, table):
 
 
 def ids(output, table):
-    return ds.dataset(output / table, format="parquet", partitioning="hive").to_table()["recording_id"].to_pylist()
+    return read_table(output / table)["recording_id"].to_pylist()
 
 
 def expected_ids(rows):
@@ -72,7 +71,7 @@ def test_rows_of_one_window_are_in_a_file_that_names_it(tmp_path):
         for name in files(tmp_path, table):
             run, _, rest = name.name.partition("-20260102T")
             assert run == RUN
-            found = pq.read_table(tmp_path / table / name)
+            found = read_table(tmp_path / table / name)
             minutes = {int(row["uri"].rpartition("/")[2].partition(".")[0]) // 5 * 5 for row in found.to_pylist()}
             begins.append(rest.partition("-")[0])
             assert minutes == {int(begins[-1][2:4])}
@@ -106,7 +105,7 @@ def test_each_pane_makes_files_of_its_own(tmp_path):
     panes = [settled(1)], [settled(2, broken=True), settled(3)], [settled(4)]
     assert len(written(tmp_path, *panes)) == 4
     found = [
-        sorted(pq.read_table(tmp_path / "recordings" / name)["recording_id"].to_pylist())
+        sorted(read_table(tmp_path / "recordings" / name)["recording_id"].to_pylist())
         for name in files(tmp_path, "recordings")
     ]
     assert sorted(found) == sorted(expected_ids(rows) for rows in panes)
@@ -152,7 +151,7 @@ def test_a_pane_may_be_spread_over_several_files(tmp_path):
         assert sorted(ids(tmp_path, table)) == expected_ids(rows)
     # An answer is in the file of its recording's shard: the digests say so, whoever names them.
     for name in files(tmp_path, "captions"):
-        found = pq.read_table(tmp_path / "captions" / name)["recording_id"].to_pylist()
+        found = read_table(tmp_path / "captions" / name)["recording_id"].to_pylist()
         assert len({_shard(row, 4) for row in rows if row.result.recording_id in found}) == 1
 
 

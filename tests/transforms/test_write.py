@@ -5,7 +5,7 @@ import duckdb
 import fsspec
 import pandas as pd
 import polars as pl
-import pyarrow.dataset as ds
+import pyarrow.dataset as ds  # noqa: TID251 (a reader elsewhere, of local files)
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from af3pipe.schemas import ANSWER_SCHEMA, Answer, DeadLetter, Reason, Stage, TimedText
 from af3pipe.transforms import WriteAnswers, WriteDeadLetters, write
+from tests.tables import read_table
 
 
 def answer(number, task="caption"):
@@ -79,8 +80,8 @@ def written(tmp_path_factory):
 
 def test_tasks_land_in_their_tables(written):
     assert sorted(path.name for path in written.iterdir()) == ["answers", "captions", "transcripts"]
-    assert set(pq.read_table(written / "answers")["task"].to_pylist()) == {"mood"}
-    assert set(pq.read_table(written / "captions")["run_id"].to_pylist()) == {"run"}
+    assert set(read_table(written / "answers")["task"].to_pylist()) == {"mood"}
+    assert set(read_table(written / "captions")["run_id"].to_pylist()) == {"run"}
 
 
 def test_duckdb_reads_it(written):
@@ -125,7 +126,7 @@ def test_a_retry_replaces_its_own_files_and_another_run_adds_to_them(tmp_path):
     retried = [row._replace(text="decoded once more") for row in rows]  # names come from the keys, not the text
     write_answers(retried, tmp_path)
     assert len(files(tmp_path / "captions")) == 1
-    assert set(pq.read_table(tmp_path / "captions")["text"].to_pylist()) == {"decoded once more"}
+    assert set(read_table(tmp_path / "captions")["text"].to_pylist()) == {"decoded once more"}
     write_answers(rows, tmp_path, run_id="later")
     assert len(files(tmp_path / "captions")) == 2
 
@@ -148,7 +149,7 @@ def test_a_pane_and_its_day_are_told_by_names(tmp_path):
 
 def test_rows_of_the_same_key_are_written_once(tmp_path):
     write_answers([answer(1), answer(1), answer(2)], tmp_path)
-    assert pq.read_table(tmp_path / "captions").num_rows == 2
+    assert read_table(tmp_path / "captions").num_rows == 2
 
 
 def test_many_rows_make_several_files_and_all_are_there(tmp_path, monkeypatch):
@@ -158,7 +159,7 @@ def test_many_rows_make_several_files_and_all_are_there(tmp_path, monkeypatch):
     names = files(tmp_path / "captions")
     assert len(names) >= 10
     assert all(pq.read_metadata(tmp_path / "captions" / name).num_rows <= 4 for name in names)
-    found = pq.read_table(tmp_path / "captions")["recording_id"].to_pylist()
+    found = read_table(tmp_path / "captions")["recording_id"].to_pylist()
     assert sorted(found) == sorted(f"id{n}" for n in range(95))
 
 
@@ -191,7 +192,7 @@ def test_dead_letters_are_neither_lost_nor_doubled(pairs):
     if fs.exists("/letters"):
         fs.rm("/letters", recursive=True)
     uris = list(write.write_rows(rows, write.DEAD_LETTER_ROWS, output, "dead_letters", "run"))
-    found = [row for uri in uris for row in pq.read_table(fs.open(uri)).to_pylist()]
+    found = [row for uri in uris for row in read_table(uri).to_pylist()]
     assert sorted((row["recording_id"], row["reason"]) for row in found) == sorted(
         {(row.recording_id, row.reason.value) for row in rows}
     )
