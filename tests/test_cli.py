@@ -13,6 +13,10 @@ import soundfile
 from typer.testing import CliRunner
 
 from af3pipe import cli
+from af3pipe.cli import running, tables
+from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.pipelines.accounting import TABLE_SCHEMAS
+from af3pipe.pipelines.compact import DEFAULT_FILE_MIB
 from af3pipe.transforms import panes
 from af3pipe.transforms.write import RECORDINGS, write_folders
 from tests import fixtures_audio as make
@@ -246,7 +250,7 @@ def test_a_terminal_shows_how_far_the_run_is(archive, tmp_path):
 def watched(monkeypatch):
     """What `watch` would start: (job, options for Beam) of each."""
     found = []
-    monkeypatch.setattr(cli, "_watch", lambda job, beam_flags: found.append((job, beam_flags)))
+    monkeypatch.setattr(running, "watch_job", lambda job, beam_flags: found.append((job, beam_flags)))
     return found
 
 
@@ -320,3 +324,23 @@ def test_a_job_file_with_a_wrong_watch_exits_2(tmp_path):
 def test_version_and_help():
     assert run("--version").output.startswith("af3pipe ")
     assert "non-commercial" in run("run", "--help").output
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"], ["compact", "--help"]])
+def test_help_imports_nothing_that_takes_seconds(arguments):
+    """Beam, Arrow and what else a run needs are imported when a command runs."""
+    code = f"import sys; from af3pipe.__main__ import main; sys.argv = ['af3pipe', *{arguments}]; main()"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = {
+        line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "typer" in imported
+    assert imported & {"apache_beam", "pyarrow", "numpy", "fsspec", "huggingface_hub", "torch"} == set()
+
+
+def test_what_help_states_is_so():
+    """The modules that declare options must not import what the values come from."""
+    assert f"the default is {DEFAULT_MODEL}" in run("run", "--help").output
+    assert f"default: {DEFAULT_FILE_MIB}" in run("compact", "--help").output
+    assert list(TABLE_SCHEMAS) == tables._TABLES

@@ -1,30 +1,31 @@
-"""Commands on what runs have written: `af3pipe audit`, `compact` and `export`."""
+"""The commands on what runs have written: `af3pipe audit`, `compact` and `export`.
+
+Each imports what it needs when it runs: the pipelines take seconds to import.
+"""
 
 import json
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from af3pipe import storage
-from af3pipe.pipelines import audit as audits
-from af3pipe.pipelines import compact as compactions
-from af3pipe.pipelines.accounting import TABLE_SCHEMAS
-from af3pipe.pipelines.job import JobError, load_job_values
-from af3pipe.pipelines.view import NotATable, export_latest
-from af3pipe.schemas import Rejected
+from af3pipe.cli.console import OUT, say, stop
+
+if TYPE_CHECKING:
+    from af3pipe.pipelines.audit import Audit
 
 EXIT_WRONG = 1
 EXIT_NO_OUTPUT = 2
 
-_out = Console()
-_err = Console(stderr=True)
+_TABLES = ["captions", "transcripts", "answers", "recordings", "dead_letters"]
 _OUT = typer.Argument(metavar="OUT", help="What --output was: the folder or URL of the tables.")
 
 
 def _set_storage(job_file: str | None) -> str | None:
     if job_file is not None:
+        from af3pipe import storage
+        from af3pipe.pipelines.job import JobError, load_job_values
+
         try:
             storage.set_options(load_job_values(job_file).get("storage_options") or {})
         except (JobError, ValueError) as error:
@@ -33,16 +34,6 @@ def _set_storage(job_file: str | None) -> str | None:
 
 
 _JOB = typer.Option("--job", callback=_set_storage, help="Job file whose storage_options hold for the stores.")
-
-
-def stop(message: str, code: int) -> NoReturn:
-    """Ends the program, saying why."""
-    _err.print(f"af3pipe: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def _say(line: str, style: str | None = None) -> None:
-    _out.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def audit(
@@ -59,9 +50,13 @@ def audit(
     Exit codes: 0 all is right; 1 it is not; 2 OUT holds nothing of af3pipe, or an input cannot be listed. Nothing is
     changed.
     """
+    from af3pipe.pipelines.audit import AuditError
+    from af3pipe.pipelines.audit import audit as audit_output
+    from af3pipe.schemas import Rejected
+
     try:
-        report = audits.audit(output, inputs or [])
-    except (audits.AuditError, Rejected) as error:
+        report = audit_output(output, inputs or [])
+    except (AuditError, Rejected) as error:
         stop(str(error), EXIT_NO_OUTPUT)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
@@ -71,26 +66,26 @@ def audit(
         raise typer.Exit(EXIT_WRONG)
 
 
-def _show(report: audits.Audit) -> None:
+def _show(report: "Audit") -> None:
     table = Table(title="Runs", title_justify="left")
     for title in ("run", "finished", "recordings", "answers", "dead letters"):
         table.add_column(title, overflow="fold")
     for run in report.runs:
         counts = (run.recordings, run.answers, run.dead_letters)
         table.add_row(run.run_id, "yes" if run.finished else "no", *map(_counts, counts))
-    _out.print(table, markup=False)
+    OUT.print(table, markup=False)
     rows = ", ".join(f"{number} in {name}/" for name, number in report.rows.items() if number)
-    _say(f"Rows: {rows or 'none'}, in {sum(report.files.values())} files")
-    _say(f"Recordings now: {sum(report.states.values())} = {_counts(report.states)}")
+    say(f"Rows: {rows or 'none'}, in {sum(report.files.values())} files")
+    say(f"Recordings now: {sum(report.states.values())} = {_counts(report.states)}")
     if report.listed is not None:
-        _say(f"Recordings in the input: {report.listed}")
+        say(f"Recordings in the input: {report.listed}")
     for note in report.notes:
-        _say(f"Note: {note}", style="dim")
+        say(f"Note: {note}", style="dim")
     for problem in report.problems:
-        _say(f"WRONG ({problem.kind}): {problem.number} {problem.what}", style="red")
-        _say(f"  for example {problem.example}")
-        _say(f"  what to do: {problem.advice}")
-    _say("All is right." if report.right else f"{len(report.problems)} things are wrong.")
+        say(f"WRONG ({problem.kind}): {problem.number} {problem.what}", style="red")
+        say(f"  for example {problem.example}")
+        say(f"  what to do: {problem.advice}")
+    say("All is right." if report.right else f"{len(report.problems)} things are wrong.")
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -101,7 +96,7 @@ def compact(
     output: Annotated[str, _OUT],
     file_mib: Annotated[
         int, typer.Option(min=1, help="About how large a file is to be; one of half of it stays as it is.")
-    ] = compactions.DEFAULT_FILE_MIB,
+    ] = 128,
     only_latest: Annotated[
         bool, typer.Option("--latest", help="Drop what no longer holds, too: older rows of each recording.")
     ] = False,
@@ -115,48 +110,58 @@ def compact(
 
     Killed at any point, no row is lost, and the next `af3pipe compact` finishes or undoes it.
     """
+    from af3pipe.pipelines.compact import CompactError
+    from af3pipe.pipelines.compact import compact as compact_output
+    from af3pipe.pipelines.view import NotATable
+    from af3pipe.schemas import Rejected
+    from af3pipe.storage import StorageError
+
     try:
-        done = compactions.compact(
+        done = compact_output(
             output, file_mib=file_mib, only_latest=only_latest, include_unfinished=include_unfinished
         )
-    except (compactions.CompactError, NotATable, Rejected, storage.StorageError) as error:
+    except (CompactError, NotATable, Rejected, StorageError) as error:
         stop(f"nothing was replaced: {error}", EXIT_WRONG)
     if done.recovered:
-        _say(f"{done.recovered} compactions that had been killed are finished or undone")
+        say(f"{done.recovered} compactions that had been killed are finished or undone")
     if done.temporary:
-        _say(f"{done.temporary} temporary files of killed writes are removed")
+        say(f"{done.temporary} temporary files of killed writes are removed")
     if done.compaction_id is None:
-        _say("Nothing to compact")
+        say("Nothing to compact")
     else:
-        _say(f"{done.files_before} files are now {done.files_after}, with {done.rows} rows")
+        say(f"{done.files_before} files are now {done.files_after}, with {done.rows} rows")
     if done.duplicates:
-        _say(
+        say(
             f"{done.duplicates} rows were there twice and are dropped; the newest of each is kept"
             + (f"; {done.differing} of them had differing texts" if done.differing else "")
         )
     if done.superseded:
-        _say(f"{done.superseded} rows held no longer and are dropped")
+        say(f"{done.superseded} rows held no longer and are dropped")
     if done.left_alone:
-        _say(f"{done.left_alone} files are of runs that have not finished, and are left alone")
+        say(f"{done.left_alone} files are of runs that have not finished, and are left alone")
 
 
 def export(
     output: Annotated[str, _OUT],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder or URL for one Parquet file per table.")],
     table: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(TABLE_SCHEMAS)}; all that have rows by default.")
+        list[str] | None, typer.Option(help=f"One of {', '.join(_TABLES)}; all that have rows by default.")
     ] = None,
     job_file: Annotated[str | None, _JOB] = None,
 ) -> None:
     """Write what holds now to TARGET: each table as one Parquet file, without what was superseded."""
-    unknown = sorted(set(table or ()) - set(TABLE_SCHEMAS))
+    unknown = sorted(set(table or ()) - set(_TABLES))
     if unknown:
-        stop(f"--table is {unknown[0]!r}; choose from {', '.join(TABLE_SCHEMAS)}", EXIT_NO_OUTPUT)
+        stop(f"--table is {unknown[0]!r}; choose from {', '.join(_TABLES)}", EXIT_NO_OUTPUT)
+    from af3pipe.pipelines.view import NotATable, export_latest
+    from af3pipe.schemas import Rejected
+    from af3pipe.storage import StorageError
+
     try:
-        written = export_latest(output, target, table or list(TABLE_SCHEMAS))
-    except (NotATable, Rejected, storage.StorageError) as error:
+        written = export_latest(output, target, table or _TABLES)
+    except (NotATable, Rejected, StorageError) as error:
         stop(str(error), EXIT_WRONG)
     if not written:
         stop(f"{output} has no rows to export", EXIT_NO_OUTPUT)
     for uri, rows in written.items():
-        _say(f"{rows} rows in {uri}")
+        say(f"{rows} rows in {uri}")
