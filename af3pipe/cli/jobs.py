@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from af3pipe.cli.flags import takes_job_flags
+from af3pipe.cli.imports import quick_imports
 
 
 def demo(
@@ -18,7 +19,8 @@ def demo(
     One sample is broken and one is longer than the model takes: they show what a dead letter is. The model knows
     forty-odd words and ten sounds, and when told to transcribe what is no speech, it makes words up.
     """
-    from af3pipe.cli import running
+    with quick_imports():
+        from af3pipe.cli import running
 
     running.demo(output)
 
@@ -41,7 +43,8 @@ def run(
 
     Give inputs and options, or a job file with the same words as keys; options win over the file.
     """
-    from af3pipe.cli import running
+    with quick_imports():
+        from af3pipe.cli import running
 
     running.run(inputs or [], flags)
 
@@ -73,7 +76,8 @@ def watch(
     Ctrl-C (or SIGTERM) has it write what it has found, and end; a second one ends it at once. What is not written
     then is asked by the next run or watch into the same output. What that has answered already is not asked again.
     """
-    from af3pipe.cli import running
+    with quick_imports():
+        from af3pipe.cli import running
 
     own = {"every": every, "window": window, "pane_every": pane_every, "stop_after": stop_after}
     given = {key: value for key, value in own.items() if value is not None}
@@ -107,7 +111,8 @@ def redrive(
     Each is asked what its own run was asked, and only what has no answer yet. What succeeds is no dead letter any
     more in what `export` and the views of docs/output.md show; all earlier rows stay.
     """
-    from af3pipe.cli import running
+    with quick_imports():
+        from af3pipe.cli import running
 
     running.redrive(output, context.args, reason or [], stage or [], retryable, change or [], job_file)
 
@@ -122,6 +127,7 @@ def finish(
 
     Ends as `run` would have. While the run goes on, it says what is missing, and nothing is written.
     """
-    from af3pipe.cli import running
+    with quick_imports():
+        from af3pipe.cli import running
 
     running.finish(output, run_id)

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from af3pipe.cli.console import OUT, say, stop
+from af3pipe.cli.imports import quick_imports
 
 if TYPE_CHECKING:
     from af3pipe.pipelines.audit import Audit
@@ -50,9 +51,10 @@ def audit(
     Exit codes: 0 all is right; 1 it is not; 2 OUT holds nothing of af3pipe, or an input cannot be listed. Nothing is
     changed.
     """
-    from af3pipe.pipelines.audit import AuditError
-    from af3pipe.pipelines.audit import audit as audit_output
-    from af3pipe.schemas import Rejected
+    with quick_imports():
+        from af3pipe.pipelines.audit import AuditError
+        from af3pipe.pipelines.audit import audit as audit_output
+        from af3pipe.schemas import Rejected
 
     try:
         report = audit_output(output, inputs or [])
@@ -110,11 +112,12 @@ def compact(
 
     Killed at any point, no row is lost, and the next `af3pipe compact` finishes or undoes it.
     """
-    from af3pipe.pipelines.compact import CompactError
-    from af3pipe.pipelines.compact import compact as compact_output
-    from af3pipe.pipelines.view import NotATable
-    from af3pipe.schemas import Rejected
-    from af3pipe.storage import StorageError
+    with quick_imports():
+        from af3pipe.pipelines.compact import CompactError
+        from af3pipe.pipelines.compact import compact as compact_output
+        from af3pipe.pipelines.view import NotATable
+        from af3pipe.schemas import Rejected
+        from af3pipe.storage import StorageError
 
     try:
         done = compact_output(
@@ -153,9 +156,10 @@ def export(
     unknown = sorted(set(table or ()) - set(_TABLES))
     if unknown:
         stop(f"--table is {unknown[0]!r}; choose from {', '.join(_TABLES)}", EXIT_NO_OUTPUT)
-    from af3pipe.pipelines.view import NotATable, export_latest
-    from af3pipe.schemas import Rejected
-    from af3pipe.storage import StorageError
+    with quick_imports():
+        from af3pipe.pipelines.view import NotATable, export_latest
+        from af3pipe.schemas import Rejected
+        from af3pipe.storage import StorageError
 
     try:
         written = export_latest(output, target, table or _TABLES)
