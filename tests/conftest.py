@@ -1,9 +1,17 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach a hub
+# Before torch and numpy are: tests run side by side, a process for each core, and more threads than cores are in
+# each other's way. The processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Or each of the hundred Python processes that tests start would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import hypothesis
 import pytest
+
+from tests import slow_guard
 
 # No deadline: it would be a timed assertion. CI tries the same examples each time; new ones are looked for elsewhere.
 hypothesis.settings.register_profile(
@@ -22,6 +30,27 @@ def no_pubsub(monkeypatch):
     subscriber.cache_clear()
     yield
     subscriber.cache_clear()
+
+
+# These begin first, so that no process is left with a long one when the other has nothing more to do.
+LONGEST = ("test_flink", "test_parity", "test_flink_watch", "test_watch", "test_pubsub", "test_fuzz", "test_faults")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(slow_guard)
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+def pytest_collection_finish():
+    """Takes all that is imported by now out of what is searched for garbage.
+
+    An engine that is closed collects garbage; to search all objects of Beam, torch and transformers takes a second.
+    """
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
