@@ -8,6 +8,7 @@ import io
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -29,6 +30,12 @@ def sound(seconds: float, rate: int, channels: int = 1, seed: int = 0) -> Sample
     noise = rng.normal(size=(len(times), channels)) * (1 + np.sin(times))[:, None]
     gains = np.linspace(0.1, 0.05, channels)
     return (chord[:, None] * gains + 0.03 * noise).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def encoded(encode: Callable[[Samples, int], bytes], seconds: float, rate: int, channels: int = 1) -> bytes:
+    """`sound` in a file by one of the functions below; made once in a process for all tests that use the same."""
+    return encode(sound(seconds, rate, channels), rate)
 
 
 def wav(samples: Samples, rate: int, subtype: str = "PCM_16") -> bytes:
@@ -118,7 +125,9 @@ def by_program(samples: Samples, rate: int, suffix: str, *options: str) -> bytes
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"made.{suffix}"
-        stored = ["-f", "f32le", "-ar", str(rate), "-ac", str(samples.shape[1]), "-i", "pipe:0"]
+        # With a second input, ffmpeg sleeps 10 ms each time that its short queue of packets is empty.
+        queue = ["-thread_queue_size", "8192"]
+        stored = [*queue, "-f", "f32le", "-ar", str(rate), "-ac", str(samples.shape[1]), "-i", "pipe:0"]
         command = [*_PROGRAM, *stored, *options, str(path)]
         subprocess.run(command, input=np.ascontiguousarray(samples, np.float32).tobytes(), check=True)
         return path.read_bytes()
@@ -147,15 +156,19 @@ def heard_by_program(data: bytes, suffix: str, *options: str, stream: int = 0) -
         return soundfile.read(heard, dtype="float32", always_2d=True)[0]
 
 
-@functools.cache
 def program_encodes(codec: str) -> bool:
     """Whether there is an `ffmpeg` program, and it has that encoder."""
+    return f" {codec} " in _encoders()
+
+
+@functools.cache
+def _encoders() -> str:
     if shutil.which("ffmpeg") is None:
-        return False
-    listed = subprocess.run([*_PROGRAM, "-encoders"], capture_output=True, check=True, text=True).stdout
-    return f" {codec} " in listed
+        return ""
+    return subprocess.run([*_PROGRAM, "-encoders"], capture_output=True, check=True, text=True).stdout
 
 
+@functools.cache
 def picture(size: int) -> bytes:
     """A PNG of at least so many bytes: noise, which does not compress."""
     side = int((size / 3) ** 0.5) + 1

@@ -1,5 +1,6 @@
 """Which channel, which stream; and what a file's name decides where its content does not say what it is."""
 
+import functools
 import io
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from tests import fixtures_audio as make
 
 RATE = 16000
 LIMITS = AudioLimits(sample_rate=RATE, max_samples=4 * RATE, min_samples=480, window_samples=RATE)
-SOUND = make.sound(2, RATE, 2)
 PROMPTS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 
 
@@ -33,22 +33,31 @@ def rejection(data, **asked):
     return caught.value.detail
 
 
-STEREO = {"wav": make.wav(SOUND, RATE, "FLOAT"), "flac": make.flac(SOUND, RATE), "alac": make.alac(SOUND, RATE)}
+ENCODERS = {"wav": lambda samples, rate: make.wav(samples, rate, "FLOAT"), "flac": make.flac, "alac": make.alac}
 
 
-@pytest.mark.parametrize("name", STEREO)
+def sound():
+    return make.sound(2, RATE, 2)
+
+
+def stereo(name):
+    """`sound()` in a file."""
+    return make.encoded(ENCODERS[name], 2, RATE, 2)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize(("channel", "index"), [("left", 0), ("right", 1), (0, 0), ("1", 1)])
 def test_one_channel_is_that_channel_alone(name, channel, index):
-    np.testing.assert_allclose(decoded(STEREO[name], channel=channel), SOUND[:, index], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(decoded(stereo(name), channel=channel), sound()[:, index], rtol=0, atol=1e-4)
 
 
 def test_the_mix_is_the_mean():
-    np.testing.assert_array_equal(decoded(STEREO["wav"], channel="mix"), SOUND.mean(axis=1, dtype=np.float32))
+    np.testing.assert_array_equal(decoded(stereo("wav"), channel="mix"), sound().mean(axis=1, dtype=np.float32))
 
 
-@pytest.mark.parametrize("name", STEREO)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_a_channel_that_is_not_there_is_rejected_with_those_that_are(name):
-    detail = rejection(STEREO[name], channel=2)
+    detail = rejection(stereo(name), channel=2)
     assert (
         detail
         == "Channel 2 was asked for, but the audio has 2 channels, 0 to 1; choose --channel mix or one of these."
@@ -66,30 +75,32 @@ def test_one_channel_is_neither_left_nor_right(channel):
 
 def test_what_is_no_channel_is_a_mistake_of_the_caller():
     with pytest.raises(ValueError, match="channel is 'middle'; it must be mix, left, right"):
-        decoded(STEREO["wav"], channel="middle")
+        decoded(stereo("wav"), channel="middle")
 
 
-TWO_STREAMS = make.two_streams(make.sound(2, RATE), make.sound(3, RATE, 2, seed=1), RATE)
+@functools.cache
+def two_streams():
+    return make.two_streams(make.sound(2, RATE), make.sound(3, RATE, 2, seed=1), RATE)
 
 
 def test_a_stream_is_counted_among_the_audio_streams():
-    assert [probe(io.BytesIO(TWO_STREAMS), stream=number).channels for number in (0, 1)] == [1, 2]
-    np.testing.assert_allclose(decoded(TWO_STREAMS, stream=0), make.sound(2, RATE)[:, 0], rtol=0, atol=1e-4)
+    assert [probe(io.BytesIO(two_streams()), stream=number).channels for number in (0, 1)] == [1, 2]
+    np.testing.assert_allclose(decoded(two_streams(), stream=0), make.sound(2, RATE)[:, 0], rtol=0, atol=1e-4)
     right = make.sound(3, RATE, 2, seed=1)[:, 1]
-    np.testing.assert_allclose(decoded(TWO_STREAMS, stream=1, channel="right"), right, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(decoded(two_streams(), stream=1, channel="right"), right, rtol=0, atol=1e-4)
 
 
 def test_a_stream_that_is_not_there_is_rejected_with_those_that_are():
-    assert "stream 2 was asked for, but the file has 2, 0 to 1" in rejection(TWO_STREAMS, stream=2)
-    assert "stream 1 was asked for, but WAV holds one, number 0" in rejection(STEREO["wav"], stream=1)
-    assert "stream 1 was asked for, but the file has one, number 0" in rejection(STEREO["alac"], stream=1)
-    assert len(decoded(STEREO["wav"], stream=0)) == 2 * RATE
+    assert "stream 2 was asked for, but the file has 2, 0 to 1" in rejection(two_streams(), stream=2)
+    assert "stream 1 was asked for, but WAV holds one, number 0" in rejection(stereo("wav"), stream=1)
+    assert "stream 1 was asked for, but the file has one, number 0" in rejection(stereo("alac"), stream=1)
+    assert len(decoded(stereo("wav"), stream=0)) == 2 * RATE
 
 
 def test_a_recording_carries_its_choice():
     recording = Recording("id", "call.wav", channel="right")
-    (segment,) = read_segments(io.BytesIO(STEREO["wav"]), recording, limits=LIMITS, over_length="dead-letter")
-    np.testing.assert_array_equal(segment.samples, SOUND[:, 1])
+    (segment,) = read_segments(io.BytesIO(stereo("wav")), recording, limits=LIMITS, over_length="dead-letter")
+    np.testing.assert_array_equal(segment.samples, sound()[:, 1])
     assert segment.info.channels == 2
 
 
@@ -104,7 +115,7 @@ def test_audio_whose_channels_change_has_not_the_channel_all_along():
 
 @pytest.mark.parametrize("extension", sorted(HEADERLESS))
 def test_a_file_with_a_header_is_what_it_says_whatever_its_name(extension):
-    for data, codec in ((STEREO["wav"], "float"), (STEREO["flac"], "flac"), (STEREO["alac"], "alac")):
+    for data, codec in ((stereo("wav"), "float"), (stereo("flac"), "flac"), (stereo("alac"), "alac")):
         assert probe(io.BytesIO(data), extension=f".{extension.upper()}").codec == codec
 
 

@@ -23,7 +23,7 @@ from af3pipe.audio.recording import read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Reason, Recording, Rejected, Stage
 from tests import fixtures_audio as make
-from tests.audio.test_decode import FailingFile
+from tests.audio.test_decode import FailingFile, slow
 
 RATE = 16000
 ASKED = Asked(RATE)
@@ -67,11 +67,11 @@ def processes(pool):
 
 
 @pytest.mark.parametrize(
-    "encode", [make.wav, make.flac, make.mp3, make.mp3_without_length, make.ogg, make.m4a, make.adts]
+    "encode", [make.wav, make.mp3, *slow(make.flac, make.mp3_without_length, make.ogg, make.m4a, make.adts)]
 )
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_equals_decoding_in_process(pool, encode, where, tmp_path):
-    data = encode(make.sound(33.3, 44100, 2), 44100)
+    data = make.encoded(encode, 33.3, 22050, 2)
     (tmp_path / "file").write_bytes(data)
     for asked in ({}, {"offset_s": 3.7, "duration_s": 21.5}):
         expected = list(decode(io.BytesIO(data), sample_rate=RATE, **asked))
@@ -139,7 +139,7 @@ CRASHES = {
     "take_memory_natively": "died of SIGSEGV",
     "exit_quietly": "ended with exit status 3",
 }
-HANGS = ["loop", "loop_in_c", "ignore_signals", "read_for_ever"]
+HANGS = ["loop_in_c", *slow("loop", "ignore_signals", "read_for_ever")]
 
 
 @pytest.mark.parametrize("name", CRASHES)
@@ -163,7 +163,7 @@ def test_a_hang_costs_one_recording(hostile, name):
     ("name", "reason"),
     [
         ("segfault", Reason.DECODER_CRASHED),
-        ("loop", Reason.DECODE_TIMEOUT),
+        pytest.param("loop", Reason.DECODE_TIMEOUT, marks=pytest.mark.slow),
         ("take_memory", Reason.OUT_OF_MEMORY),
     ],
 )
@@ -202,9 +202,16 @@ def test_who_was_there_before_is_not_blamed_on_the_next(hostile):
     assert processes(hostile) != before
 
 
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize(("name", "reason"), [("loop", Reason.DECODE_TIMEOUT), ("segfault", Reason.DECODER_CRASHED)])
-def test_what_happens_while_a_recording_is_closed_is_not_the_next_one_s(whole, name, reason):
+@pytest.mark.parametrize(
+    ("name", "reason", "whole"),
+    [
+        ("segfault", Reason.DECODER_CRASHED, True),
+        ("segfault", Reason.DECODER_CRASHED, False),
+        pytest.param("loop", Reason.DECODE_TIMEOUT, True, marks=pytest.mark.slow),
+        pytest.param("loop", Reason.DECODE_TIMEOUT, False, marks=pytest.mark.slow),
+    ],
+)
+def test_what_happens_while_a_recording_is_closed_is_not_the_next_one_s(name, reason, whole):
     with DecoderPool(QUICK, decoder="tests.audio.hostile:at_close") as pool:
         decoded(pool, io.BytesIO(command("")))
         if whole:
@@ -321,7 +328,7 @@ def test_an_unexpected_error_brings_its_traceback(hostile):
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_an_error_of_the_store_is_raised_as_it_is(pool, share):
     error = Rejected(Stage.READ, Reason.UNREADABLE, "gone")
-    file = FailingFile(make.wav(make.sound(40, 44100), 44100), share, error)
+    file = FailingFile(make.encoded(make.wav, 40, 44100), share, error)
     with pytest.raises(Rejected) as caught:
         decoded(pool, file)
     assert caught.value is error
@@ -338,8 +345,9 @@ def test_a_slow_store_is_no_slow_decoder(hostile):
 
 def test_a_consumer_may_take_its_time(hostile):
     with hostile.open(io.BytesIO(WAV), ASKED) as decoding:
-        for _ in decoding.blocks():
-            time.sleep(0.6)
+        for number, _ in enumerate(decoding.blocks()):
+            if number == 1:
+                time.sleep(1.2)  # more than a step may take
 
 
 def test_a_gzip_file_is_read_as_what_it_holds(pool, tmp_path):
@@ -371,7 +379,7 @@ def test_where_no_process_can_be_started_nobody_else_is_blamed(monkeypatch):
         decoded(pool, io.BytesIO(WAV))
 
 
-@pytest.mark.parametrize("name", ["", "loop"])
+@pytest.mark.parametrize("name", ["", *slow("loop")])
 def test_a_decoder_process_does_not_outlive_its_parent(name, tmp_path):
     script = f"""
         import io, os, threading, time
@@ -383,9 +391,14 @@ def test_a_decoder_process_does_not_outlive_its_parent(name, tmp_path):
         with pool.open(io.BytesIO(data), Asked(16000)) as decoding:
             list(decoding.blocks())
         print(pool._idle[0]._process.pid, flush=True)
+        process = pool._idle[0]._process
+        used = lambda: int(open(f"/proc/{{process.pid}}/stat").read().rpartition(")")[2].split()[11])
+        before = used()
         hostile = io.BytesIO({name!r}.encode().ljust(32, b"\\0") + data)
-        threading.Thread(target=lambda: pool.open(hostile, Asked(16000)).__enter__(), daemon=True).start()
-        time.sleep(0.3)
+        opening = threading.Thread(target=lambda: pool.open(hostile, Asked(16000)).__enter__(), daemon=True)
+        opening.start()
+        while opening.is_alive() and used() < before + 20:  # it is open, or in the loop for 0.2 s
+            time.sleep(0.01)
         os.kill(os.getpid(), 9)
     """
     (tmp_path / "good").write_bytes(WAV)
@@ -414,9 +427,10 @@ def test_a_thread_that_ends_leaves_its_process_to_the_others(pool):
     assert len(decoded(pool, io.BytesIO(WAV))) == 25 * RATE
 
 
-def test_of_many_that_were_open_at_once_a_few_are_kept():
+def test_of_many_that_were_open_at_once_a_few_are_kept(monkeypatch):
+    monkeypatch.setattr(guard, "_MOST_IDLE", 2)
     with DecoderPool() as pool:
-        taken = [pool.take(new=True) for _ in range(guard._MOST_IDLE + 2)]
+        taken = [pool.take(new=True) for _ in range(guard._MOST_IDLE + 1)]
         for process in taken:
             pool.give_back(process)
         assert len(pool._idle) == guard._MOST_IDLE

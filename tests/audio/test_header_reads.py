@@ -21,8 +21,6 @@ from tests.audio.formats import FORMATS
 
 RATE = 16000
 LIMITS = AudioLimits(sample_rate=RATE, max_samples=600 * RATE, min_samples=480, window_samples=30 * RATE)
-MINUTE = make.sound(60, 44100, 2)
-SILENCE = np.zeros((11 * 60 * 44100, 1), np.float32)
 
 
 class CountingFile(io.BytesIO):
@@ -39,16 +37,20 @@ def long(name, minutes, *options):
     found = FORMATS[name]
     if not make.program_encodes(found.encoder or "flac"):
         pytest.skip(f"needs an ffmpeg program that encodes {found.encoder}")
-    return make.repeated(found.encode(MINUTE, 44100), found.extension, minutes, *options)
+    return make.repeated(make.encoded(found.encode, 60, 44100), found.extension, minutes, *options)
+
+
+def silence(encode):
+    """11 minutes."""
+    return encode(np.zeros((11 * 60 * 8000, 1), np.float32), 8000)
 
 
 def written(container):
-    return lambda: make.by_libsndfile(SILENCE, 44100, container, "PCM_16")
+    return lambda: silence(lambda samples, rate: make.by_libsndfile(samples, rate, container, "PCM_16"))
 
 
-def with_cover(name):
-    minutes = {"mp3 vbr": lambda: long("mp3 vbr", 11), "flac": lambda: make.flac(SILENCE, 44100)}[name]
-    return lambda: make.id3(make.picture(8 << 20)) + minutes()
+def with_cover(minutes):
+    return make.id3(make.picture(8 << 20)) + minutes
 
 
 # Name of the format and what is special: how it is made, and its minutes.
@@ -58,10 +60,10 @@ STATED = {
     "aiff": (written("AIFF"), 11),
     "au": (written("AU"), 11),
     "caf": (written("CAF"), 11),
-    "flac behind a tag with a cover": (with_cover("flac"), 11),
+    "flac behind a tag with a cover": (lambda: with_cover(silence(make.flac)), 11),
     "flac with a cover of its own": (lambda: flac_with_cover(), 11),
     "mp3 with a Xing header": (lambda: long("mp3 vbr", 11), 11),
-    "mp3 with a cover in front": (with_cover("mp3 vbr"), 11),
+    "mp3 with a cover in front": (lambda: with_cover(long("mp3 vbr", 11)), 11),
     "m4a, index at the end": (lambda: long("m4a", 60), 60),
     "m4a, index in front": (lambda: long("m4a", 60, "-movflags", "faststart"), 60),
     "mp4 video, index at the end": (lambda: long("mp4", 11), 11),
@@ -78,13 +80,20 @@ STATED = {
 
 def flac_with_cover():
     """As `metaflac --import-picture-from` leaves it: a block of PICTURE between STREAMINFO and the rest."""
-    data = make.flac(SILENCE, 44100)
+    data = silence(make.flac)
     cover = make.picture(8 << 20)
     block = bytes(4 + 4 + 4 + 16) + len(cover).to_bytes(4, "big") + cover
     return data[:42] + b"\x06" + len(block).to_bytes(3, "big") + block + data[42:]
 
 
-@pytest.mark.parametrize("name", STATED)
+SLOW = {"mp4 video, index at the end", "mkv video", "webm", "ogg flac", "alac", "caf alac", "video of three hours"}
+
+
+def marked(names):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
+@pytest.mark.parametrize("name", marked(STATED))
 def test_at_most_a_mebibyte_tells_the_length(name):
     make_data, minutes = STATED[name]
     file = CountingFile(make_data())
@@ -101,12 +110,12 @@ def test_at_most_a_mebibyte_tells_the_length(name):
 
 LARGE_INDEX = {
     "three hours": (lambda: long("m4a", 180), 10800),
-    "a cover in the index": (lambda: with_cover_inside(11), 660),
+    "a cover in the index": (lambda: with_cover_inside(), 660),
     "video of three hours": (lambda: long("mp4", 180), 10800),
 }
 
 
-def with_cover_inside(minutes):
+def with_cover_inside():
     """As FFmpeg and iTunes write it: the picture is in the index."""
     if not make.program_encodes("aac"):
         pytest.skip("needs the ffmpeg program")
@@ -114,10 +123,10 @@ def with_cover_inside(minutes):
         cover = Path(folder) / "cover.png"
         cover.write_bytes(make.picture(6 << 20))
         mapped = ("-i", str(cover), "-map", "0", "-map", "1", "-c:v", "copy", "-disposition:v", "attached_pic")
-        return make.by_program(SILENCE[: minutes * 60 * 44100], 44100, "m4a", *mapped, "-c:a", "aac")
+        return silence(lambda samples, rate: make.by_program(samples, rate, "m4a", *mapped, "-c:a", "aac"))
 
 
-@pytest.mark.parametrize("name", LARGE_INDEX)
+@pytest.mark.parametrize("name", marked(LARGE_INDEX))
 def test_an_mp4_is_too_long_before_its_index_is_read(name):
     make_data, seconds = LARGE_INDEX[name]
     file = CountingFile(make_data())
@@ -178,8 +187,16 @@ def test_a_cover_changes_no_sample():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("adts", ()), ("mp3 vbr bare", ("-write_xing", "0", "-id3v2_version", "0")), ("ts", ())],
-    ids=["adts", "mp3 without Xing", "mpeg-ts"],
+    [
+        pytest.param("adts", (), id="adts"),
+        pytest.param(
+            "mp3 vbr bare",
+            ("-write_xing", "0", "-id3v2_version", "0"),
+            id="mp3 without Xing",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("ts", (), id="mpeg-ts", marks=pytest.mark.slow),
+    ],
 )
 def test_where_only_decoding_tells_it_stops_at_the_cap(name, options):
     file = CountingFile(long(name, 60, *options))

@@ -18,29 +18,39 @@ class CountingFile(io.BytesIO):
         return data
 
 
+def wav_u8(samples, rate):
+    return make.wav(samples, rate, "PCM_U8")
+
+
+def opus(samples, rate):
+    return make.ogg(samples, rate, "OPUS")
+
+
+def long_video(samples, rate):
+    return make.mkv_video(samples, rate, video_s=4)
+
+
+# How it is made: encoder, seconds, rate, channels.
 MADE = {
-    "wav": (make.wav(make.sound(2, 8000, 2), 8000), AudioInfo(2.0, 8000, 2, "pcm_16", "soundfile")),
-    "wav_u8": (make.wav(make.sound(2, 8000), 8000, "PCM_U8"), AudioInfo(2.0, 8000, 1, "pcm_u8", "soundfile")),
-    "flac": (make.flac(make.sound(2, 44100, 6), 44100), AudioInfo(2.0, 44100, 6, "flac", "soundfile")),
-    "mp3": (make.mp3(make.sound(2, 22050), 22050), AudioInfo(2.0, 22050, 1, "mp3", "pyav")),
-    "mp3_without_length": (
-        make.mp3_without_length(make.sound(2, 44100, 2), 44100),
-        AudioInfo(None, 44100, 2, "mp3", "pyav"),
-    ),
-    "ogg": (make.ogg(make.sound(2, 48000, 2), 48000), AudioInfo(2.0, 48000, 2, "vorbis", "pyav")),
-    "opus": (make.ogg(make.sound(2, 48000), 48000, "OPUS"), AudioInfo(2.0065, 48000, 1, "opus", "pyav")),
-    "m4a": (make.m4a(make.sound(2, 44100, 2), 44100), AudioInfo(2.0, 44100, 2, "aac", "pyav")),
-    "adts": (make.adts(make.sound(2, 44100), 44100), AudioInfo(None, 44100, 1, "aac", "pyav")),
-    "webm": (make.webm(make.sound(2, 48000)), AudioInfo(2.008, 48000, 1, "opus", "pyav")),
-    "mp4": (make.mp4_video(make.sound(1.5, 44100)), AudioInfo(1.5, 44100, 1, "aac", "pyav")),
-    "mkv": (make.mkv_video(make.sound(1.5, 44100), video_s=4), AudioInfo(1.5, 44100, 1, "aac", "pyav")),
+    "wav": ((make.wav, 2, 8000, 2), AudioInfo(2.0, 8000, 2, "pcm_16", "soundfile")),
+    "wav_u8": ((wav_u8, 2, 8000), AudioInfo(2.0, 8000, 1, "pcm_u8", "soundfile")),
+    "flac": ((make.flac, 2, 44100, 6), AudioInfo(2.0, 44100, 6, "flac", "soundfile")),
+    "mp3": ((make.mp3, 2, 22050), AudioInfo(2.0, 22050, 1, "mp3", "pyav")),
+    "mp3_without_length": ((make.mp3_without_length, 2, 44100, 2), AudioInfo(None, 44100, 2, "mp3", "pyav")),
+    "ogg": ((make.ogg, 2, 48000, 2), AudioInfo(2.0, 48000, 2, "vorbis", "pyav")),
+    "opus": ((opus, 2, 48000), AudioInfo(2.0065, 48000, 1, "opus", "pyav")),
+    "m4a": ((make.m4a, 2, 44100, 2), AudioInfo(2.0, 44100, 2, "aac", "pyav")),
+    "adts": ((make.adts, 2, 44100), AudioInfo(None, 44100, 1, "aac", "pyav")),
+    "webm": ((make.webm, 2, 48000), AudioInfo(2.008, 48000, 1, "opus", "pyav")),
+    "mp4": ((make.mp4_video, 1.5, 44100), AudioInfo(1.5, 44100, 1, "aac", "pyav")),
+    "mkv": ((long_video, 1.5, 44100), AudioInfo(1.5, 44100, 1, "aac", "pyav")),
 }
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_the_header_tells_rate_channels_codec_and_the_length_of_the_sound(name):
-    data, expected = MADE[name]
-    info = probe(io.BytesIO(data))
+    how, expected = MADE[name]
+    info = probe(io.BytesIO(make.encoded(*how)))
     assert info._replace(duration_s=None) == expected._replace(duration_s=None)
     if expected.duration_s is None:
         assert info.duration_s is None
@@ -50,7 +60,7 @@ def test_the_header_tells_rate_channels_codec_and_the_length_of_the_sound(name):
 
 @pytest.mark.parametrize("encode", [make.wav, make.flac, make.mp3, make.ogg, make.m4a])
 def test_probing_reads_the_header_and_not_the_body(encode):
-    file = CountingFile(encode(make.sound(120, 16000), 16000))
+    file = CountingFile(make.encoded(encode, 120, 16000))
     probe(file)
     assert file.bytes_read < 0.35 * len(file.getvalue())
 
@@ -63,20 +73,20 @@ def test_the_size_that_a_streaming_writer_puts_into_a_wav_is_no_statement(size):
 
 
 @pytest.mark.parametrize(
-    ("data", "reason", "words"),
+    ("made", "reason", "words"),
     [
-        (b"", Reason.EMPTY_FILE, "0 bytes"),
-        (b"This is not audio, whatever its name says.\n" * 50, Reason.UNSUPPORTED_FORMAT, "2150 bytes"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", Reason.UNSUPPORTED_FORMAT, "44 bytes"),
-        (b"\xff", Reason.UNSUPPORTED_FORMAT, "(1 bytes)"),
-        (bytes(30_000), Reason.UNSUPPORTED_FORMAT, "30000 bytes"),
-        (make.mp4_video(None), Reason.NO_AUDIO_STREAM, "video"),
+        (lambda: b"", Reason.EMPTY_FILE, "0 bytes"),
+        (lambda: b"This is not audio, whatever its name says.\n" * 50, Reason.UNSUPPORTED_FORMAT, "2150 bytes"),
+        (lambda: b"<!DOCTYPE html><html><body>404</body></html>", Reason.UNSUPPORTED_FORMAT, "44 bytes"),
+        (lambda: b"\xff", Reason.UNSUPPORTED_FORMAT, "(1 bytes)"),
+        (lambda: bytes(30_000), Reason.UNSUPPORTED_FORMAT, "30000 bytes"),
+        (lambda: make.mp4_video(None), Reason.NO_AUDIO_STREAM, "video"),
     ],
     ids=["empty", "text", "html", "one byte", "zeros", "video without sound"],
 )
-def test_what_is_no_audio_is_rejected_with_the_reason(data, reason, words):
+def test_what_is_no_audio_is_rejected_with_the_reason(made, reason, words):
     with pytest.raises(Rejected) as caught:
-        probe(io.BytesIO(data))
+        probe(io.BytesIO(made()))
     assert (caught.value.stage, caught.value.reason) == (Stage.PROBE, reason)
     assert words in caught.value.detail
 
@@ -123,6 +133,6 @@ def test_a_playlist_does_not_make_ffmpeg_open_other_files(tmp_path, monkeypatch)
 
 
 def test_the_file_stays_open():
-    file = io.BytesIO(MADE["wav"][0])
+    file = io.BytesIO(make.encoded(make.wav, 2, 8000))
     probe(file)
     assert not file.closed

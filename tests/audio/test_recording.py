@@ -1,6 +1,5 @@
 import io
 
-import librosa
 import numpy as np
 import pytest
 
@@ -10,6 +9,7 @@ from af3pipe.audio.recording import read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.schemas import Reason, Recording, Rejected, Stage
 from tests import fixtures_audio as make
+from tests.audio import as_librosa
 
 RATE = 16000
 LIMITS = AudioLimits(sample_rate=RATE, max_samples=4 * RATE, min_samples=480, window_samples=RATE)
@@ -47,7 +47,7 @@ LONG = make.wav(make.sound(10.5, 44100), 44100)
 @pytest.mark.parametrize("encode", [make.wav, make.flac, make.mp3, make.ogg, make.m4a])
 @pytest.mark.parametrize("rate", [16000, 44100])
 def test_a_recording_exactly_at_the_cap_is_one_whole_segment(policy, encode, rate):
-    [found] = segments(encode(make.sound(4, rate), rate), policy)
+    [found] = segments(make.encoded(encode, 4, rate), policy)
     assert bounds([found]) == [(0, 0.0, 4.0, True)]
     assert found.samples.shape == (4 * RATE,)
     assert found.info.duration_s == pytest.approx(4.0, abs=0.03)
@@ -55,7 +55,7 @@ def test_a_recording_exactly_at_the_cap_is_one_whole_segment(policy, encode, rat
 
 @pytest.mark.parametrize("encode", [make.wav, make.flac, make.mp3, make.m4a])
 def test_over_length_is_known_before_the_body_is_read(encode):
-    file = CountingFile(encode(make.sound(120, 16000), 16000))
+    file = CountingFile(make.encoded(encode, 120, 16000))
     with pytest.raises(Rejected) as caught:
         next(read_segments(file, Recording("id", "file"), limits=LIMITS, over_length="dead-letter"))
     assert (caught.value.stage, caught.value.reason) == (Stage.PROBE, Reason.TOO_LONG)
@@ -67,7 +67,7 @@ def test_over_length_is_known_before_the_body_is_read(encode):
 
 @pytest.mark.parametrize("encode", [make.mp3_without_length, make.adts])
 def test_over_length_that_no_header_states_stops_the_decoding_at_the_cap(encode):
-    file = CountingFile(encode(make.sound(120, 44100), 44100))
+    file = CountingFile(make.encoded(encode, 80, 44100))
     with pytest.raises(Rejected) as caught:
         list(read_segments(file, Recording("id", "file"), limits=LIMITS, over_length="dead-letter"))
     assert (caught.value.stage, caught.value.reason) == (Stage.DECODE, Reason.TOO_LONG)
@@ -168,7 +168,7 @@ def test_split_gives_what_lies_before_the_break_and_then_says_so():
 def test_samples_beyond_full_scale_are_passed_on_as_they_are(rate):
     data = make.wav(8 * make.sound(2, rate, 2), rate, "FLOAT")
     [found] = segments(data, "dead-letter")
-    expected, _ = librosa.load(io.BytesIO(data), sr=RATE, mono=True)
+    expected = as_librosa.load(data, RATE)
     assert np.abs(expected).max() > 1.5
     np.testing.assert_allclose(found.samples, expected, rtol=0, atol=1e-5)
     assert found.levels == measure(found.samples)

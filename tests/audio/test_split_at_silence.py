@@ -1,5 +1,6 @@
 """Where real speech is cut: in its pauses."""
 
+import functools
 import importlib.resources
 import io
 from pathlib import Path
@@ -33,6 +34,7 @@ def cuts(found):
     return [segment.start_s for segment in found[1:]]
 
 
+@functools.cache
 def human_word(number):
     """One digit as a woman says it, without the silence around it."""
     samples, rate = soundfile.read(str(HUMAN / f"{number}.wav"), dtype="float32")
@@ -58,7 +60,7 @@ def cut_in_two(words, found):
 
 
 @pytest.mark.skipif(not HUMAN.exists(), reason="needs Debian's asterisk-core-sounds-en-wav")
-@pytest.mark.parametrize("encode", [make.flac, make.mp3])
+@pytest.mark.parametrize("encode", [make.flac, pytest.param(make.mp3, marks=pytest.mark.slow)])
 def test_no_word_of_a_human_voice_is_cut(encode):
     rng = np.random.default_rng(1)
     words = [human_word(number) for number in rng.integers(0, 10, 400)]
@@ -70,6 +72,7 @@ def test_no_word_of_a_human_voice_is_cut(encode):
     assert all(25 <= segment.audio_s <= 30 for segment in found[:-1])
 
 
+@functools.cache
 def demo_speech():
     """The speech among the demo's clips, as it is in them: pauses between words, and consonants that stop."""
     clips = importlib.resources.files("af3pipe.demo") / "clips"
@@ -88,7 +91,7 @@ def test_synthetic_speech_is_cut_where_nothing_is_heard():
 
 @pytest.mark.parametrize("tolerance_s", [0.0, 5.0, 1000.0, float("inf")])
 def test_whatever_is_cut_joins_to_the_whole(tolerance_s):
-    data = make.flac(make.sound(100, 44100, 2), 44100)
+    data = make.encoded(make.flac, 100, 44100)
     found = segments(data, tolerance_s)
     whole = np.concatenate(list(decode(io.BytesIO(data), sample_rate=RATE)))
     np.testing.assert_array_equal(np.concatenate([segment.samples for segment in found]), whole)
