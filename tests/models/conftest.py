@@ -1,18 +1,31 @@
 import importlib.resources
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 
-from af3pipe.models import EngineOptions, open_engine
+from af3pipe.models import EngineOptions
 from af3pipe.models.oracle import Oracle
+from benchmarks.contenders import Loaded, open_ours
 from tests.checkpoints import tiny_audio_flamingo, tiny_music_flamingo
 
-torch.set_num_threads(2)
-
 RATE = 16_000
+ORACLES = {"demo": "demo_oracle", "af3": "af3_oracle", "mf": "mf_oracle"}  # by the names of their checkpoints
+
+
+def wait_until(true, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def somebody_waits_for(condition):
+    """Whether a thread is blocked in this threading.Condition."""
+    with condition:
+        return bool(condition._waiters)
 
 
 def clip(name):
@@ -61,12 +74,20 @@ def mf_oracle(tiny_mf):
 
 @pytest.fixture
 def open_model(request):
-    """Opens engines that are closed when the test ends; on the CPU, where the oracle is, but for tests of a GPU."""
+    """Opens engines that are closed when the test ends; on the CPU, where the oracle is, but for tests of a GPU.
+
+    On the CPU their weights are those that the oracle of the same checkpoint has loaded, where it has one.
+    """
     engines = []
     device = "cuda" if request.node.get_closest_marker("gpu") else "cpu"
 
-    def open_(model, **options):
-        engines.append(open_engine(EngineOptions(str(model), **({"device": device} | options))))
+    def open_(model, **changes):
+        options = EngineOptions(str(model), **({"device": device} | changes))
+        loaded = None
+        if options.device == "cpu" and (name := ORACLES.get(Path(model).name)):
+            oracle = request.getfixturevalue(name)
+            loaded = Loaded(oracle.model, oracle.processor)
+        engines.append(open_ours(options, loaded))
         return engines[-1]
 
     yield open_

@@ -14,8 +14,9 @@ from af3pipe.models import ModelError
 from af3pipe.models.devices import claim, is_device_lost, is_out_of_memory, open_device, open_devices
 
 CLAIM = """
-import os, subprocess, sys, time
+import os, subprocess, sys, time, types
 from pathlib import Path
+sys.modules["torch"] = types.SimpleNamespace(device=object)  # takes seconds to import, and a claim needs none of it
 from af3pipe.models.devices import claim
 print("ready", flush=True)
 sys.stdin.readline()

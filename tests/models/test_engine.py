@@ -3,7 +3,6 @@
 import gc
 import sys
 import threading
-import time
 import traceback
 import weakref
 
@@ -25,7 +24,7 @@ from af3pipe.models import (
 from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.slots import Slots
 from af3pipe.schemas import Decoding, Reason, Rejected, Request, Stage, Task, Turn
-from tests.models.conftest import clip, sounds
+from tests.models.conftest import clip, somebody_waits_for, sounds, wait_until
 
 CAPTION = resolve(caption(max_new_tokens=6), "AudioFlamingo3")
 LONG = CAPTION._replace(decoding=Decoding(max_new_tokens=2000, min_new_tokens=2000))
@@ -272,9 +271,12 @@ def test_steps_are_captured_and_answer_the_same(open_model, tiny_af3, monkeypatc
 
 
 def test_a_lost_device_fails_everything_and_the_engine(open_model, tiny_af3, monkeypatch):
-    poison_steps(monkeypatch, lambda at: True, lambda: RuntimeError("CUDA error: an illegal memory access"))
+    all_asked = threading.Event()
+    lost = RuntimeError("CUDA error: an illegal memory access")
+    poison_steps(monkeypatch, lambda at: all_asked.wait(60), lambda: lost)
     engine = open_model(tiny_af3)
     futures = [engine.submit(Request(sounds(1, seed=i), (CAPTION,))) for i in range(3)]
+    all_asked.set()
     for future in futures:
         with pytest.raises(EngineFailed, match=r"lost.*illegal memory access"):
             future.result(timeout=60)
@@ -291,22 +293,6 @@ def test_a_bug_in_the_loop_leaves_nobody_waiting(open_model, tiny_af3, monkeypat
         engine.submit(Request(sounds(1), (CAPTION,)))
 
 
-def test_close_answers_or_fails_everything_at_once(open_model, tiny_af3):
-    engine = open_model(tiny_af3, slots=2)
-    futures = [engine.submit(Request(sounds(1, seed=i), (LONG,))) for i in range(5)]
-    deadline = time.monotonic() + 30
-    while not futures[0].running() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)  # into the decoding of the first ones
-    began = time.monotonic()
-    engine.close()
-    assert time.monotonic() - began < 10, "close waited for 2000 tokens"
-    assert all(isinstance(future.exception(timeout=0), EngineFailed) for future in futures)
-    with pytest.raises(EngineFailed, match="closed"):
-        engine.submit(Request(sounds(1), (CAPTION,)))
-    engine.close()
-
-
 def hold_steps(monkeypatch):
     """Steps wait for `go_on`; `begun` is set by the first."""
     begun, go_on, step = threading.Event(), threading.Event(), Slots.step
@@ -318,6 +304,24 @@ def hold_steps(monkeypatch):
 
     monkeypatch.setattr(Slots, "step", wait_and_step)
     return begun, go_on
+
+
+def test_close_fails_everything_after_the_step_under_way(open_model, tiny_af3, monkeypatch):
+    begun, go_on = hold_steps(monkeypatch)
+    engine = open_model(tiny_af3, slots=2)
+    futures = [engine.submit(Request(sounds(1, seed=i), (LONG,))) for i in range(5)]
+    assert begun.wait(60)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    wait_until(lambda: not engine.is_open)
+    go_on.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert engine.take_stats().steps == 1, "it takes 2000 to answer them"
+    assert all(isinstance(future.exception(timeout=0), EngineFailed) for future in futures)
+    with pytest.raises(EngineFailed, match="closed"):
+        engine.submit(Request(sounds(1), (CAPTION,)))
+    engine.close()
 
 
 def test_a_cancelled_request_is_not_worked_on(open_model, tiny_af3, monkeypatch):
@@ -345,7 +349,7 @@ def test_submit_blocks_while_this_thread_has_enough_waiting(open_model, tiny_af3
     feeder = threading.Thread(target=feed)
     feeder.start()
     assert begun.wait(60)
-    time.sleep(1)
+    wait_until(lambda: somebody_waits_for(engine._queue._changed))  # the feeder: the engine's thread is in its step
     in_slots = len(engine._working)  # one, if the second came when the step had begun
     assert in_slots in (1, 2)
     assert len(futures) == in_slots + 4, "twice as many wait as there are slots"
@@ -444,8 +448,10 @@ def test_a_constraint_that_cannot_be_used_ends_the_job(open_model, tiny_af3):
         open_model(tiny_af3).submit(Request(sounds(1), (task,))).result(timeout=60)
 
 
-def test_the_demo_engine_says_what_it_is(open_model):
-    info = open_model("demo").info
+def test_the_demo_engine_says_what_it_is():
+    engine = open_engine(EngineOptions("demo"))
+    info = engine.info
+    engine.close()
     assert (info.model_id, info.family, info.engine) == ("demo", "AudioFlamingo3", "transformers")
     assert info.model_revision.startswith("sha256:")
     if not torch.cuda.is_available():

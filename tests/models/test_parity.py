@@ -1,5 +1,6 @@
 """Batched answers equal single answers: the engine against stock processor and stock generate, token for token."""
 
+import functools
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +20,20 @@ from tests.models.conftest import RATE, clip, sounds
 # Around the window's edges, and a second window of 1, 2, 3 and 4 mel frames: 0, 0, 1 and 1 audio tokens.
 EDGES = [29.97, 29.99, 30.0, 30.01, 30.02, 30.025, 30.04, 59.99, 60.0, 60.01, 89.99, 90.01]
 LENGTHS = [0.021, 0.3, 0.5, 1.0, 2.5, 5.0, 12.0, *EDGES, 45.0, 95.0]
+# A window that is hardly begun, one that is not full, and either side of each number of audio tokens at an edge.
+SOME_LENGTHS = [0.021, 2.5, 29.99, 30.01, 30.025, 60.01]
+SLOW = pytest.mark.slow
 SOUNDS = ["ticking", "siren", "beeps", "white noise", "rising sweep"]
+# What the demo model says of its clips, and the word that says it in a transcript or a choice.
+HEARD = {
+    "digits_seven_three_one": ('A voice says "seven three one".', "seven three one"),
+    "command_open_door": ('A voice says "open door".', "open door"),
+    "siren": ("A siren wailing up and down.", "siren"),
+    "ticking": ("A regular ticking sound.", "ticking"),
+    "beeps_three_low": ("Three short low beeps.", "beeps"),
+    "white_noise": ("Steady white noise.", "white noise"),
+    "rising_tone": ("A tone sweeping upwards.", "rising sweep"),
+}
 
 
 def ask_all(engine, requests, seed=0):
@@ -48,21 +62,22 @@ def all_tasks(family, i):
     return tuple(resolve(task, family) for task in tasks[i % 3 : i % 3 + 1 + i % 2])
 
 
-def test_demo_model_hears_and_batches_answer_the_same(demo_oracle, open_model):
-    heard = {
-        "digits_seven_three_one": ('A voice says "seven three one".', "seven three one"),
-        "command_open_door": ('A voice says "open door".', "open door"),
-        "siren": ("A siren wailing up and down.", "siren"),
-        "ticking": ("A regular ticking sound.", "ticking"),
-        "beeps_three_low": ("Three short low beeps.", "beeps"),
-        "white_noise": ("Steady white noise.", "white noise"),
-        "rising_tone": ("A tone sweeping upwards.", "rising sweep"),
-    }
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(
+            ["digits_seven_three_one", "siren", "beeps_three_low"], marks=pytest.mark.representative, id="some"
+        ),
+        pytest.param(list(HEARD), marks=SLOW, id="all"),
+    ],
+)
+def test_demo_model_hears_and_batches_answer_the_same(demo_oracle, open_model, names):
     question = answer("What is the main sound? Choose the correct option:", SOUNDS)
     tasks = tuple(resolve(task, "AudioFlamingo3") for task in (caption(), transcript(), question))
-    requests = [Request(clip(name), tasks) for name in heard]
+    requests = [Request(clip(name), tasks) for name in names]
     engine = open_model("demo", slots=8)
-    for request, replies, (described, named) in zip(requests, ask_all(engine, requests), heard.values(), strict=True):
+    for name, request, replies in zip(names, requests, ask_all(engine, requests), strict=True):
+        described, named = HEARD[name]
         assert_equal(demo_oracle, request, replies)
         assert {reply.finish_reason for reply in replies} == {"stop"}
         assert replies[0].text == described
@@ -76,6 +91,7 @@ def test_asking_alone(demo_oracle):
         ask_alone("demo", clip("siren"), caption())
 
 
+@SLOW
 def test_demo_model_at_all_lengths(demo_oracle, open_model):
     speech = np.concatenate(
         [clip("digits_seven_three_one"), clip("siren"), clip("command_open_door"), clip("ticking")]
@@ -88,17 +104,19 @@ def test_demo_model_at_all_lengths(demo_oracle, open_model):
         assert_equal(demo_oracle, request, replies)
 
 
-def test_random_audio_flamingo(af3_oracle, open_model, tiny_af3):
-    requests = [Request(sounds(s, seed=i), all_tasks("AudioFlamingo3", i)) for i, s in enumerate(LENGTHS)]
+@pytest.mark.parametrize("lengths", [SOME_LENGTHS, pytest.param(LENGTHS, marks=SLOW)], ids=["some", "all"])
+def test_random_audio_flamingo(af3_oracle, open_model, tiny_af3, lengths):
+    requests = [Request(sounds(s, seed=i), all_tasks("AudioFlamingo3", i)) for i, s in enumerate(lengths)]
     answers = ask_all(open_model(tiny_af3, slots=7), requests)
     for request, replies in zip(requests, answers, strict=True):
         assert_equal(af3_oracle, request, replies)
     assert len({reply.tokens for replies in answers for reply in replies}) > len(requests), "hears nothing"
 
 
-def test_random_music_flamingo(mf_oracle, open_model, tiny_mf):
+@pytest.mark.parametrize("lengths", [SOME_LENGTHS, pytest.param(LENGTHS, marks=SLOW)], ids=["some", "all"])
+def test_random_music_flamingo(mf_oracle, open_model, tiny_mf, lengths):
     """Where the last window gives no token, stock raises (see below): there, stock is asked without that window."""
-    requests = [Request(sounds(s, seed=i), all_tasks("MusicFlamingo", i)) for i, s in enumerate(LENGTHS)]
+    requests = [Request(sounds(s, seed=i), all_tasks("MusicFlamingo", i)) for i, s in enumerate(lengths)]
     answers = ask_all(open_model(tiny_mf, slots=7), requests)
     for request, replies in zip(requests, answers, strict=True):
         n = len(request.samples)
@@ -107,13 +125,14 @@ def test_random_music_flamingo(mf_oracle, open_model, tiny_mf):
     assert len({reply.tokens for replies in answers for reply in replies}) > len(requests), "hears nothing"
 
 
-def test_the_released_heads(tmp_path, open_model):
+@pytest.mark.parametrize("count", [3, pytest.param(12, marks=SLOW)])
+def test_the_released_heads(tmp_path, open_model, count):
     """28 query heads over 4 key heads, of another size than the width's share."""
     heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128}
     oracle = Oracle.load(str(tiny_audio_flamingo(tmp_path, **heads)))
     engine = open_model(tmp_path, slots=3)
     rng = random.Random(28)
-    requests = [random_request(rng, seed) for seed in range(12)]
+    requests = [random_request(rng, seed) for seed in range(count)]
     for request, replies in zip(requests, ask_all(engine, requests), strict=True):
         assert replies == list(oracle.ask_all(request))
     assert engine.take_stats().reused_tokens > 0
@@ -154,8 +173,17 @@ def encode(oracle, audios, **options):
     return AudioEncoder(oracle.model.model, **options).encode(windows, lambda: None)
 
 
-@pytest.mark.parametrize("rounding", [1, 64, 1500])
-@pytest.mark.parametrize("oracle", ["af3_oracle", "mf_oracle"])
+@pytest.mark.parametrize(
+    ("oracle", "rounding"),
+    [
+        ("af3_oracle", 64),
+        ("mf_oracle", 1),
+        *[
+            pytest.param(oracle, rounding, marks=SLOW)
+            for oracle, rounding in (("af3_oracle", 1), ("af3_oracle", 1500), ("mf_oracle", 64), ("mf_oracle", 1500))
+        ],
+    ],
+)
 def test_only_valid_frames_are_encoded_and_the_embeddings_are_stocks(request, oracle, rounding):
     """Windows of several recordings encoded together, of lengths odd and even, at the edges and in the middle."""
     oracle = request.getfixturevalue(oracle)
@@ -203,6 +231,23 @@ def random_request(rng, seed):
     return Request(audios if len(audios) > 1 else audios[0], tuple(tasks), seed)
 
 
+@functools.cache
+def a_dozen_answered(oracle):
+    """Random requests, and the oracle's replies to each."""
+    rng = random.Random(7)
+    requests = [random_request(rng, seed) for seed in range(12)]
+    return requests, [list(oracle.ask_all(each)) for each in requests]
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("family", ["af3", "mf"])
+def test_a_dozen_random_requests_under_random_arrival(request, family, open_model):
+    requests, expected = a_dozen_answered(request.getfixturevalue(f"{family}_oracle"))
+    engine = open_model(request.getfixturevalue(f"tiny_{family}"), slots=3)
+    check_answers(engine, requests, expected, slots=3)
+
+
+@SLOW
 @pytest.mark.parametrize("family", ["af3", "mf"])
 def test_random_requests_under_random_arrival(request, family, open_model):
     """Whatever is beside them, with however many slots: the requests are answered alike."""
@@ -212,22 +257,23 @@ def test_random_requests_under_random_arrival(request, family, open_model):
     expected = [list(oracle.ask_all(each)) for each in requests]
     for slots in (1, 3, 16, 64):
         engine = open_model(request.getfixturevalue(f"tiny_{family}"), slots=slots)
-        some = requests[:: 5 if slots == 1 else 1]
-        for each, replies, right in zip(
-            some, ask_all(engine, some, slots), expected[:: 5 if slots == 1 else 1], strict=True
-        ):
-            assert replies == right, (slots, each)
-        stats = engine.take_stats()
-        assert stats.reused_tokens > stats.prompt_tokens / 4
-        assert stats.windows == sum(-(-len(audio) // 480_000) for each in some for audio in each.audios)
+        every = slice(None, None, 5 if slots == 1 else 1)
+        check_answers(engine, requests[every], expected[every], slots)
         engine.close()
+
+
+def check_answers(engine, requests, expected, slots):
+    """They arrive in an order that differs with the number of slots."""
+    for each, replies, right in zip(requests, ask_all(engine, requests, slots), expected, strict=True):
+        assert replies == right, (slots, each)
+    stats = engine.take_stats()
+    assert stats.reused_tokens > stats.prompt_tokens / 4
+    assert stats.windows == sum(-(-len(audio) // 480_000) for each in requests for audio in each.audios)
 
 
 def test_asking_alone_is_stock_generate(af3_oracle, open_model, tiny_af3):
     """Beside others in flight, whose slots it must leave alone."""
-    rng = random.Random(7)
-    requests = [random_request(rng, seed) for seed in range(12)]
-    expected = [list(af3_oracle.ask_all(each)) for each in requests]
+    requests, expected = a_dozen_answered(af3_oracle)
     engine = open_model(tiny_af3, slots=4)
     futures = [(engine.submit, engine.ask_alone)[i % 2](each) for i, each in enumerate(requests)]
     assert [future.result(timeout=120) for future in futures] == expected
@@ -287,6 +333,7 @@ def test_a_repetition_penalty_sees_the_prompt_but_no_padding(af3_oracle, open_mo
         assert_equal(af3_oracle, request, replies)
 
 
+@SLOW
 def test_more_than_twenty_minutes_as_audio_flamingo_next_takes(open_model, tmp_path):
     """A Music Flamingo with a cap of 30 min: more windows than any other takes, a prompt prefilled in many pieces."""
     path = tiny_music_flamingo(tmp_path / "next", max_audio_len=1800)
@@ -299,6 +346,7 @@ def test_more_than_twenty_minutes_as_audio_flamingo_next_takes(open_model, tmp_p
     assert reply == oracle.ask(request.samples, task)
 
 
+@SLOW
 @pytest.mark.parametrize("seconds", [599.9, 600.0])
 def test_ten_minutes(demo_oracle, open_model, seconds):
     task = resolve(caption(max_new_tokens=6), "AudioFlamingo3")

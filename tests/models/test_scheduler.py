@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from af3pipe.models import EngineFailed, caption
 from af3pipe.models.scheduler import Job, JobQueue, capacity_class, isolate
 from af3pipe.schemas import Reply, Request, Turn
+from tests.models.conftest import somebody_waits_for, wait_until
 
 ANY = "any"
 
@@ -93,11 +94,11 @@ def test_put_blocks_while_this_caller_has_enough_waiting(seconds, waiting):
 
     thread = threading.Thread(target=feed)
     thread.start()
-    time.sleep(0.2)
+    wait_until(lambda: somebody_waits_for(queue._changed))
     assert len(done) == waiting
     queue.put(job(seconds))  # another caller
     take(queue)
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -125,11 +126,11 @@ def test_close_frees_those_who_wait_to_put_and_fails_what_waits():
 
     thread = threading.Thread(target=put_one_more)
     thread.start()
-    time.sleep(0.05)
+    wait_until(lambda: somebody_waits_for(queue._changed))
     assert waiting[1].future.cancel()
     queue.close(EngineFailed("first"))
     queue.close(EngineFailed("second"))
-    thread.join(5)
+    thread.join(60)
     assert caught == ["first"]
     assert str(waiting[0].future.exception(timeout=0)) == "first"
     with pytest.raises(EngineFailed, match="first"):
@@ -138,12 +139,22 @@ def test_close_frees_those_who_wait_to_put_and_fails_what_waits():
 
 def test_idle_time_counts_from_the_first_job_on_and_once():
     queue = JobQueue(1, 1)
-    threading.Timer(0.1, lambda: queue.put(job())).start()
-    queue.take(lambda job: True, wait=True)
-    before_the_first = queue.take_idle_s()
-    threading.Timer(0.1, lambda: queue.put(job())).start()
-    queue.take(lambda job: True, wait=True)
-    assert before_the_first < 0.05 < queue.take_idle_s()
+
+    def put_when_one_has_waited():
+        wait_until(lambda: somebody_waits_for(queue._changed))
+        time.sleep(0.05)
+        queue.put(job())
+
+    def take_what_comes():
+        putting = threading.Thread(target=put_when_one_has_waited)
+        putting.start()
+        queue.take(lambda job: True, wait=True)
+        putting.join(60)
+
+    take_what_comes()
+    assert queue.take_idle_s() == 0, "nothing was to be done yet"
+    take_what_comes()
+    assert queue.take_idle_s() >= 0.04
     assert queue.take_idle_s() == 0
 
 

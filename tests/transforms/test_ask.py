@@ -126,12 +126,11 @@ def test_a_kept_engine_outlives_its_users():
 
 def test_a_kept_engine_is_closed_when_its_process_ends():
     code = """
-        from af3pipe.models import ENGINES, EngineInfo, EngineOptions, caption
-        from af3pipe.transforms.ask import AskDoFn
+        from af3pipe.models import ENGINES, EngineOptions, acquire_engine
+        from af3pipe.models.engine import keep_engine
 
         class Told:
             is_open = True
-            info = EngineInfo("demo", "", "", "", "told", "", "cpu")
 
             def __init__(self, options):
                 print("opened")
@@ -140,10 +139,10 @@ def test_a_kept_engine_is_closed_when_its_process_ends():
                 print("closed")
 
         ENGINES["told"] = "__main__:Told"
+        options = EngineOptions("demo", "told")
         for _ in range(2):
-            dofn = AskDoFn(EngineOptions("demo", "told"), [caption()], keep_engine=True)
-            dofn.setup()
-            dofn.engine()
+            keep_engine(options)
+            acquire_engine(options)
         print("the end")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from importlib import resources
 
 import pytest
@@ -134,8 +135,14 @@ def test_mistakes_are_found_while_the_graph_is_built(make, says):
         make(lambda **options: AskAudioFlamingo(model="demo", tasks=[caption()], **options))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dofn():
+    with opened() as found:
+        yield found
+
+
+@contextmanager
+def opened():
     ask = AskAudioFlamingo(
         model="demo", device="cpu", tasks=[caption(max_new_tokens=8), transcript(max_new_tokens=8)], verifiable=True
     )
@@ -189,8 +196,9 @@ def test_a_segment_that_is_no_longer_there_is_counted(dofn, recording):
     assert "has no such segment any more" in found.not_asked[0].detail
 
 
-def test_a_lost_engine_ends_the_bundle(dofn, recording):
-    requests = answered(dofn, recording)
-    dofn._ask.engine().close()
-    with pytest.raises(EngineFailed):
-        list(dofn.process(requests))
+def test_a_lost_engine_ends_the_bundle(recording):
+    with opened() as dofn:
+        requests = answered(dofn, recording)
+        dofn._ask.engine().close()
+        with pytest.raises(EngineFailed):
+            list(dofn.process(requests))
