@@ -111,7 +111,8 @@ def serving(data):
     store = Store(data)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(store))
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # It looks so often whether it is to stop: half a second, the default, would be most of a test.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     store.url = f"http://127.0.0.1:{server.server_port}"
     try:

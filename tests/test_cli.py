@@ -44,15 +44,36 @@ def quick(archive, output, *more):
     return run("run", archive, "--output", output, "--model", "demo", "--max-new-tokens", 4, "--device", "cpu", *more)
 
 
-def test_demo(tmp_path):
-    done = subprocess.run([*PROGRAM, "demo", "--output", str(tmp_path)], capture_output=True, text=True, env=WIDE)
-    assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr
-    assert "zwei hohe Töne.flac" in done.stdout
-    assert re.search(r"digits_seven_three_one\.flac +│ 2\.0 .*seven three one", done.stdout)
-    assert re.search(r"over_length\.wav +│ probe +│ too_long", done.stdout)
-    assert "13 found = 2 dead_letter, 11 ok (reconciles)" in done.stdout
-    assert "seconds of audio per second" in done.stdout
+def on_a_terminal(*arguments):
+    """Runs the program with its standard error on a terminal: (exit code, standard output, standard error)."""
+    terminal, other_end = pty.openpty()
+    with subprocess.Popen(
+        [*PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=other_end, env=WIDE, text=True
+    ) as process:
+        os.close(other_end)
+        seen = b""
+        while True:
+            try:
+                data = os.read(terminal, 4096)
+            except OSError:  # the other end was closed
+                break
+            seen += data
+        printed = process.stdout.read()
+    os.close(terminal)
+    return process.returncode, printed, seen.decode()
+
+
+@pytest.mark.representative
+def test_demo_on_a_terminal(tmp_path):
+    code, printed, seen = on_a_terminal("demo", "--output", tmp_path)
+    assert code == 0, seen
+    assert "WARNING" not in seen
+    assert re.search(r"\d+ / 13 recordings, [\d.]+ audio s/s, \d dead letters", seen), "how far it is"
+    assert "zwei hohe Töne.flac" in printed
+    assert re.search(r"digits_seven_three_one\.flac +│ 2\.0 .*seven three one", printed)
+    assert re.search(r"over_length\.wav +│ probe +│ too_long", printed)
+    assert "13 found = 2 dead_letter, 11 ok (reconciles)" in printed
+    assert "seconds of audio per second" in printed
     transcripts = {Path(row["uri"]).name: row["text"] for row in rows(tmp_path, "transcripts")}
     assert transcripts["digits_four_zero_two_nine.mp3"] == "four zero two nine"
     assert transcripts["command_go_back_home_stereo.flac"] == "go back home"
@@ -224,26 +245,6 @@ def test_counts_that_do_not_reconcile_exit_1_and_name_the_gap(archive, tmp_path,
     assert "2 recordings found, but 1 recordings with a terminal state" in done.output.replace("\n", " ")
     (record,) = (tmp_path / "out" / "_runs").glob("*.json")
     assert json.loads(record.read_text())["reconciled"] is False
-
-
-def test_a_terminal_shows_how_far_the_run_is(archive, tmp_path):
-    terminal, other_end = pty.openpty()
-    arguments = ["run", archive, "--output", tmp_path / "out", "--model", "demo", "--max-new-tokens", "4"]
-    with subprocess.Popen(
-        [*PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=other_end, env=WIDE
-    ) as process:
-        os.close(other_end)
-        seen = b""
-        while True:
-            try:
-                data = os.read(terminal, 4096)
-            except OSError:  # the other end was closed
-                break
-            seen += data
-        process.stdout.read()
-    os.close(terminal)
-    assert process.returncode == 0, seen.decode()
-    assert re.search(r"\d+ / 2 recordings, [\d.]+ audio s/s, \d dead letters", seen.decode())
 
 
 @pytest.fixture

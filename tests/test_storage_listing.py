@@ -109,8 +109,11 @@ def test_folders_of_a_bucket_in_small_pages(s3, small_pages, paths):
 
 @pytest.mark.parametrize(
     ("keys", "folders", "most_requests"),
-    [(12_000, 0, 15), (12_000, 12, 16), (12_000, 6000, 15)],
-    ids=["one folder", "large folders", "tiny folders"],
+    [
+        pytest.param(12_000, 0, 15, id="one folder"),
+        pytest.param(12_000, 12, 16, id="large folders", marks=pytest.mark.slow),
+        pytest.param(12_000, 6000, 15, id="tiny folders", marks=pytest.mark.slow),
+    ],
 )
 def test_a_large_bucket_takes_hardly_more_requests_than_it_has_pages(s3, keys, folders, most_requests):
     bucket = synthetic_s3.Bucket(keys, folders, seconds=0.01)

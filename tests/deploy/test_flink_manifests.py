@@ -105,9 +105,11 @@ if shutil.which("mvn") or not os.environ.get("AF3PIPE_REQUIRE_ALL"):
             found.pop("type", None)
         return found
 
+    @pytest.mark.slow
     def test_the_operator_takes_the_cluster(flink_deployment):
         jsonschema.validate(CLUSTER["spec"], flink_deployment)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("spoil", "told"),
         [

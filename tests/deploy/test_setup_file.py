@@ -6,12 +6,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.stager import Stager
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_package_that_is_sent_installs_all_that_is_in_the_tree(tmp_path):
     tree, sent, wheels = (tmp_path / name for name in ("tree", "sent", "wheels"))
     for folder in (tree, sent, wheels):

@@ -206,6 +206,7 @@ def test_a_row_of_an_older_version_gets_nulls(output):
     assert found["history"].null_count == len(table)
 
 
+@pytest.mark.representative
 def test_killed_after_any_write_or_delete_no_row_is_lost_or_double(tmp_path):
     output = tmp_path / "out"
     write_run(output, FIRST, range(6), broken=[6, 7], in_files_of=4)

@@ -157,7 +157,7 @@ def test_audio_that_leaves_its_stage_is_seen(decode, accelerator, moved):
     assert all("in another stage" in told for told in found.audio_moved)
 
 
-@pytest.mark.parametrize("lay", [build, build_stream])
+@pytest.mark.parametrize("lay", [build, pytest.param(build_stream, marks=pytest.mark.slow)])
 def test_names_are_those_of_another_run_over_other_recordings(lay):
     one = job_of()
     other = job_of(
@@ -198,7 +198,7 @@ def test_audio_without_a_type_is_seen_too():
     }
 
 
-@pytest.mark.parametrize("lay", [build, build_stream])
+@pytest.mark.parametrize("lay", [build, pytest.param(build_stream, marks=pytest.mark.slow)])
 def test_names_are_given_and_no_accident_of_a_source_file(lay):
     """A line number in a name makes another step of it with Beam's next version, which `--update` refuses."""
     job = job_of() if lay is build else job_of(**STREAMED)

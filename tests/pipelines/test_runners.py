@@ -13,7 +13,7 @@ from apache_beam.options.pipeline_options import FlinkRunnerOptions
 from apache_beam.portability.api import beam_fn_api_pb2_grpc, beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
 
-from af3pipe.pipelines import batch
+from af3pipe.pipelines import batch, reach
 from af3pipe.pipelines.job import JobError, beam_options, make_job, split_beam_flags
 from af3pipe.pipelines.reach import check_runner
 from af3pipe.pipelines.runners import FlinkOptions, runner_name
@@ -100,6 +100,12 @@ def test_flinks_own_options_are_known_and_unset_ones_have_no_value():
         split_beam_flags(["--operator-chaining=no"])
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Waits for what will not answer a tenth of the usual time."""
+    monkeypatch.setattr(reach, "_TIMEOUT_S", reach._TIMEOUT_S / 10)
+
+
 class _JobServer(beam_job_api_pb2_grpc.JobServiceServicer):
     """Tells its options as Beam's Flink job server does, keeps what it is given, and runs nothing."""
 
@@ -182,7 +188,7 @@ def test_a_job_server_that_is_there(job_server):
     assert "where do the workers run?" in problem("--runner=portable", "--job-endpoint", endpoint)
 
 
-def test_no_job_server():
+def test_no_job_server(impatient):
     port = free_port()
     told = problem("--runner=portable", f"--job-endpoint=localhost:{port}", *POOL)
     assert f"no job server answers at localhost:{port}" in told
@@ -211,7 +217,7 @@ def rest_server(reply):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"127.0.0.1:{server.server_port}"
     finally:
@@ -246,7 +252,7 @@ def test_no_flink_cluster(java):
         assert f"no Flink cluster answers at http://{master}" in problem("--runner=flink", f"--flink-master={master}")
 
 
-def test_a_cluster_that_never_answers_is_given_up(java):
+def test_a_cluster_that_never_answers_is_given_up(java, impatient):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         assert "(timed out)" in problem("--runner=flink", f"--flink-master=127.0.0.1:{port}", *POOL)
@@ -305,7 +311,7 @@ def test_dataflow_says_what_it_needs(monkeypatch, tmp_path):
     assert "temp_location is '/tmp'; Dataflow needs a folder on Google Cloud Storage" in told
 
 
-def test_the_runner_is_looked_for_before_anything_is_written(tmp_path):
+def test_the_runner_is_looked_for_before_anything_is_written(tmp_path, impatient):
     (tmp_path / "a.wav").write_bytes(b"never read")
     job = make_job(BASE | {"inputs": str(tmp_path / "a.wav"), "output": str(tmp_path / "out")})
     with pytest.raises(JobError, match="no job server answers"):

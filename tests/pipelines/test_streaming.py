@@ -17,7 +17,12 @@ DECODE, ASK, SETTLE = (f"AnswerAndSettle/{step}" for step in ("Decode", "Ask", "
 FOLDERS = ["gs://archive/a/", "gs://archive/b/*.flac"]
 SUBSCRIPTION = "pubsub://projects/p/subscriptions/s"
 INPUTS = pytest.mark.parametrize(
-    "inputs", [FOLDERS, [SUBSCRIPTION], [*FOLDERS, SUBSCRIPTION]], ids=["folders", "messages", "both"]
+    "inputs",
+    [
+        pytest.param([*FOLDERS, SUBSCRIPTION], id="both"),
+        pytest.param(FOLDERS, id="folders", marks=pytest.mark.slow),
+        pytest.param([SUBSCRIPTION], id="messages", marks=pytest.mark.slow),
+    ],
 )
 
 

@@ -211,7 +211,9 @@ def test_a_parquet_manifest_that_is_damaged_midway_keeps_what_was_before(tmp_pat
     assert "cannot be read beyond row 2000" in bad.detail
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("csv", "parquet"))]
+)
 def test_a_manifest_is_not_held_in_memory(tmp_path, kind):
     path, rows = tmp_path / f"m.{kind}", 15_000
     note = "n" * 4000

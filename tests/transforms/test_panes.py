@@ -4,6 +4,7 @@ import re
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import apache_beam as beam
 import pytest
@@ -13,7 +14,7 @@ from apache_beam.testing import test_stream
 from apache_beam.transforms.window import TimestampedValue
 
 from af3pipe import storage
-from af3pipe.transforms import WriteSettledRecordings, write
+from af3pipe.transforms import WriteSettledRecordings, panes, write
 from af3pipe.transforms.panes import _shard, _WriteAsSettledDoFn
 from af3pipe.transforms.settle import SettledRecording, event_time
 from tests.collected import Collected
@@ -227,10 +228,12 @@ def test_a_bundle_of_a_batch_is_written_before_it_ends_when_it_is_large(tmp_path
     assert list(dofn.finish_bundle()) == []
 
 
-def test_a_bundle_of_a_batch_is_written_before_it_ends_when_it_takes_long(tmp_path):
-    dofn = batch_writer(tmp_path, every_s=0.2)
+def test_a_bundle_of_a_batch_is_written_before_it_ends_when_it_takes_long(tmp_path, monkeypatch):
+    now_s = 1000.0
+    monkeypatch.setattr(panes, "time", SimpleNamespace(monotonic=lambda: now_s))
+    dofn = batch_writer(tmp_path, every_s=600.0)
     assert list(dofn.process(settled(1))) == []
-    time.sleep(0.25)
+    now_s += 601.0
     assert len(list(dofn.process(settled(2)))) == 2
     assert list(dofn.process(settled(3))) == [], "the wait begins with the first that is held"
 

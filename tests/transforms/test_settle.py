@@ -142,6 +142,7 @@ def same(batch, stream):
     return batch
 
 
+@pytest.mark.representative
 def test_a_stream_settles_recordings_as_a_batch_does(recordings):
     results, answers, letters = same(in_batch(recordings.values()), in_stream(recordings.values()))
     states = {row.recording_id: row.terminal_state for row in results}

@@ -110,13 +110,20 @@ def answered(output):
     return sorted(Path(row["uri"]).name for row in rows(output, "recordings") if row["terminal_state"] == "ok")
 
 
-@pytest.mark.parametrize("source", ["folder", "manifest"])
-@pytest.mark.parametrize("resume", [True, False], ids=["resume", "anew"])
+@pytest.mark.parametrize(
+    ("source", "resume"),
+    [
+        pytest.param("folder", True, id="folder"),
+        pytest.param("manifest", False, id="manifest, no resume"),
+        pytest.param("manifest", True, id="manifest", marks=pytest.mark.slow),
+        pytest.param("folder", False, id="folder, no resume", marks=pytest.mark.slow),
+    ],
+)
 def test_a_job_that_its_runner_begins_again_asks_what_it_has_not_written(tmp_path, archive, dying, source, resume):
     output = tmp_path / "out"
     values = {"output": str(output), "model": "demo", "tasks": ["caption", "transcript"], "engine": "dying"}
     values |= {"inputs": [str(archive if source == "folder" else tmp_path / "list.jsonl")], "resume": resume}
-    job = make_job(values | {"chunk_recordings": 1, "slots": 1, "queue_audio_s": 1})
+    job = make_job(values | {"chunk_recordings": 1, "slots": 1, "queue_audio_s": 1, "decode_guard": False})
 
     def begin():
         with beam.Pipeline(runner="FnApiRunner") as pipeline:
