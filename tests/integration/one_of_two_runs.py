@@ -25,7 +25,7 @@ if __name__ == "__main__":
             "model": "demo",
             "tasks": ["caption", "transcript"],
             "engine": constant_engine.register(),
-            "device": "cpu",
+            "decode_guard": False,
         }
     )
     print("ready", flush=True)

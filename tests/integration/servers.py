@@ -173,7 +173,7 @@ def wait_for_port(port, process, seconds=60):
             raise RuntimeError(f"{process.args} ended with {process.returncode}")
         with contextlib.suppress(OSError), socket.create_connection(address, 1):
             return
-        time.sleep(0.2)
+        time.sleep(0.02)
     raise TimeoutError(f"{process.args} did not listen on {port} in {seconds} s")
 
 

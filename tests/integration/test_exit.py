@@ -9,32 +9,22 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
 
+from tests.integration import late_arrow
 from tests.outputs import FIRST, SECOND, write_run
 
 pytestmark = pytest.mark.integration
 
 
-def missing():
-    """Why threads cannot be made late here; empty where they can."""
-    if not shutil.which("gcc"):
-        return "gcc is not on the path"
-    return "" if sysconfig.get_config_var("Py_ENABLE_SHARED") else "this Python is not a shared library"
-
-
 @pytest.fixture(scope="module")
 def late(tmp_path_factory):
     """Runs a Python program with late threads; returns its exit code and how many there were."""
-    if why := missing():
+    if why := late_arrow.missing():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("late")
-    library, log = folder / "late_arrow.so", folder / "log"
-    source = Path(__file__).with_name("late_arrow.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    library, log = late_arrow.build(folder), folder / "log"
 
     def run(*arguments):
         log.unlink(missing_ok=True)
@@ -66,7 +56,14 @@ def output(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["audit", "export", "compact"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param("audit", marks=pytest.mark.representative),
+        pytest.param("export", marks=pytest.mark.slow),
+        pytest.param("compact", marks=pytest.mark.slow),
+    ],
+)
 def test_commands_on_an_output(late, output, tmp_path, command):
     shutil.copytree(output, tmp_path / "out")
     more = [tmp_path / "clean"] if command == "export" else []

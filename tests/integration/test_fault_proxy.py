@@ -33,7 +33,7 @@ def proxy(tmp_path_factory):
         yield port
 
 
-def get(port, path, *, timeout=0.5):
+def get(port, path, *, timeout=20):
     """Status and body, in the pieces that came; what has gone wrong, where something has."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     pieces = []
@@ -69,7 +69,9 @@ HALF = BODY[: len(BODY) // 2]
     ],
 )
 def test_what_a_client_sees(proxy, kind, status, body):
-    found, pieces = get(proxy, f"/{kind}.wav")
+    # Nothing comes of a stall, however long one waits; half a body has to come first.
+    patience_s = {"stall": 0.3, "stall_in_body": 1}.get(kind, 20)
+    found, pieces = get(proxy, f"/{kind}.wav", timeout=patience_s)
     assert (found, b"".join(pieces)) == (status, body)
     assert tally(proxy)["injected"].get(kind, 0) == (kind != "fine")
     if kind == "slow":

@@ -13,11 +13,12 @@ import soundfile
 from typer.testing import CliRunner
 
 from af3pipe.cli import app
+from af3pipe.pipelines import submit as submitting
+from af3pipe.pipelines.accounting import found_uri
 from af3pipe.pipelines.batch import RunFailed
 from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.pipelines.record import record_uri, unfinished_runs
 from af3pipe.pipelines.submit import finish, submit
-from tests.integration.runners import portable_runner
 from tests.integration.servers import store_server, using
 
 pytestmark = pytest.mark.integration
@@ -56,6 +57,7 @@ def launch(store, *flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | emulator)
 
 
+@pytest.mark.slow
 def test_the_launcher_leaves_a_job(gcs, tmp_path):
     write_tones(tmp_path, 1)
     gcs.fs.put(str(tmp_path / "0.wav"), "archive/0.wav")
@@ -83,6 +85,7 @@ def test_the_launcher_leaves_a_job(gcs, tmp_path):
     assert started["run_id"] in done.stderr
 
 
+@pytest.mark.slow
 def test_the_launcher_says_what_is_wrong(gcs):
     done = launch(gcs, "--inputs=gs://archive/none/*.wav", "--output=gs://labels/none", "--model=demo")
     assert done.returncode == 1
@@ -101,25 +104,48 @@ def finish_when_it_is_done(output, run_id, seconds=240):
             time.sleep(1)
 
 
-def test_a_job_that_was_left_is_counted_when_it_is_done(tmp_path):
+@pytest.fixture
+def values(tmp_path):
+    """Of a job with three recordings and a broken one."""
     (tmp_path / "in").mkdir()
     write_tones(tmp_path / "in", 3)
     (tmp_path / "in" / "broken.wav").write_bytes(b"no audio")
-    output = str(tmp_path / "out")
-    job = make_job(
-        {"inputs": [str(tmp_path / "in")], "output": output, "model": "demo", "device": "cpu", "verify_sample": 1}
-    )
-    with portable_runner(tmp_path) as flags:
-        run_id = submit(job, flags)
+    return {"inputs": [str(tmp_path / "in")], "output": str(tmp_path / "out"), "model": "demo", "verify_sample": 1}
+
+
+@pytest.mark.slow
+def test_a_job_that_was_left_is_counted_when_it_is_done(values, job_service):
+    run_id = submit(make_job(values | {"device": "cpu"}), job_service)
+    with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not come far enough)"):
+        finish(values["output"], run_id)
+    _, report = finish_when_it_is_done(values["output"], run_id)
+    look_at_finished(values["output"], report, "PortableRunner")
+
+
+def test_what_a_job_that_was_left_wrote_is_counted_once_it_is_all_there(values, engines, monkeypatch):
+    """As above, but for the runner: the one of this process waits for the job's end, so part of it is taken away."""
+    monkeypatch.setattr(submitting, "is_in_process", lambda options: False)
+    output = values["output"]
+    run_id = submit(make_job(values | {"engine": "constant", "decode_guard": False}))
+    (started,) = unfinished_runs(output)
+    assert started["run_id"] == run_id
+    for part in (found_uri(output, run_id), *map(str, Path(output, "recordings").iterdir())):
+        Path(part).rename(f"{part}.away")
         with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not come far enough)"):
             finish(output, run_id)
-        _, report = finish_when_it_is_done(output, run_id)
+        Path(f"{part}.away").rename(part)
+    _, report = finish(output, run_id)
+    look_at_finished(output, report, "FnApiRunner")
+
+
+def look_at_finished(output, report, runner):
+    run_id = report.run_id
     assert report.counts.states == {"ok": 3, "dead_letter": 1}
     record = json.loads(Path(record_uri(output, run_id)).read_text())
-    assert (record["runner"], record["reconciled"], record["recordings_found"]) == ("PortableRunner", True, 4)
+    assert (record["runner"], record["reconciled"], record["recordings_found"]) == (runner, True, 4)
     assert report.verified.requests == 1
     assert list(unfinished_runs(output)) == []
-    assert [path.name for path in (tmp_path / "out" / "_runs").iterdir()] == [f"{run_id}.json"]
+    assert [path.name for path in Path(output, "_runs").iterdir()] == [f"{run_id}.json"]
     with pytest.raises(JobError, match=f"has no run {run_id} to be finished"):
         finish(output, run_id)
     told = CliRunner().invoke(app, ["finish", output, run_id])

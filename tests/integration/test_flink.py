@@ -25,7 +25,7 @@ from tests.integration.runners import OF_A_RUN, ON_THE_WAY, TABLES, same_rows
 from tests.integration.servers import S3, free_port, python_module, serving, store_server, using
 from tests.tables import read_table
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 RATE = 16_000
 COPIES = 3
 """Of each of the demo's clips, which are 12: the cluster has something to share out."""

@@ -1,7 +1,6 @@
 """A watched folder on a true Flink cluster: what a killed TaskManager had under way is done again, and lands once."""
 
 import shutil
-import time
 from importlib import resources
 
 import pytest
@@ -14,7 +13,7 @@ from tests.integration.flink import flink_cluster, wait_until
 from tests.integration.runners import TABLES, same_rows
 from tests.tables import read_table
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def job(folder, output, model):
@@ -55,8 +54,7 @@ def test_a_killed_task_manager_loses_nothing(model, tmp_path):
             wait_until(lambda: watch.wait(0) or len(settled(output)) == 5, "the first rows", 180)
             for name in names[5:]:
                 (folder / name).write_bytes(found[name])
-            time.sleep(5)  # some of them are being asked
-            assert checkpoints(cluster)["completed"] > 3
+            wait_until(lambda: watch.wait(0) or checkpoints(cluster)["completed"] > 3, "checkpoints", 60)
             cluster.task_managers[1].kill()
             cluster.task_managers[1].start()
             wait_until(lambda: watch.wait(0) or len(settled(output)) == len(names), "all rows", 240)

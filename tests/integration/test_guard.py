@@ -16,7 +16,7 @@ from benchmarks import constant_engine
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def decoder_processes(at_work_s=0.0):

@@ -24,6 +24,7 @@ def test_digits_are_mostly_heard(tmp_path):
             "tasks": ["transcript"],
             "max_new_tokens": 16,
             "device": "cpu",
+            "decode_guard": False,
         }
     )
     report = batch.run(job)

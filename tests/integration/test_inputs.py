@@ -1,4 +1,5 @@
-"""Every kind of input, on a disk and on an S3 server, through the whole pipeline: the same clip has the same text."""
+"""Every kind of input, on a disk and on an S3 server, through the whole pipeline: the same clip is
+heard as the same."""
 
 import io
 import json
@@ -17,10 +18,9 @@ from af3pipe.pipelines.accounting import read_rows, run_files
 from af3pipe.pipelines.job import make_job
 from af3pipe.storage.members import parse
 from af3pipe.transforms.read import list_recordings
-from tests import fixtures_audio as make
 from tests.integration.servers import s3_by_environment
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 NAMES = ("siren.flac", "digits_four_zero_two_nine.mp3", "zwei hohe Töne.flac")
 
 
@@ -84,8 +84,8 @@ def test_a_clip_has_the_same_text_wherever_it_lies(where, clips, tmp_path, reque
         root = "s3://archive/in"
     inputs = write_all(root, clips)
     output = str(tmp_path / "out")
-    values = {"inputs": inputs, "output": output, "model": "demo", "tasks": ["transcript"], "max_new_tokens": 16}
-    report = batch.run(make_job(values | {"device": "cpu"}))
+    values = {"inputs": inputs, "output": output, "model": "demo", "tasks": ["transcript"], "engine": "echo"}
+    report = batch.run(make_job(values | {"decode_guard": False}))
     assert report.counts.states == {"ok": 5 * len(clips)}, report.counts
     assert report.counts.reconciled, report.counts.problems
     rows = list(
@@ -99,7 +99,7 @@ def test_a_clip_has_the_same_text_wherever_it_lies(where, clips, tmp_path, reque
     assert set(heard) == set(clips)
     assert {len(found) for found in heard.values()} == {5}
     assert {len(set(found)) for found in heard.values()} == {1}
-    assert heard["digits_four_zero_two_nine.mp3"][0][0] == "four zero two nine"
+    assert len({found[0][0] for found in heard.values()}) == len(clips)
     # What a rerun knows an answer by is known before the audio is opened.
     listed = {row.uri: row for name in inputs[2:] for row in list_recordings(name)}
     assert {row["uri"]: row["etag"] for row in rows if row["uri"] in listed} == {
@@ -108,7 +108,7 @@ def test_a_clip_has_the_same_text_wherever_it_lies(where, clips, tmp_path, reque
 
 
 def test_a_member_costs_its_range_and_not_the_shard(s3):
-    files = {f"{index}.wav": make.wav(make.sound(2, 16_000, seed=index), 16_000) for index in range(200)}
+    files = {f"{index}.wav": os.urandom(64_000) for index in range(200)}
     s3.pipe_file("archive/large.tar", tar_of(files))
     size = s3.info("archive/large.tar")["size"]
     assert size > 12 << 20
@@ -153,7 +153,7 @@ def test_a_manifest_in_a_bucket_names_its_bucket_only(s3):
 def test_allow_prefix_reaches_the_listing(clips, s3, tmp_path):
     s3.pipe_file("archive-evil/a.flac", clips["siren.flac"])
     s3.pipe_file("archive/m.csv", b"uri\ns3://archive-evil/a.flac\n")
-    values = {"inputs": ["s3://archive/m.csv"], "model": "demo", "device": "cpu", "max_new_tokens": 4}
+    values = {"inputs": ["s3://archive/m.csv"], "model": "demo", "engine": "constant", "decode_guard": False}
     refused = batch.run(make_job(values | {"output": str(tmp_path / "refused")}))
     assert refused.counts.dead_letters == {"permission_denied": 1}
     assert refused.counts.reconciled, refused.counts.problems
@@ -170,9 +170,10 @@ def test_a_conversation_in_a_manifest_is_asked_in_order(clips, tmp_path):
         "inputs": [str(tmp_path / "m.jsonl")],
         "output": str(tmp_path / "out"),
         "model": "demo",
-        "device": "cpu",
+        "engine": "constant",
+        "decode_guard": False,
     }
-    report = batch.run(make_job(values | {"questions": asked[:1], "max_new_tokens": 8}))
+    report = batch.run(make_job(values | {"questions": asked[:1]}))
     assert report.counts.states == {"ok": 1}, report.counts
     assert report.counts.reconciled, report.counts.problems
     rows = list(read_rows(run_files(values["output"], report.run_id)["answers"], ["question", "history"]))

@@ -60,6 +60,7 @@ def latest_recordings(output):
     return sorted(kept, key=str)
 
 
+@pytest.mark.slow
 def test_fifty_kills(archive, tmp_path):
     job = {
         "inputs": [str(archive), str(archive / "list.jsonl")],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.integration.runners import portable_runner, rows
+from tests.integration.runners import rows
 
 pytestmark = pytest.mark.integration
 
@@ -30,6 +30,7 @@ def run_without_torch(code):
     )
 
 
+@pytest.mark.representative
 def test_the_graph_builds_without_torch(tmp_path):
     done = run_without_torch(f"""
         import apache_beam as beam
@@ -60,18 +61,18 @@ def test_the_hiding_hides():
     assert "No module named 'torch'" in run_without_torch("import torch").stderr
 
 
-def test_a_launcher_without_torch_submits_to_workers_that_have_it(tmp_path):
+@pytest.mark.slow
+def test_a_launcher_without_torch_submits_to_workers_that_have_it(job_service, tmp_path):
     soundfile.write(tmp_path / "tone.wav", 0.3 * np.sin(2 * np.pi * 440 / 16000 * np.arange(16000)), 16000)
-    with portable_runner(tmp_path) as flags:
-        done = run_without_torch(f"""
-            from af3pipe.pipelines.batch import run
-            from af3pipe.pipelines.job import make_job
+    done = run_without_torch(f"""
+        from af3pipe.pipelines.batch import run
+        from af3pipe.pipelines.job import make_job
 
-            if __name__ == "__main__":
-                job = make_job(dict(inputs=[{str(tmp_path / "tone.wav")!r}], output={str(tmp_path / "out")!r},
-                                    model="demo", tasks=["caption"], device="cpu"))
-                print(run(job, {flags!r}).counts)
-        """)
+        if __name__ == "__main__":
+            job = make_job(dict(inputs=[{str(tmp_path / "tone.wav")!r}], output={str(tmp_path / "out")!r},
+                                model="demo", tasks=["caption"], device="cpu"))
+            print(run(job, {job_service!r}).counts)
+    """)
     assert done.returncode == 0, done.stderr
     assert len(rows(tmp_path / "out", "captions")) == 1
 

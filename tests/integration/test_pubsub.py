@@ -21,6 +21,7 @@ from tests.integration.servers import free_port, python_module, wait_for_port
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.slow,
     # Threads of Beam's worker in this process, when the runner is ended.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]

@@ -12,27 +12,27 @@ from af3pipe.pipelines.view import latest
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 FINE = make.wav(make.sound(1, 16000), 16000)
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory):
+def once(tmp_path_factory, model, engines):
     """An archive with all kinds of trouble, and what a run made of it."""
     folder = tmp_path_factory.mktemp("redrive")
     archive = folder / "archive"
     archive.mkdir()
     (archive / "fine.wav").write_bytes(FINE)
     (archive / "broken.wav").write_text("no audio")
-    (archive / "long.wav").write_bytes(make.wav(np.full((16000 * 601, 1), 0.1, np.float32), 16000))
+    (archive / "long.wav").write_bytes(make.wav(np.full((16000 * 61, 1), 0.1, np.float32), 16000))
     (archive / "list.jsonl").write_text(
         '{"uri": "fine.wav", "offset": 0.1, "id": "part"}\n'
         '{"uri": "fine.wav", "offset": "soon"}\n'
         '{"uri": "later.wav", "id": "later", "speaker": "7"}\n'
     )
     done = run(
-        *("run", archive, archive / "list.jsonl", "--output", folder / "out", "--model", "demo", "--device", "cpu"),
-        *("--max-new-tokens", 4, "--no-decode-guard"),
+        *("run", archive, archive / "list.jsonl", "--output", folder / "out", "--model", model),
+        *("--engine", "constant", "--no-decode-guard"),
     )
     assert done.exit_code == 0, done.output
     assert reasons(folder / "out") == {
@@ -147,10 +147,10 @@ def test_what_cannot_be_redriven_says_why(once, arguments, said):
     assert said in done.output
 
 
-def test_runs_that_were_asked_the_same_are_one_run_again(again):
+def test_runs_that_were_asked_the_same_are_one_run_again(again, model):
     archive, output = again
     (archive / "other.wav").write_text("no audio either")
-    asked = ("--model", "demo", "--device", "cpu", "--max-new-tokens", 4, "--no-decode-guard")
+    asked = ("--model", model, "--engine", "constant", "--no-decode-guard")
     assert run("run", archive / "other.wav", "--output", output, *asked).exit_code == 0
     done = run("redrive", output, "--reason", "unsupported_format", "--stage", "probe")
     assert done.exit_code == 0, done.output

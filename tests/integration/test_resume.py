@@ -19,7 +19,7 @@ from af3pipe.pipelines.job import make_job
 from af3pipe.schemas import Reason, Rejected, Stage
 from benchmarks import constant_engine
 from tests import fixtures_audio as make
-from tests.integration.runners import ANSWER_TABLES, portable_runner, rows
+from tests.integration.runners import ANSWER_TABLES, rows
 from tests.integration.test_killed_runs import KILLED, run_killed
 from tests.tables import read_table
 
@@ -47,10 +47,8 @@ class WatchedEngine(constant_engine.ConstantEngine):
 
 
 @pytest.fixture(autouse=True)
-def engines(monkeypatch):
+def watched(engines, monkeypatch):
     monkeypatch.setitem(ENGINES, "watched", f"{__name__}:WatchedEngine")
-    monkeypatch.setitem(ENGINES, "closed", "tests.closed_engine:ClosedEngine")
-    monkeypatch.setattr(constant_engine, "window_s", 0.0)
     monkeypatch.setattr(WatchedEngine, "full_for", set())
 
 
@@ -466,12 +464,6 @@ def several_processes():
     return ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
 
-@pytest.fixture(scope="module")
-def job_service(tmp_path_factory):
-    with portable_runner(tmp_path_factory.mktemp("runner")) as flags:
-        yield flags
-
-
 def two_more_runs(archive, model, output, flags=()):
     """More to ask, and then nothing more: the counts and the tables of each."""
     listed = archive / "more.jsonl"
@@ -496,6 +488,7 @@ def here(archive, answered, model, tmp_path_factory):
     return list(two_more_runs(archive, model, output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["several_processes", "job_service"])
 def test_elsewhere_runs_resume_as_here(archive, answered, model, here, tmp_path, runner, request):
     (states, answers, letters, _), (again, nothing, no_letters, _) = here
@@ -509,6 +502,7 @@ def test_elsewhere_runs_resume_as_here(archive, answered, model, here, tmp_path,
         assert theirs == mine, number
 
 
+@pytest.mark.representative
 def test_a_killed_run_leaves_word_that_it_began(archive, finish, model, tmp_path, caplog):
     output = tmp_path / "out"
     job = {"inputs": [str(archive)], "output": str(output), "model": str(model), "decode_guard": False}

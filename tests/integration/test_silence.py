@@ -1,5 +1,6 @@
-"""Silence in a run on the real model: flagged, or left unasked with every second accounted for."""
+"""Silence in a run: flagged, or left unasked with every second accounted for."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -12,20 +13,28 @@ from af3pipe.pipelines.job import make_job
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 RATE = 16000
-SILENCE = np.zeros((60 * RATE, 1), np.float32)
-SOUND = make.sound(60, RATE)
 
-# Of the model's cap, 60 s. Name: the samples, whether its segments are silent, and the state without silence.
+
+@functools.cache
+def sound():
+    return make.sound(60, RATE)
+
+
+def silence(seconds):
+    return np.zeros((seconds * RATE, 1), np.float32)
+
+
+# Of the model's cap, 60 s. Name: its samples, whether its segments are silent, and the state without silence.
 TAPES = {
-    "sound.flac": (SOUND[: 2 * RATE], [False], "ok"),
-    "silent.flac": (SILENCE[: 2 * RATE], [True], "dead_letter"),
-    "ends_silent.flac": (np.concatenate([SOUND, SILENCE[: 5 * RATE]]), [False, True], "ok_partial"),
-    "begins_silent.flac": (np.concatenate([SILENCE, SOUND[: 5 * RATE]]), [True, False], "ok_partial"),
-    "all_silent.flac": (np.concatenate([SILENCE, SILENCE[: 5 * RATE]]), [True, True], "dead_letter"),
+    "sound.flac": (lambda: sound()[: 2 * RATE], [False], "ok"),
+    "silent.flac": (lambda: silence(2), [True], "dead_letter"),
+    "ends_silent.flac": (lambda: np.concatenate([sound(), silence(5)]), [False, True], "ok_partial"),
+    "begins_silent.flac": (lambda: np.concatenate([silence(60), sound()[: 5 * RATE]]), [True, False], "ok_partial"),
+    "all_silent.flac": (lambda: silence(65), [True, True], "dead_letter"),
     # No header states its length: that a segment is the last one is known only when decoding ends.
-    "stream.mp3": (SILENCE[: 3 * RATE], [True], "dead_letter"),
+    "stream.mp3": (lambda: silence(3), [True], "dead_letter"),
 }
 
 
@@ -34,7 +43,7 @@ def archive(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tapes")
     for name, (samples, *_) in TAPES.items():
         encode = make.mp3_without_length if name.endswith("mp3") else make.flac
-        (folder / name).write_bytes(encode(samples, RATE))
+        (folder / name).write_bytes(encode(samples(), RATE))
     return folder
 
 
@@ -45,14 +54,14 @@ def finish(archive, model, output, **changes):
         "model": str(model),
         "tasks": ["caption", "transcript"],
         "over_length": "split",
-        "max_new_tokens": 4,
-        "device": "cpu",
+        "engine": "constant",
+        "decode_guard": False,
     }
     return batch.run(make_job(values | changes))
 
 
 @pytest.fixture(scope="module")
-def unasked(archive, model, tmp_path_factory):
+def unasked(archive, model, engines, tmp_path_factory):
     output = tmp_path_factory.mktemp("unasked")
     return output, finish(archive, model, output, on_silent="dead-letter")
 

@@ -14,12 +14,13 @@ from af3pipe import cli, storage
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import make_job
 from af3pipe.pipelines.view import latest
+from af3pipe.storage import retry
 from tests import fixtures_audio as make
 from tests.integration.runners import portable_runner
 from tests.integration.servers import S3, store_server
 from tests.tables import read_table
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 CLIPS = ("siren.flac", "corrupt.flac", "digits_four_zero_two_nine.mp3")
 SECRET = "S3cr3tS1gnature0fNobody"
 
@@ -32,12 +33,18 @@ def forgotten():
     storage.set_options({})
 
 
-@pytest.fixture
-def stores(tmp_path):
-    """Two servers, of which neither knows the other's bucket, and no word of either in the environment."""
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    with store_server(S3, tmp_path / "first") as first, store_server("moto", tmp_path / "second") as second:
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """Two servers, of which neither knows the other's bucket, and no word of either in the environment.
+
+    Only of their region, which signatures name; for the workers elsewhere, too.
+    """
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        store_server(S3, tmp_path_factory.mktemp("first")) as first,
+        store_server("moto", tmp_path_factory.mktemp("second")) as second,
+    ):
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         with resources.as_file(resources.files("af3pipe.demo") / "clips") as clips:
             for clip in CLIPS:
                 first.fs.put_file(str(clips / clip), f"archive/in/{clip}")
@@ -46,41 +53,45 @@ def stores(tmp_path):
         yield {"s3://archive/": first.options, "s3://labels": second.options}
 
 
-def values(stores):
+def values(stores, output):
     return {
         "inputs": ["s3://archive/in/**"],
-        "output": "s3://labels/out",
+        "output": output,
         "model": "demo",
         "tasks": ["transcript"],
-        "max_new_tokens": 8,
-        "device": "cpu",
+        "engine": "constant",
+        "decode_guard": False,
         "storage_options": stores,
     }
 
 
-@pytest.mark.parametrize("where", ["in process", "workers elsewhere"])
-def test_one_job_reads_from_one_store_and_writes_to_another(stores, where, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    job = make_job(values(stores))
-    if where == "in process":
-        reports = [batch.run(job), batch.run(job)]
-    else:
-        with portable_runner(tmp_path) as flags:
-            reports = [batch.run(job, flags), batch.run(job, flags)]
+def look_at_two_runs(job, flags=()):
+    reports = [batch.run(job, flags), batch.run(job, flags)]
     assert reports[0].counts.states == {"ok": 2, "dead_letter": 1}
     assert reports[1].counts.states == {"skipped_done": 3}
     assert all(report.counts.reconciled for report in reports)
-    assert latest("s3://labels/out").read("transcripts").num_rows == 2
+    assert latest(job.output).read("transcripts").num_rows == 2
 
 
-def test_commands_on_an_output_take_the_options_from_the_job_file(stores, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    batch.run(make_job(values(stores)))
+def test_one_job_reads_from_one_store_and_writes_to_another(stores):
+    look_at_two_runs(make_job(values(stores, "s3://labels/here")))
+
+
+@pytest.mark.slow
+def test_workers_elsewhere_read_from_one_store_and_write_to_another(stores, tmp_path):
+    asked = {"engine": "transformers", "max_new_tokens": 8, "device": "cpu"}
+    with portable_runner(tmp_path) as flags:
+        look_at_two_runs(make_job(values(stores, "s3://labels/elsewhere") | asked), flags)
+
+
+def test_commands_on_an_output_take_the_options_from_the_job_file(stores, tmp_path):
+    wanted = values(stores, "s3://labels/commands")
+    batch.run(make_job(wanted))
     storage.set_options({})
     job_file = tmp_path / "job.yaml"
-    job_file.write_text(yaml.safe_dump(values(stores)))
+    job_file.write_text(yaml.safe_dump(wanted))
     for command in (["audit"], ["compact"], ["redrive", "--reason", "decode_error"]):
-        done = CliRunner().invoke(cli.app, [command[0], "s3://labels/out", "--job", str(job_file), *command[1:]])
+        done = CliRunner().invoke(cli.app, [command[0], wanted["output"], "--job", str(job_file), *command[1:]])
         assert done.exit_code == 0, done.output
         storage.set_options({})
 
@@ -106,20 +117,20 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def signed():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
         yield [f"{base}/{name}?X-Amz-Signature={SECRET}&Expires=3600" for name in ("fine.wav", "gone.wav")]
         server.shutdown()
 
 
-def test_secrets_appear_nowhere(signed, tmp_path, caplog):
+def test_secrets_appear_nowhere(signed, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.001)
     manifest = tmp_path / "list.jsonl"
     manifest.write_text("".join(json.dumps({"uri": uri}) + "\n" for uri in signed))
     output = tmp_path / "out"
     job = {
-        **values({"s3://archive/": {"key": "AKIANOBODY", "secret": SECRET}}),
+        **values({"s3://archive/": {"key": "AKIANOBODY", "secret": SECRET}}, str(output)),
         "inputs": [str(manifest), "http://user:" + SECRET + "@127.0.0.1:1/x.wav"],
-        "output": str(output),
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     done = CliRunner().invoke(cli.app, ["run", str(tmp_path / "job.yaml")])

@@ -18,7 +18,12 @@ RECORDINGS = [f"{number:03}.wav" for number in range(60)]
 TABLES = ("captions", "transcripts", "recordings", "dead_letters")
 
 
-@pytest.fixture(params=["local", S3])
+@pytest.fixture(
+    params=[
+        pytest.param("local", marks=pytest.mark.representative),
+        pytest.param(S3, marks=pytest.mark.slow),
+    ]
+)
 def base(request, tmp_path):
     """Where the archive and the output are: a local folder, or a server."""
     if request.param == "local":

@@ -95,6 +95,7 @@ def tone(path, seconds=1.0, pitch=440.0, mtime=None):
     return path
 
 
+@pytest.mark.representative
 def test_what_is_there_and_what_lands_is_answered_as_a_run_answers_it(model, runner, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -120,6 +121,7 @@ def test_what_is_there_and_what_lands_is_answered_as_a_run_answers_it(model, run
     assert [(piece["start_s"], piece["end_s"]) for piece in transcript["segments"]] == [(0.0, 60.0), (60.0, 65.0)]
 
 
+@pytest.mark.slow
 def test_changed_renamed_and_half_written_files(model, runner, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -129,13 +131,16 @@ def test_changed_renamed_and_half_written_files(model, runner, tmp_path):
     whole = tmp_path / "whole.wav"
     soundfile.write(whole, np.full(3 * RATE, 0.1), RATE, subtype="PCM_16")
     data = whole.read_bytes()
-    with watching(job([str(folder)], output, model, tasks=["caption"]), runner) as watch:
+    patient = {"every": "3s", "window": WINDOW_S, "pane_every": "1s"}
+    with watching(job([str(folder)], output, model, tasks=["caption"], watch=patient), runner) as watch:
         wait_for_rows(output, 2, watch)
         with growing.open("wb") as file:
-            for start in range(0, len(data), len(data) // 12):  # for longer than several looks
-                file.write(data[start : start + len(data) // 12])
+            for start in range(
+                0, len(data), len(data) // 16
+            ):  # for longer than several looks, and grows between them
+                file.write(data[start : start + len(data) // 16])
                 file.flush()
-                time.sleep(0.4)
+                time.sleep(0.5)
         tone(changed, 2.0)
         renamed.rename(folder / "elsewhere.flac")
         wait_for_rows(output, 5, watch)
@@ -153,6 +158,7 @@ def test_changed_renamed_and_half_written_files(model, runner, tmp_path):
     assert not rows(output, "dead_letters")
 
 
+@pytest.mark.slow
 def test_rows_land_in_windows_of_modification_time_however_late(model, runner, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -179,6 +185,7 @@ def test_rows_land_in_windows_of_modification_time_however_late(model, runner, t
             assert path.parent.name == f"date={begin[:4]}-{begin[4:6]}-{begin[6:8]}"
 
 
+@pytest.mark.slow
 def test_a_watch_begun_again_asks_only_what_is_new(model, runner, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -195,6 +202,7 @@ def test_a_watch_begun_again_asks_only_what_is_new(model, runner, tmp_path):
     assert not audit(str(output)).problems
 
 
+@pytest.mark.slow
 def test_a_store_that_is_far_away_costs_no_rows(model, runner, tmp_path, monkeypatch):
     """Prism halves what takes a moment: a tick that asks whether to stop must not have its half centuries ahead."""
     folder, output = tmp_path / "in", tmp_path / "out"
@@ -223,6 +231,7 @@ def wait_for_files(fs, number):
         fs.invalidate_cache()
 
 
+@pytest.mark.slow
 def test_objects_of_a_store(model, runner, tmp_path):
     with store_server(S3, tmp_path) as store, using(store) as found:
         local = tone(tmp_path / "local.flac")
@@ -249,35 +258,38 @@ def command(folder, output, model, *others):
         pytest.param(os.kill, signal.SIGTERM, id="a supervisor tells the one that it started"),
     ],
 )
-def test_told_to_stop_it_writes_what_it_found(tell, how, model, runner, tmp_path):
+@pytest.mark.slow
+def test_told_to_stop_it_writes_what_it_found(tell, how, model, tmp_path):
+    """Rows wait an hour for others to land with: none is there before it is told."""
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
-    for number in range(4):
-        tone(folder / f"{number}.flac", 0.5 + number)
-    with (tmp_path / "log").open("wb") as log:
+    names = [tone(folder / f"{number}.flac", 0.5 + number).name for number in range(5)]
+    log = tmp_path / "log"
+    with log.open("wb") as file:
         process = subprocess.Popen(
-            command(folder, output, model), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command(folder, output, model, "--pane-every", "3600s"),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 120
-        while not recordings(output):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, (tmp_path / "log").read_text()
+        while "5 / 5 recordings" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.2)
-        tone(folder / "last.flac", 0.3)
-        time.sleep(3)
+        assert recordings(output) == []
         tell(process.pid, how)
-        assert process.wait(90) == 0, (tmp_path / "log").read_text()
+        assert process.wait(90) == 0, log.read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert sorted(recordings(output)) == sorted(
-        (str(folder / name), "ok") for name in ("0.flac", "1.flac", "2.flac", "3.flac", "last.flac")
-    )
-    assert "5 found = 5 ok (reconciles)" in (tmp_path / "log").read_text()
+    assert sorted(recordings(output)) == [(str(folder / name), "ok") for name in names]
+    assert "5 found = 5 ok (reconciles)" in log.read_text()
     assert not audit(str(output)).problems
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_leaves_the_rest_to_the_next(model, runner, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -308,6 +320,7 @@ def test_one_that_is_killed_leaves_the_rest_to_the_next(model, runner, tmp_path)
     assert not audit(str(output)).problems
 
 
+@pytest.mark.slow
 def test_tables_are_the_same_as_ever(model, runner, tmp_path):
     """A watch that found nothing leaves empty tables, as a run does."""
     (tmp_path / "in").mkdir()

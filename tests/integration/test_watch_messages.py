@@ -9,6 +9,7 @@ from google.cloud import pubsub_v1
 from af3pipe.pipelines import batch, graph, redrive, streaming
 from af3pipe.pipelines.audit import audit
 from af3pipe.pipelines.job import JobError
+from af3pipe.transforms import metrics
 from af3pipe.transforms.pubsub import pull
 from tests.integration.pubsub import prism, pubsub_emulator
 from tests.integration.runners import rows
@@ -16,6 +17,7 @@ from tests.integration.test_watch import job, recordings, stopped, tone, wait_fo
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.slow,
     # Threads of Beam's worker in this process, when the runner is ended.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
@@ -25,6 +27,20 @@ pytestmark = [
 def runner(tmp_path_factory):
     with pubsub_emulator(tmp_path_factory.mktemp("pubsub")), prism(tmp_path_factory.mktemp("prism")) as flags:
         yield flags
+
+
+@pytest.fixture
+def wait_until_acknowledged():
+    """Waits until so many messages of this test are acknowledged; workers of a watch count in this process."""
+    before = metrics.tally()
+
+    def wait(number, watch, seconds=120):
+        deadline = time.monotonic() + seconds
+        while (counted := (metrics.tally() - before)["messages_acknowledged"]) < number:
+            assert time.monotonic() < deadline, f"{counted} messages are acknowledged, {number} expected"
+            assert not watch.wait(0.2), "it ended by itself"
+
+    return wait
 
 
 @pytest.fixture
@@ -39,7 +55,9 @@ def subscription(runner, request):
     return path, lambda data, **attributes: publisher.publish(topic, data, **attributes).result()
 
 
-def test_what_messages_name_is_answered_and_they_are_acknowledged(model, runner, subscription, tmp_path):
+def test_what_messages_name_is_answered_and_they_are_acknowledged(
+    model, runner, subscription, wait_until_acknowledged, tmp_path
+):
     path, publish = subscription
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -53,7 +71,7 @@ def test_what_messages_name_is_answered_and_they_are_acknowledged(model, runner,
         publish(b'{"uri": 3}')
         publish(str(folder / "gone.flac").encode())
         wait_for_rows(output, 4, watch)
-        time.sleep(5)  # until they are acknowledged
+        wait_until_acknowledged(5, watch)
         report = stopped(watch)
     assert report.counts.reconciled, report.counts.problems
     assert report.counts.states == {"ok": 2, "dead_letter": 2}
@@ -70,7 +88,9 @@ def test_what_messages_name_is_answered_and_they_are_acknowledged(model, runner,
     assert again[1].counts.found == 1
 
 
-def test_what_an_earlier_run_has_answered_is_acknowledged_and_not_asked(model, runner, subscription, tmp_path):
+def test_what_an_earlier_run_has_answered_is_acknowledged_and_not_asked(
+    model, runner, subscription, wait_until_acknowledged, tmp_path
+):
     """As a message is that was under way when its watch was killed."""
     path, publish = subscription
     folder, output = tmp_path / "in", tmp_path / "out"
@@ -82,7 +102,7 @@ def test_what_an_earlier_run_has_answered_is_acknowledged_and_not_asked(model, r
     both = job([f"pubsub://{path}", str(folder)], output, model, allow_prefixes=[str(folder)])
     with watching(both, runner) as watch:  # the folder tells of the same
         wait_for_rows(output, 2, watch)
-        time.sleep(8)
+        wait_until_acknowledged(2, watch)
         report = stopped(watch)
     assert report.counts.states == {"ok": 1}
     assert report.metrics["answers"] == 2
@@ -101,7 +121,9 @@ def test_a_subscription_that_is_not_there_is_told_before_anything_starts(model, 
     assert not (tmp_path / "out" / "_runs").exists()
 
 
-def test_what_was_not_written_comes_again_to_the_next_watch(model, runner, subscription, tmp_path, monkeypatch):
+def test_what_was_not_written_comes_again_to_the_next_watch(
+    model, runner, subscription, wait_until_acknowledged, tmp_path, monkeypatch
+):
     monkeypatch.setattr(graph, "_LEASE_S", 10)  # the shortest there is
     path, publish = subscription
     folder, output = tmp_path / "in", tmp_path / "out"
@@ -119,7 +141,7 @@ def test_what_was_not_written_comes_again_to_the_next_watch(model, runner, subsc
     assert recordings(output) == []
     with watching(watched, runner) as watch:  # once the lease is over
         wait_for_rows(output, 1, watch)
-        time.sleep(3)
+        wait_until_acknowledged(1, watch)
         report = stopped(watch)
     assert report.counts.states == {"ok": 1}
     assert report.metrics["messages_acknowledged"] == 1

@@ -16,7 +16,7 @@ from af3pipe.pipelines.job import make_job
 from tests import fixtures_audio as make
 from tests.integration.runners import portable_runner, rows
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 PACKAGE = Path(af3pipe.__file__).parent
 
 
