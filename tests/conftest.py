@@ -53,6 +53,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Else extension modules that look for leaks at exit report what was never searched."""
+    gc.unfreeze()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         import torch

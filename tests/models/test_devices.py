@@ -25,10 +25,13 @@ heir = 0
 if sys.argv[2] == "inherited":
     heir = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, pass_fds=[claimed.fd]).pid
 if sys.argv[2] == "forked":
+    begun, begin = os.pipe()
     heir = os.fork()
     if heir == 0:
+        os.write(begin, b"x")
         os.close(1)
         time.sleep(60)
+    os.read(begun, 1)
 print(claimed.gpu, heir, flush=True)
 sys.stdin.read()
 """
