@@ -1,29 +1,32 @@
 """Processes of our own that are killed with SIGKILL after their n-th write or delete, as a power cut would."""
 
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from af3pipe import storage
 
+# Forked from a process that has imported everything and has one thread. In this one other tests may have left threads
+# of gRPC, and a fork of such a process may crash.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.kills", "af3pipe.pipelines.compact"])
+
 
 def killed_after(number: int, work: Callable[[], object]) -> bool:
-    """Runs `work` in a forked child that is killed after so many writes and deletes; whether it was."""
-    pid = os.fork()
-    if pid == 0:
-        _kill_me_after(number)
-        try:
-            work()
-        except BaseException:  # noqa: BLE001 - the child must not go on with the parent's tests
-            os._exit(2)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
+    """Runs `work`, which must be picklable, in a process killed after so many writes and deletes; whether it was."""
+    process = _context.Process(target=_work, args=(dict(os.environ), number, work))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode != 0
+
+
+def _work(environment: Mapping[str, str], number: int, work: Callable[[], object]) -> None:
+    os.environ.update(environment)
+    _kill_me_after(number)
+    work()
 
 
 def _kill_me_after(number: int) -> None:

@@ -1,5 +1,6 @@
 """`af3pipe audit`, `compact` and `export` on what a real run wrote, and on an S3 server."""
 
+import functools
 import itertools
 import json
 import os
@@ -112,7 +113,7 @@ def test_a_compaction_on_s3_may_be_killed_after_any_write_or_delete(s3):
         write_run(output, FIRST, range(6), in_files_of=4)
         write_run(output, SECOND, range(4, 7), version="better", later_s=60)
         before = holding(output)
-        killed = killed_after(number, lambda output=output: compact(output, only_latest=True))
+        killed = killed_after(number, functools.partial(compact, output, only_latest=True))
         assert holding(output) == before, number
         recover(output)
         assert open_compactions(output) == []

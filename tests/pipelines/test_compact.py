@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import os
@@ -215,7 +216,7 @@ def test_killed_after_any_write_or_delete_no_row_is_lost_or_double(tmp_path):
     for number in itertools.count():
         copy = tmp_path / f"copy{number}"
         shutil.copytree(output, copy)
-        killed = killed_after(number, lambda copy=copy: compact(str(copy), only_latest=True))
+        killed = killed_after(number, functools.partial(compact, str(copy), only_latest=True))
         assert holding(copy) == before, number
         report = audit(str(copy))
         assert report.right, (number, report.problems)
