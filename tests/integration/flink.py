@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import time
 import urllib.request
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 
 from tests.integration.fetch_flink import flink_home
 from tests.integration.servers import free_port, python_module, serving
+from tests.waiting import wait_until
 
 _POOL = "worker-pool"
 # Of Flink's own configuration for Java 17.
@@ -250,15 +250,6 @@ def flink_cluster(folder, *, task_managers=2, slots=1, pool_module="tests.integr
             server.start()
         cluster.wait_for_task_managers(task_managers)
         yield cluster
-
-
-def wait_until(holds, what, seconds=90):
-    """Waits for something that another process does."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds} s for {what}")
-        time.sleep(0.2)
 
 
 def children(pid):

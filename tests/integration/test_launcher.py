@@ -52,7 +52,9 @@ def test_the_graph_builds_without_torch(tmp_path):
 
 
 def test_the_command_line_does_not_import_torch_where_it_is_installed():
-    code = "import sys, af3pipe.cli; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    code = (
+        "import sys, af3pipe.cli.running; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stderr
 

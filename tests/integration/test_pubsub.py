@@ -18,6 +18,7 @@ from af3pipe.transforms.outcome import recording_of
 from af3pipe.transforms.pubsub import modify_deadline, pull
 from tests.integration.pubsub import prism, pubsub_emulator
 from tests.integration.servers import free_port, python_module, wait_for_port
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.integration,
@@ -126,13 +127,6 @@ def ask(found):
 def log_to(row, log):
     with Path(log).open("a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def wait_until(is_so, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be"
-        time.sleep(0.3)
 
 
 def test_a_message_is_acknowledged_when_all_it_asked_for_is_durable(emulator, tmp_path):

@@ -1,5 +1,4 @@
 import importlib.resources
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,6 @@ from tests.checkpoints import tiny_audio_flamingo, tiny_music_flamingo
 
 RATE = 16_000
 ORACLES = {"demo": "demo_oracle", "af3": "af3_oracle", "mf": "mf_oracle"}  # by the names of their checkpoints
-
-
-def wait_until(true, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def somebody_waits_for(condition):

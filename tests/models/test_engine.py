@@ -24,7 +24,8 @@ from af3pipe.models import (
 from af3pipe.models.encoder import AudioEncoder
 from af3pipe.models.slots import Slots
 from af3pipe.schemas import Decoding, Reason, Rejected, Request, Stage, Task, Turn
-from tests.models.conftest import clip, somebody_waits_for, sounds, wait_until
+from tests.models.conftest import clip, somebody_waits_for, sounds
+from tests.waiting import wait_until
 
 CAPTION = resolve(caption(max_new_tokens=6), "AudioFlamingo3")
 LONG = CAPTION._replace(decoding=Decoding(max_new_tokens=2000, min_new_tokens=2000))

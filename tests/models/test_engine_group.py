@@ -25,7 +25,8 @@ from af3pipe.models.engine_group import EngineGroup
 from af3pipe.schemas import AudioInfo, Decoding, Reason, Recording, Rejected, Request, Segment, Stage, Task
 from af3pipe.transforms import AskAudioFlamingo
 from af3pipe.transforms.ask import AskDoFn
-from tests.models.conftest import sounds, wait_until
+from tests.models.conftest import sounds
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 CAPTION = resolve(caption(max_new_tokens=6), "AudioFlamingo3")

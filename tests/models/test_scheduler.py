@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from af3pipe.models import EngineFailed, caption
 from af3pipe.models.scheduler import Job, JobQueue, capacity_class, isolate
 from af3pipe.schemas import Reply, Request, Turn
-from tests.models.conftest import somebody_waits_for, wait_until
+from tests.models.conftest import somebody_waits_for
+from tests.waiting import wait_until
 
 ANY = "any"
 
