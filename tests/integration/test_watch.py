@@ -260,10 +260,14 @@ def command(folder, output, model, *others):
 )
 @pytest.mark.slow
 def test_told_to_stop_it_writes_what_it_found(tell, how, model, tmp_path):
-    """Rows wait an hour for others to land with: none is there before it is told."""
+    """Rows wait an hour for others to land with: none is there before it is told.
+
+    Prism also writes them where their window ends, at whatever minute that is: theirs ends tomorrow.
+    """
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
-    names = [tone(folder / f"{number}.flac", 0.5 + number).name for number in range(5)]
+    tomorrow = time.time() + 24 * 3600
+    names = [tone(folder / f"{number}.flac", 0.5 + number, mtime=tomorrow).name for number in range(5)]
     log = tmp_path / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(
