@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from af3pipe import storage
-from af3pipe.pipelines.accounting import read_rows
+from af3pipe.tables.reconcile import read_rows
 from benchmarks import machine
 from tools.demo_checkpoint.vocabulary import DIGITS, WORDS
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from af3pipe import storage
-from af3pipe.pipelines.accounting import read_rows
+from af3pipe.tables.reconcile import read_rows
 from benchmarks import fuzz_worker, machine
 from tests import mutations
 from tests.mutations import Case

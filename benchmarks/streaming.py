@@ -28,9 +28,9 @@ import numpy as np
 import soundfile
 
 from af3pipe import storage
-from af3pipe.pipelines.accounting import read_rows
 from af3pipe.pipelines.job import make_job
 from af3pipe.pipelines.streaming import Watch
+from af3pipe.tables.reconcile import read_rows
 from benchmarks import constant_engine, flink_pool
 from benchmarks.machine import children, cpu_s, describe
 from tests.integration.flink import flink_cluster

@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("af3pipe")
 @pytest.fixture
 def no_pubsub(monkeypatch):
     """Has Pub/Sub where nothing listens."""
-    from af3pipe.transforms.pubsub import subscriber
+    from af3pipe.transforms.inputs.pubsub import subscriber
     from tests.integration.servers import free_port
 
     monkeypatch.setenv("PUBSUB_EMULATOR_HOST", f"localhost:{free_port()}")

@@ -11,7 +11,7 @@ from af3pipe import storage
 # Forked from a process that has imported everything and has one thread. In this one other tests may have left threads
 # of gRPC, and a fork of such a process may crash.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.kills", "af3pipe.pipelines.compact"])
+_context.set_forkserver_preload(["tests.kills", "af3pipe.tables.compact"])
 
 
 def killed_after(number: int, work: Callable[[], object]) -> bool:

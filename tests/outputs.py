@@ -5,7 +5,7 @@ import json
 
 from af3pipe import storage
 from af3pipe.schemas import DeadLetter, Reason, RecordingResult, Stage, TerminalState
-from af3pipe.transforms import write
+from af3pipe.tables import write
 from tests.transforms.test_write import answer
 
 FIRST, SECOND, THIRD = (f"2026010{day}T030405Z-{letter * 6}" for day, letter in enumerate("abc", start=1))
@@ -85,7 +85,7 @@ def recording_row(number, answers=(), letters=(), *, kept=False, created_at=_MOM
 
 def write_rows(output, run_id, row_format, rows, partition_by=(), in_files_of=7):
     """A few rows a file, as a run on many workers leaves them."""
-    folder = write._Folder(row_format, run_id, partition_by)
+    folder = write.Folder(row_format, run_id, partition_by)
     by_folder = {}
     for row in rows:
         by_folder.setdefault(folder(row), []).append(row)

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from af3pipe import cli
 from af3pipe.cli import running, tables
 from af3pipe.models.family import DEFAULT_MODEL
-from af3pipe.pipelines.accounting import TABLE_SCHEMAS
-from af3pipe.pipelines.compact import DEFAULT_FILE_MIB
+from af3pipe.tables.compact import DEFAULT_FILE_MIB
+from af3pipe.tables.layout import TABLE_SCHEMAS
+from af3pipe.tables.write import RECORDINGS, write_folders
 from af3pipe.transforms import panes
-from af3pipe.transforms.write import RECORDINGS, write_folders
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 

@@ -8,7 +8,7 @@ import yaml
 from af3pipe.pipelines.job import make_job
 from af3pipe.schemas import Recording
 from af3pipe.storage.members import parse
-from af3pipe.transforms.manifest import read_manifest
+from af3pipe.transforms.inputs.manifest import read_manifest
 
 TEXT = (Path(__file__).parents[1] / "docs" / "inputs.md").read_text(encoding="utf-8")
 

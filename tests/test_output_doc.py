@@ -6,9 +6,9 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from af3pipe.pipelines.compact import compact
-from af3pipe.pipelines.view import latest
-from af3pipe.transforms import write
+from af3pipe.tables import write
+from af3pipe.tables.compact import compact
+from af3pipe.tables.latest import latest
 from tests import outputs
 from tests.outputs import FIRST, SECOND, THIRD, write_run
 
@@ -61,7 +61,7 @@ def test_the_python_runs(output):
 
 
 def test_every_kind_of_problem_is_in_the_table():
-    source = (Path(__file__).parent.parent / "af3pipe" / "pipelines" / "audit.py").read_text()
+    source = (Path(__file__).parent.parent / "af3pipe" / "tables" / "audit.py").read_text()
     kinds = set(re.findall(r'(?:_report|Problem)\(\s*"(\w+)"', source)) | {"never_settled", "changed"}
     assert set(re.findall(r"^\| `(\w+)` \|", DOC, re.MULTILINE)) == kinds
     assert len(kinds) == 10

@@ -8,9 +8,9 @@ import yaml
 from typer.testing import CliRunner
 
 from af3pipe import cli
-from af3pipe.pipelines.accounting import TABLE_SCHEMAS
 from af3pipe.pipelines.job import make_job
 from af3pipe.schemas import Reason, Stage
+from af3pipe.tables.layout import TABLE_SCHEMAS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

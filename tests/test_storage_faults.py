@@ -9,7 +9,7 @@ from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.storage import retry, stores
-from af3pipe.transforms.read import list_recordings
+from af3pipe.transforms.inputs.read import list_recordings
 from tests import flawed_store
 
 DATA = random.Random(0).randbytes(300_000)

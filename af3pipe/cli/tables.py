@@ -13,7 +13,7 @@ from af3pipe.cli.console import OUT, say, stop
 from af3pipe.cli.imports import quick_imports
 
 if TYPE_CHECKING:
-    from af3pipe.pipelines.audit import Audit
+    from af3pipe.tables.audit import Audit
 
 EXIT_WRONG = 1
 EXIT_NO_OUTPUT = 2
@@ -52,9 +52,9 @@ def audit(
     changed.
     """
     with quick_imports():
-        from af3pipe.pipelines.audit import AuditError
         from af3pipe.pipelines.audit import audit as audit_output
         from af3pipe.schemas import Rejected
+        from af3pipe.tables.audit import AuditError
 
     try:
         report = audit_output(output, inputs or [])
@@ -113,11 +113,11 @@ def compact(
     Killed at any point, no row is lost, and the next `af3pipe compact` finishes or undoes it.
     """
     with quick_imports():
-        from af3pipe.pipelines.compact import CompactError
-        from af3pipe.pipelines.compact import compact as compact_output
-        from af3pipe.pipelines.view import NotATable
         from af3pipe.schemas import Rejected
         from af3pipe.storage import StorageError
+        from af3pipe.tables.compact import CompactError
+        from af3pipe.tables.compact import compact as compact_output
+        from af3pipe.tables.latest import NotATable
 
     try:
         done = compact_output(
@@ -157,9 +157,9 @@ def export(
     if unknown:
         stop(f"--table is {unknown[0]!r}; choose from {', '.join(_TABLES)}", EXIT_NO_OUTPUT)
     with quick_imports():
-        from af3pipe.pipelines.view import NotATable, export_latest
         from af3pipe.schemas import Rejected
         from af3pipe.storage import StorageError
+        from af3pipe.tables.latest import NotATable, export_latest
 
     try:
         written = export_latest(output, target, table or _TABLES)

@@ -21,22 +21,25 @@ from af3pipe.models.engine import ModelError, hold_engine, release_engine
 from af3pipe.models.family import Checkpoint, adapter_revision, open_checkpoint
 from af3pipe.models.tasks import resolve
 from af3pipe.pipelines import graph
-from af3pipe.pipelines.accounting import count_run, fill_empty_tables, take_found, take_verified, verified_uri
-from af3pipe.pipelines.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
+from af3pipe.pipelines.handover import take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.plan import Plan, Settlement
-from af3pipe.pipelines.reach import check_runner
-from af3pipe.pipelines.record import RunReport, unfinished_runs, write_record, write_started
-from af3pipe.pipelines.runners import IN_PROCESS
+from af3pipe.pipelines.run_record import RunReport, unfinished_runs, write_record, write_started
+from af3pipe.runners.check import RunnerError, check_runner
+from af3pipe.runners.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
+from af3pipe.runners.options import IN_PROCESS
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
+from af3pipe.tables.layout import new_run_id
+from af3pipe.tables.reconcile import count_run
+from af3pipe.tables.write import fill_empty_tables
 from af3pipe.transforms import metrics
+from af3pipe.transforms.inputs.pubsub import is_subscription
 from af3pipe.transforms.launcher import this_process
 from af3pipe.transforms.panes import write_settled
-from af3pipe.transforms.pubsub import is_subscription
 from af3pipe.transforms.resume import WorkKeys
 from af3pipe.transforms.settle import SettledRecording, new_letters
 from af3pipe.transforms.stores import set_storage
-from af3pipe.transforms.write import ROWS_PER_SHARD, new_run_id
+from af3pipe.transforms.write import ROWS_PER_SHARD
 
 T = TypeVar("T")
 Items: TypeAlias = Iterable[Recording | DeadLetter | RecordingResult]
@@ -69,10 +72,12 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
         ModelError: The checkpoint or the adapter cannot be found, the checkpoint is of a family that is not
             supported, or does not know a task.
     """
-    check_runner(options)
     try:
+        check_runner(options)
         if check_inputs:
             _check_inputs(job)
+    except RunnerError as error:
+        raise JobError(str(error)) from error
     except storage.StorageError as error:
         raise JobError(f"input: {error}") from error
     try:

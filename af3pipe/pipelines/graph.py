@@ -8,9 +8,9 @@ from apache_beam.transforms.window import GlobalWindows
 
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
-from af3pipe.pipelines.accounting import found_uri, verified_uri, write_found, write_verified
+from af3pipe.pipelines.handover import found_uri, verified_uri, write_found, write_verified
 from af3pipe.pipelines.job import JobConfig
-from af3pipe.pipelines.record import ended_uri, stop_uri
+from af3pipe.pipelines.run_record import ended_uri, stop_uri
 from af3pipe.schemas import DeadLetter, Recording, RecordingResult
 from af3pipe.transforms import (
     AcknowledgeMessages,
@@ -33,11 +33,11 @@ from af3pipe.transforms import (
     WriteSettledRecordings,
 )
 from af3pipe.transforms.ended import TellEnd
+from af3pipe.transforms.inputs.dedup import Once
+from af3pipe.transforms.inputs.notifications import version_of
+from af3pipe.transforms.inputs.pubsub import is_subscription, subscription_of
+from af3pipe.transforms.inputs.read import list_recordings
 from af3pipe.transforms.launcher import CheckWorkers
-from af3pipe.transforms.notify import version_of
-from af3pipe.transforms.once import Once
-from af3pipe.transforms.pubsub import is_subscription, subscription_of
-from af3pipe.transforms.read import list_recordings
 from af3pipe.transforms.write import ROWS_PER_SHARD
 
 _HELD_S = 600.0

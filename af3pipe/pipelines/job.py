@@ -18,11 +18,11 @@ from af3pipe.audio.recording import OverLength
 from af3pipe.models.engine import ENGINES, EngineOptions
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, prompt, table_of, transcript
-from af3pipe.pipelines.runners import ON_BY_DEFAULT, runner_name
+from af3pipe.runners.options import ON_BY_DEFAULT, runner_name
 from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
+from af3pipe.tables.layout import check_partition_by
 from af3pipe.transforms.ask import check_tasks
 from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
-from af3pipe.transforms.write import check_partition_by
 
 
 class JobError(Exception):

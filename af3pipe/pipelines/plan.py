@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from af3pipe import storage
 from af3pipe.schemas import Covered, DeadLetter, Reason, Recording, RecordingResult, Rejected
-from af3pipe.transforms.read import STAT_THREADS, merge, stat_recording
+from af3pipe.transforms.inputs.read import STAT_THREADS, merge, stat_recording
 from af3pipe.transforms.reconcile import failed_by, settle_rejected
 from af3pipe.transforms.resume import (
     Settled,

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.graph import found_by
 from af3pipe.pipelines.job import JobConfig, JobError, make_job
-from af3pipe.pipelines.record import RunReport, read_job
-from af3pipe.pipelines.view import latest
+from af3pipe.pipelines.run_record import RunReport, read_job
 from af3pipe.schemas import DeadLetter, Recording, RecordingResult, Rejected, Stage, TerminalState
+from af3pipe.tables.latest import latest
 from af3pipe.transforms.outcome import recording_of
 from af3pipe.transforms.resume import Settled, skipped
 

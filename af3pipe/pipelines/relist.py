@@ -2,38 +2,23 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from af3pipe import storage
-from af3pipe.pipelines.view import Latest, codes, is_in
 from af3pipe.schemas import DeadLetter, Reason, Recording
-from af3pipe.transforms.read import list_recordings, merge
+from af3pipe.tables.audit import Compared
+from af3pipe.tables.latest import Latest, codes, is_in
+from af3pipe.transforms.inputs.read import list_recordings, merge
 
 _LISTED_AT_ONCE = 50_000
 
 
 class InputError(Exception):
     """An input cannot be listed: which, and why."""
-
-
-class Relisted(NamedTuple):
-    """What a listing says of an output: numbers, each with the URI of one.
-
-    Attributes:
-        listed: Recordings that the inputs name.
-        never: Those without a row.
-        changed: Those that are not what they were when they were settled.
-        gone: Recordings of the output that the inputs no longer name.
-    """
-
-    listed: int
-    never: tuple[int, str]
-    changed: tuple[int, str]
-    gone: tuple[int, str]
 
 
 _LISTED_SCHEMA = pa.schema(
@@ -53,7 +38,7 @@ _LISTED_SCHEMA = pa.schema(
 
 def relist(
     view: Latest, inputs: Sequence[str], *, channel: str, stream: int | None, allow_prefixes: Sequence[str] = ()
-) -> Relisted:
+) -> Compared:
     """Lists inputs anew, and holds each recording against its newest row.
 
     Changed is what has another etag; without one, another size or time of modification, where both state them.
@@ -77,7 +62,7 @@ def relist(
     differ = {name: pc.fill_null(pc.not_equal(both[name], then[name]), False) for name in columns[2:]}
     tagged = pc.and_(both["etag"].is_valid(), then["etag"].is_valid())
     changed = pc.if_else(tagged, differ["etag"], pc.or_(differ["size_bytes"], differ["mtime"]))
-    return Relisted(
+    return Compared(
         listed=len(listed),
         never=_first(listed.filter(at.is_null())),
         changed=_first(both.filter(changed)),

@@ -12,19 +12,20 @@ from apache_beam.runners.runner import PipelineState
 
 from af3pipe import storage
 from af3pipe.pipelines import batch, graph
-from af3pipe.pipelines.accounting import count_run, fill_empty_tables
-from af3pipe.pipelines.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
-from af3pipe.pipelines.record import RunReport, ended_uri, started_uri, stop_uri, write_record, write_started
 from af3pipe.pipelines.relist import InputError, relist
-from af3pipe.pipelines.runners import FlinkOptions
-from af3pipe.pipelines.view import Latest, NotATable, table_files
+from af3pipe.pipelines.run_record import RunReport, ended_uri, started_uri, stop_uri, write_record, write_started
+from af3pipe.runners.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
+from af3pipe.runners.options import FlinkOptions
 from af3pipe.schemas import DeadLetter, Reason, Rejected
+from af3pipe.tables.latest import Latest, NotATable, table_files
+from af3pipe.tables.layout import new_run_id
+from af3pipe.tables.reconcile import count_run
+from af3pipe.tables.write import fill_empty_tables
 from af3pipe.transforms import metrics
-from af3pipe.transforms.pubsub import is_subscription, reach, subscription_of
+from af3pipe.transforms.inputs.pubsub import is_subscription, reach, subscription_of
+from af3pipe.transforms.inputs.watch import check_watched
 from af3pipe.transforms.stores import set_storage
-from af3pipe.transforms.watch import check_watched
-from af3pipe.transforms.write import new_run_id
 
 _CHECKPOINT_MS = 10_000
 _LOOK_EVERY_S = 2.0

@@ -12,20 +12,15 @@ from af3pipe import storage
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import open_checkpoint
 from af3pipe.pipelines import graph
-from af3pipe.pipelines.accounting import (
-    count_run,
-    fill_empty_tables,
-    found_uri,
-    take_found,
-    take_verified,
-    verified_uri,
-)
 from af3pipe.pipelines.batch import RunFailed, is_in_process, preflight, tell_unfinished
+from af3pipe.pipelines.handover import found_uri, take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options, make_job
-from af3pipe.pipelines.record import RunReport, read_started, started_uri, write_record, write_started
+from af3pipe.pipelines.run_record import RunReport, read_started, started_uri, write_record, write_started
 from af3pipe.schemas import Rejected
+from af3pipe.tables.layout import new_run_id
+from af3pipe.tables.reconcile import count_run
+from af3pipe.tables.write import fill_empty_tables
 from af3pipe.transforms.stores import set_storage
-from af3pipe.transforms.write import new_run_id
 
 
 def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:

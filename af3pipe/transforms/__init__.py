@@ -5,14 +5,15 @@ which takes seconds that a launcher need not spend.
 """
 
 from af3pipe.transforms import coders as coders  # registers the coders of all rows
-from af3pipe.transforms.acknowledge import AcknowledgeMessages
 from af3pipe.transforms.ask import AnswerRecordings, AskAudioFlamingo
 from af3pipe.transforms.decode import DecodeAudio
-from af3pipe.transforms.notify import Notified, ParseNotification
+from af3pipe.transforms.inputs.acknowledge import AcknowledgeMessages
+from af3pipe.transforms.inputs.notifications import Notified, ParseNotification
+from af3pipe.transforms.inputs.pubsub import PullMessages, ReadNotifications
+from af3pipe.transforms.inputs.read import ReadRecordings
+from af3pipe.transforms.inputs.watch import WatchRecordings
 from af3pipe.transforms.outcome import Outcome
 from af3pipe.transforms.panes import WriteSettledRecordings
-from af3pipe.transforms.pubsub import PullMessages, ReadNotifications
-from af3pipe.transforms.read import ReadRecordings
 from af3pipe.transforms.reconcile import ReconcileRecordings
 from af3pipe.transforms.resume import ResumeRecordings
 from af3pipe.transforms.settle import (
@@ -23,7 +24,6 @@ from af3pipe.transforms.settle import (
     SettleRejected,
 )
 from af3pipe.transforms.verify import VerifyAnswers
-from af3pipe.transforms.watch import WatchRecordings
 from af3pipe.transforms.write import WriteAnswers, WriteDeadLetters, WriteRecordings
 from af3pipe.transforms.written import NotWritten, ReadWritten
 

@@ -15,18 +15,11 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from af3pipe import storage
 from af3pipe.schemas import TerminalState
+from af3pipe.tables.layout import check_partition_by, new_run_id, partition_folder
+from af3pipe.tables.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, write_folders
 from af3pipe.transforms import metrics
 from af3pipe.transforms.settle import SettledRecording
 from af3pipe.transforms.stores import count_retries, set_storage
-from af3pipe.transforms.write import (
-    ANSWERS,
-    DEAD_LETTER_ROWS,
-    RECORDINGS,
-    check_partition_by,
-    new_run_id,
-    partition_folder,
-    write_folders,
-)
 
 # A file may be copied in with any modification time: none is too late to be written. Runners written in Go keep a
 # duration in 64 bits of nanoseconds, which end after 292 years, and drop everything when they overflow.

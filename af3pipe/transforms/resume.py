@@ -31,6 +31,7 @@ from af3pipe.schemas import (
     work_key,
 )
 from af3pipe.storage.parquet import ParquetFile
+from af3pipe.tables.layout import is_file_of
 from af3pipe.transforms import metrics
 from af3pipe.transforms.ask import AskAudioFlamingo, AskDoFn
 from af3pipe.transforms.coders import RowTupleCoder
@@ -38,7 +39,6 @@ from af3pipe.transforms.decode import DecodeAudio, DecodeDoFn
 from af3pipe.transforms.outcome import DEAD_LETTERS, by_id, split_input
 from af3pipe.transforms.reconcile import own_columns
 from af3pipe.transforms.stores import set_storage
-from af3pipe.transforms.write import is_file_of
 
 _RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
 _COVERED_BY = ["start_s", "end_s", "segments", "duration_s", *Levels._fields, "etag", "size_bytes", "mtime"]

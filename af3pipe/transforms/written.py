@@ -12,10 +12,10 @@ import apache_beam as beam
 
 from af3pipe import storage
 from af3pipe.storage.parquet import ParquetFile
+from af3pipe.tables.layout import is_file_of
 from af3pipe.transforms import metrics
 from af3pipe.transforms.settle import PlannedRecording, SettledRecording
 from af3pipe.transforms.stores import set_storage
-from af3pipe.transforms.write import is_file_of
 
 
 class _Written:

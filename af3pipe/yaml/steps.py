@@ -16,7 +16,7 @@ from af3pipe import transforms
 from af3pipe.pipelines import graph
 from af3pipe.pipelines.job import JobConfig, JobError, make_job
 from af3pipe.schemas import Answer, DeadLetter, Recording, RecordingResult, Rejected, Segment
-from af3pipe.transforms.write import new_run_id
+from af3pipe.tables.layout import new_run_id
 from af3pipe.yaml.rows import FromRows, ToRows
 
 _MODEL = ("model", "revision")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from af3pipe.transforms.pubsub import subscriber
+from af3pipe.transforms.inputs.pubsub import subscriber
 from tests.integration.servers import free_port, serving
 
 _WITH_SDK = "platform/pubsub-emulator/lib"

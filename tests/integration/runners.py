@@ -3,7 +3,7 @@
 import contextlib
 
 from tests.integration.servers import free_port, python_module, serving
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 ANSWER_TABLES = ("captions", "transcripts", "answers")
 TABLES = (*ANSWER_TABLES, "recordings", "dead_letters")

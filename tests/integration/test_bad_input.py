@@ -13,7 +13,7 @@ from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import JobError, beam_options, make_job
 from af3pipe.schemas import Reason, Recording, Rejected
 from af3pipe.transforms.decode import open_segments
-from af3pipe.transforms.read import list_recordings
+from af3pipe.transforms.inputs.read import list_recordings
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 

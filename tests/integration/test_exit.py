@@ -73,7 +73,7 @@ def test_commands_on_an_output(late, output, tmp_path, command):
 READ_INPUTS = """
 import fsspec, pyarrow as pa, pyarrow.parquet as pq
 from af3pipe import storage
-from af3pipe.transforms.read import list_recordings
+from af3pipe.transforms.inputs.read import list_recordings
 
 store = fsspec.filesystem("memory")
 audio = [{"bytes": bytes([n]) * 70_000, "path": f"{n}.wav"} for n in range(40)]

@@ -15,7 +15,7 @@ from af3pipe.storage import retry
 from tests import fixtures_audio as make
 from tests.integration.fault_proxy import KINDS
 from tests.integration.servers import S3, free_port, python_module, serving, store_server, using
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 NAMES = [f"{number:03}.wav" for number in range(300)]

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from af3pipe.cli import app
 from af3pipe.pipelines import submit as submitting
-from af3pipe.pipelines.accounting import found_uri
 from af3pipe.pipelines.batch import RunFailed
+from af3pipe.pipelines.handover import found_uri
 from af3pipe.pipelines.job import JobError, make_job
-from af3pipe.pipelines.record import record_uri, unfinished_runs
+from af3pipe.pipelines.run_record import record_uri, unfinished_runs
 from af3pipe.pipelines.submit import finish, submit
 from tests.integration.servers import store_server, using
 

@@ -18,12 +18,12 @@ import pytest
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.audit import audit
 from af3pipe.pipelines.job import make_job
-from af3pipe.pipelines.view import export_latest
+from af3pipe.tables.latest import export_latest
 from tests import fixtures_audio as make
 from tests.integration.flink import children, flink_cluster
 from tests.integration.runners import OF_A_RUN, ON_THE_WAY, TABLES, same_rows
 from tests.integration.servers import S3, free_port, python_module, serving, store_server, using
-from tests.tables import read_table
+from tests.read_tables import read_table
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

@@ -8,10 +8,10 @@ import pytest
 from af3pipe.pipelines import batch, streaming
 from af3pipe.pipelines.audit import audit
 from af3pipe.pipelines.job import make_job
-from af3pipe.pipelines.view import export_latest
+from af3pipe.tables.latest import export_latest
 from tests.integration.flink import flink_cluster
 from tests.integration.runners import TABLES, same_rows
-from tests.tables import read_table
+from tests.read_tables import read_table
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

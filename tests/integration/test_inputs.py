@@ -14,10 +14,11 @@ import pytest
 
 from af3pipe import storage
 from af3pipe.pipelines import batch
-from af3pipe.pipelines.accounting import read_rows, run_files
 from af3pipe.pipelines.job import make_job
 from af3pipe.storage.members import parse
-from af3pipe.transforms.read import list_recordings
+from af3pipe.tables.layout import run_files
+from af3pipe.tables.reconcile import read_rows
+from af3pipe.transforms.inputs.read import list_recordings
 from tests.integration.servers import s3_by_environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]

@@ -13,7 +13,7 @@ import pytest
 
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = pytest.mark.integration
 KILLED = -signal.SIGKILL

@@ -12,7 +12,7 @@ from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import JobError, make_job
 from tests import fixtures_audio as make
 from tests.integration.servers import s3_by_environment
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 

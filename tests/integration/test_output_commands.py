@@ -10,16 +10,16 @@ from typer.testing import CliRunner
 
 from af3pipe import cli
 from af3pipe.pipelines.audit import audit
-from af3pipe.pipelines.compact import compact, recover
-from af3pipe.pipelines.view import latest, open_compactions
-from af3pipe.transforms import write
-from af3pipe.transforms.read import list_recordings
+from af3pipe.tables import write
+from af3pipe.tables.compact import compact, recover
+from af3pipe.tables.latest import latest, open_compactions
+from af3pipe.transforms.inputs.read import list_recordings
 from tests import fixtures_audio as make
 from tests import outputs
 from tests.integration.servers import s3_by_environment
 from tests.kills import killed_after
 from tests.outputs import FIRST, SECOND, write_run
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = pytest.mark.integration
 WIDE = os.environ | {"COLUMNS": "200"}

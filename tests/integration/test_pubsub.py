@@ -14,8 +14,8 @@ from google.cloud import pubsub_v1
 
 from af3pipe.schemas import DeadLetter
 from af3pipe.transforms import AcknowledgeMessages, PullMessages, ReadNotifications
+from af3pipe.transforms.inputs.pubsub import modify_deadline, pull
 from af3pipe.transforms.outcome import recording_of
-from af3pipe.transforms.pubsub import modify_deadline, pull
 from tests.integration.pubsub import prism, pubsub_emulator
 from tests.integration.servers import free_port, python_module, wait_for_port
 from tests.waiting import wait_until

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from af3pipe import cli
 from af3pipe.pipelines.audit import audit
-from af3pipe.pipelines.view import latest
+from af3pipe.tables.latest import latest
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 

@@ -21,7 +21,7 @@ from benchmarks import constant_engine
 from tests import fixtures_audio as make
 from tests.integration.runners import ANSWER_TABLES, rows
 from tests.integration.test_killed_runs import KILLED, run_killed
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = pytest.mark.integration
 RATE = 16_000

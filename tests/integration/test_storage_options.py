@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from af3pipe import cli, storage
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import make_job
-from af3pipe.pipelines.view import latest
 from af3pipe.storage import retry
+from af3pipe.tables.latest import latest
 from tests import fixtures_audio as make
 from tests.integration.runners import portable_runner
 from tests.integration.servers import S3, store_server
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 CLIPS = ("siren.flac", "corrupt.flac", "digits_four_zero_two_nine.mp3")

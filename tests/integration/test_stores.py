@@ -9,7 +9,7 @@ import pytest
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import make_job
 from tests.integration.servers import S3, STORES, store_server, using
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = pytest.mark.integration
 TABLES = ("captions", "transcripts", "answers", "recordings", "dead_letters")

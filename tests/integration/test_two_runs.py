@@ -9,7 +9,7 @@ import pytest
 from af3pipe import storage
 from tests import fixtures_audio as make
 from tests.integration.servers import S3, python_module, store_server, using
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = pytest.mark.integration
 PARTS = {"first": range(40), "second": range(20, 60)}

@@ -20,7 +20,7 @@ from af3pipe.pipelines.job import make_job
 from tests.integration.pubsub import prism
 from tests.integration.runners import TABLES, rows, same_rows
 from tests.integration.servers import S3, python_module, store_server, using
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 pytestmark = [
     pytest.mark.integration,

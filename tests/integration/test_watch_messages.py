@@ -10,7 +10,7 @@ from af3pipe.pipelines import batch, graph, redrive, streaming
 from af3pipe.pipelines.audit import audit
 from af3pipe.pipelines.job import JobError
 from af3pipe.transforms import metrics
-from af3pipe.transforms.pubsub import pull
+from af3pipe.transforms.inputs.pubsub import pull
 from tests.integration.pubsub import prism, pubsub_emulator
 from tests.integration.runners import rows
 from tests.integration.test_watch import job, recordings, stopped, tone, wait_for_rows, watching

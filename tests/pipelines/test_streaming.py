@@ -6,8 +6,8 @@ from apache_beam.options.pipeline_options import PrismRunnerOptions, StandardOpt
 
 from af3pipe.pipelines.graph import build_stream
 from af3pipe.pipelines.job import JobError, make_job
-from af3pipe.pipelines.runners import FlinkOptions
 from af3pipe.pipelines.streaming import _check_inputs, stream_options
+from af3pipe.runners.options import FlinkOptions
 from tests import fixtures_audio as make
 from tests.fused import fuse
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from af3pipe.schemas import Decoding, Recording, Task, answer_key, channel_text, make_recording_id, stream_index
 from af3pipe.storage.parquet import ParquetFile
-from af3pipe.transforms.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, to_table
+from af3pipe.tables.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, to_table
 from tests.rows import rows
 
 FORMATS = pytest.mark.parametrize(

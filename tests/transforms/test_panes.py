@@ -19,7 +19,7 @@ from af3pipe.transforms.panes import _shard, _WriteAsSettledDoFn
 from af3pipe.transforms.settle import SettledRecording, event_time
 from tests.collected import Collected
 from tests.outputs import answer_row, letter_row, recording_row
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 RUN = "20260102T030405Z-abcdef"
 EARLY, LATE = "1970-01-01T00:00:00+00:00", "2100-02-03T04:05:06+00:00"

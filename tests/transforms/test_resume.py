@@ -40,14 +40,14 @@ from af3pipe.schemas import (
     work_key,
 )
 from af3pipe.storage import StorageError
+from af3pipe.tables.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, write_rows
 from af3pipe.transforms import AskAudioFlamingo, DecodeAudio, Outcome, ResumeRecordings
 from af3pipe.transforms.ask import AskDoFn, make_answer, stitch_group
+from af3pipe.transforms.inputs.clock import Ticks
 from af3pipe.transforms.outcome import recording_of, to_dead_letter
 from af3pipe.transforms.reconcile import covered_by, failed_by, settle
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, read_earlier, resume
 from af3pipe.transforms.settle import settle_letters
-from af3pipe.transforms.ticks import Ticks
-from af3pipe.transforms.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, write_rows
 from tests.collected import Collected
 from tests.rows import rows
 

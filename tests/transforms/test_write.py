@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from af3pipe.schemas import ANSWER_SCHEMA, Answer, DeadLetter, Reason, Stage, TimedText
 from af3pipe.transforms import WriteAnswers, WriteDeadLetters, write
-from tests.tables import read_table
+from tests.read_tables import read_table
 
 
 def answer(number, task="caption"):

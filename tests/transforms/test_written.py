@@ -7,12 +7,13 @@ import apache_beam as beam
 import pytest
 
 from af3pipe.models import ENGINES, EngineFailed
-from af3pipe.pipelines.accounting import count_run, take_found
 from af3pipe.pipelines.graph import build
+from af3pipe.pipelines.handover import take_found
 from af3pipe.pipelines.job import make_job
 from af3pipe.schemas import Recording
+from af3pipe.tables.reconcile import count_run
+from af3pipe.tables.write import RECORDINGS, write_folders
 from af3pipe.transforms import NotWritten, PlannedRecording
-from af3pipe.transforms.write import RECORDINGS, write_folders
 from af3pipe.transforms.written import _NotWrittenDoFn
 from tests import fixtures_audio as make
 from tests.collected import Collected

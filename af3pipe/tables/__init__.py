@@ -1,0 +1,1 @@
+"""Reads and writes an output folder: layout, rows, latest view, reconcile, audit, compact. Without Beam."""

@@ -1,0 +1,183 @@
+"""Writes rows to Parquet: few files, named by what is in them, each of them there whole or not at all."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from af3pipe import storage
+from af3pipe.models.tasks import table_of
+from af3pipe.schemas import (
+    ANSWER_SCHEMA,
+    DEAD_LETTER_SCHEMA,
+    RECORDING_SCHEMA,
+    Answer,
+    DeadLetter,
+    RecordingResult,
+)
+from af3pipe.tables.layout import TABLE_SCHEMAS, partition_folder
+
+ROWS_PER_FILE = 50_000
+_WRITERS = 8
+
+
+class RowFormat(NamedTuple):
+    """How one row type lands.
+
+    Attributes:
+        row_class: The NamedTuple.
+        schema: Its Arrow schema.
+        table: The folder of a row.
+        key: Names a row; rows of the same key are the same row.
+        metadata: Of the recording that a row is about.
+    """
+
+    row_class: type
+    schema: pa.Schema
+    table: Callable[[Any], str]
+    key: Callable[[Any], str]
+    metadata: Callable[[Any], Mapping[str, str]]
+
+
+def _answer_table(row: Answer) -> str:
+    return table_of(row.task)
+
+
+def _answer_key(row: Answer) -> str:
+    return f"{row.recording_id}/{row.answer_key}"
+
+
+def _dead_letter_table(_: DeadLetter) -> str:
+    return "dead_letters"
+
+
+def _dead_letter_key(row: DeadLetter) -> str:
+    return row.dead_letter_key
+
+
+def _recording_table(_: RecordingResult) -> str:
+    return "recordings"
+
+
+def _recording_key(row: RecordingResult) -> str:
+    return f"{row.recording_id}/{row.work_key or ''}"
+
+
+def _own_metadata(row: Answer | RecordingResult) -> Mapping[str, str]:
+    return dict(row.metadata)
+
+
+def _input_metadata(row: DeadLetter) -> Mapping[str, str]:
+    return dict(json.loads(row.input).get("recording", {}).get("metadata", ()))
+
+
+ANSWERS = RowFormat(Answer, ANSWER_SCHEMA, _answer_table, _answer_key, _own_metadata)
+DEAD_LETTER_ROWS = RowFormat(DeadLetter, DEAD_LETTER_SCHEMA, _dead_letter_table, _dead_letter_key, _input_metadata)
+RECORDINGS = RowFormat(RecordingResult, RECORDING_SCHEMA, _recording_table, _recording_key, _own_metadata)
+
+
+def to_table(rows: Iterable[Any], schema: pa.Schema) -> pa.Table:
+    """Rows of one NamedTuple class as an Arrow table.
+
+    Raises:
+        pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: A value does not fit its column.
+    """
+    return pa.Table.from_pylist([_columns(row) for row in rows], schema=schema)
+
+
+def _columns(row: Any) -> dict[str, Any]:
+    found: dict[str, Any] = row._asdict()
+    if "segments" in found:
+        found["segments"] = [piece._asdict() for piece in found["segments"]]
+    return found
+
+
+def write_rows(
+    rows: Iterable[Any], row_format: RowFormat, output: str, folder: str, run_id: str, *, pane: str = ""
+) -> Iterator[str]:
+    """Writes the rows of one group to Parquet files and yields their URIs; the same rows give the same files.
+
+    Args:
+        rows: Of one class.
+        row_format: How it lands.
+        output: Folder of all tables.
+        folder: Below it: the table, and the partition where there are any.
+        run_id: Goes into the rows and the names of the files.
+        pane: Goes into the names behind it: of a stream, that part of which these rows are.
+
+    Raises:
+        StorageError: The output cannot be written.
+    """
+    by_key = {row_format.key(row): row._replace(run_id=run_id) for row in rows}
+    keys = sorted(by_key)
+    for start in range(0, len(keys), ROWS_PER_FILE):
+        chunk = keys[start : start + ROWS_PER_FILE]
+        digest = hashlib.sha256("\n".join(chunk).encode()).hexdigest()[:16]
+        uri = storage.join(output, folder, f"{run_id}{pane}-{digest}.parquet")
+        buffer = BytesIO()
+        arrow = to_table((by_key[key] for key in chunk), row_format.schema)
+        pq.write_table(arrow, buffer, compression="zstd")
+        storage.write_atomic(uri, buffer.getvalue())
+        yield uri
+
+
+class Folder:
+    """A row's folder below the output: its table and partition."""
+
+    def __init__(
+        self, row_format: RowFormat, run_id: str, partition_by: Sequence[str], day: str | None = None
+    ) -> None:
+        self._format = row_format
+        self._run_id = run_id
+        self._partition_by = partition_by
+        self._day = day
+
+    def __call__(self, row: Any) -> str:
+        metadata = self._format.metadata(row) if self._partition_by else {}
+        partition = partition_folder(self._partition_by, self._run_id, metadata, day=self._day)
+        return f"{self._format.table(row)}/{partition}".rstrip("/")
+
+
+def write_folders(
+    rows: Iterable[Any],
+    row_format: RowFormat,
+    output: str,
+    run_id: str,
+    partition_by: Sequence[str] = (),
+    *,
+    day: str | None = None,
+    pane: str = "",
+) -> Iterator[str]:
+    """Writes rows as `write_rows` does, each to its table and partition: what the transforms do, without Beam."""
+    folder_of = Folder(row_format, run_id, partition_by, day)
+    by_folder: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        by_folder[folder_of(row)].append(row)
+    folders = sorted(by_folder)
+
+    def write(folder: str) -> list[str]:
+        return list(write_rows(by_folder[folder], row_format, output, folder, run_id, pane=pane))
+
+    # Partitions may be many, and a store takes its time for each.
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="af3pipe-write") as pool:
+        for uris in pool.map(write, folders):
+            yield from uris
+
+
+def fill_empty_tables(output: str, tables: Iterable[str], run_id: str, partition_by: Sequence[str] = ()) -> None:
+    """Writes a table without rows where a table has no file, so that a query never fails on a night without any."""
+    for table in tables:
+        folder = storage.join(output, table)
+        if not any(uri.endswith(".parquet") for uri in storage.list_files(folder)):
+            buffer = pa.BufferOutputStream()
+            pq.write_table(TABLE_SCHEMAS[table].empty_table(), buffer, compression="zstd")
+            # With the partitions of the files to come: some readers refuse a table that mixes layouts.
+            partition = partition_folder(partition_by, run_id, {})
+            uri = storage.join(folder, *filter(None, [partition]), f"{run_id}-empty.parquet")
+            storage.write_atomic(uri, buffer.getvalue().to_pybytes())

@@ -1,0 +1,1 @@
+"""Turns inputs (files, manifests, containers, folders being watched, messages) into recordings."""

@@ -1,0 +1,415 @@
+"""Rows of a manifest to recordings, one at a time. A bad row is a dead letter; the others go on."""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow as pa
+
+from af3pipe import storage
+from af3pipe.models.tasks import answer
+from af3pipe.schemas import (
+    MIX,
+    DeadLetter,
+    Question,
+    Reason,
+    Recording,
+    Rejected,
+    Stage,
+    channel_text,
+    make_recording_id,
+    stream_index,
+)
+from af3pipe.storage.parquet import ParquetFile
+from af3pipe.transforms.inputs.access import check_named
+from af3pipe.transforms.outcome import to_dead_letter
+
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
+MANIFEST_SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES), ".parquet")
+URI_COLUMNS = ("uri", "audio_filepath", "path")
+ID_COLUMNS = ("id", "recording_id")
+_CONVERSATION_COLUMNS = ("conversation", "conversations")
+_QUESTION_KEYS = frozenset({"question", "choices", "id", "prompt"})
+_MOST_LINE_BYTES = 64 << 20
+_ROWS_AT_ONCE = 1024
+# In the text of a LLaVA-style turn these stand for the audio, which the model's own template puts where it belongs.
+_PLACEHOLDER = re.compile(r"\s*<(?:sound|audio|speech)>\s*")
+
+
+class Row(NamedTuple):
+    """One row of an input, before it is known to be a recording.
+
+    Attributes:
+        where: Names it to the user.
+        uri: Names it where it names no audio itself.
+        columns: Those that say what to read and ask; an exception where the row could not be read.
+        extra: Columns that only ride along.
+        held: The audio itself, where the row holds it.
+    """
+
+    where: str
+    uri: str
+    columns: Any
+    extra: Mapping[str, Any] = {}
+    held: storage.ObjectInfo | None = None
+
+
+def is_manifest(uri: str) -> bool:
+    """Whether a name is a manifest's, by its suffix; of a Parquet file only its columns tell."""
+    return uri.lower().endswith(MANIFEST_SUFFIXES)
+
+
+def read_manifest(
+    uri: str, *, channel: str = MIX, stream: int | None = None, allow_prefixes: Sequence[str] = ()
+) -> Iterator[Recording | DeadLetter]:
+    """A manifest's recordings, in order, read as they are taken; a bad row gives the dead letter that says why.
+
+    Columns: `uri` (or NeMo's `audio_filepath`, or `path`; relative names start from the manifest's folder), and if
+    wanted `id`, `offset` and `duration` in seconds, `channel` (`mix`, `left`, `right` or an index from 0), `stream`
+    (an index from 0), `question` with `choices` (a list, or text split at `|`) and `question_id`, `questions` (a
+    list of texts, or of objects with `question`, `choices`, `id`, `prompt`), `prompt` (given to the model as it
+    stands), `conversation` (user turns, each of which follows up the one before). All other columns ride along as
+    metadata.
+
+    Args:
+        uri: A `.jsonl`, `.csv`, `.tsv` (each also with `.gz`) or `.parquet` file on any fsspec URL.
+        channel: Of rows that name none.
+        stream: Of rows that name none.
+        allow_prefixes: What rows may name beside their manifest's own bucket or folder; see `trust.check_named`.
+
+    Raises:
+        Rejected: The manifest itself cannot be read, or not beyond a point.
+    """
+    for row in manifest_rows(uri):
+        yield read_row(row, uri, channel=channel, stream=stream, allow_prefixes=allow_prefixes)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: names and JSON may hold half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_row(
+    row: Row, source: str, *, channel: str, stream: int | None, allow_prefixes: Sequence[str] = ()
+) -> Recording | DeadLetter:
+    """What a row says is to be read and asked, or why that cannot be.
+
+    Args:
+        row: Of a manifest, a shard or a data set.
+        source: URI of that.
+        channel: Where the row names none.
+        stream: Where the row names none.
+        allow_prefixes: As for `read_manifest`.
+    """
+    try:
+        columns, extra = _checked(row.columns, row.where), _checked(row.extra, row.where)
+        return _recording({"channel": channel, "stream": stream} | columns, extra, row, source, allow_prefixes)
+    except Rejected as rejected:
+        error = rejected
+    except Exception as unexpected:  # noqa: BLE001 - whatever a row holds, the rows after it are read
+        error = _bad(f"{row.where}: {type(unexpected).__name__}: {unexpected}")
+    return to_dead_letter(error, Recording(make_recording_id(row.uri), row.uri), stage=Stage.LIST)
+
+
+def manifest_rows(uri: str) -> Iterator[Row]:
+    """The rows of a manifest. Raises as `read_manifest`."""
+    name = uri.lower().removesuffix(".gz")
+    read = _parquet_rows if name.endswith(".parquet") else _json_rows if name.endswith("jsonl") else _csv_rows
+    read = _json_rows if name.endswith(".ndjson") else read
+    try:
+        with storage.open_input(uri) as file:
+            if uri.lower().endswith(".gz"):
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    yield from read(uri, cast(BinaryIO, unpacked))
+            else:
+                yield from read(uri, file)
+    # A damaged footer is an OSError to pyarrow.
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise _bad(f"manifest {uri}: {error}") from error
+
+
+def _json_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
+    for number in itertools.count(1):
+        line = file.readline(_MOST_LINE_BYTES)
+        if not line:
+            return
+        where, name = f"line {number} of {uri}", f"{uri}#line={number}"
+        if len(line) == _MOST_LINE_BYTES and not line.endswith(b"\n"):
+            raise _bad(
+                f"{where} is longer than {_MOST_LINE_BYTES >> 20} MiB; this is no manifest, or not from there on"
+            )
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
+        if text.strip():
+            yield Row(where, name, _json(text, where))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _bad(f"{where} is not JSON: {error}")
+
+
+def _csv_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
+    """All columns as text, as they are written: `007` is a name, and `2024-01-02` is what the user wants back."""
+    tabs = uri.lower().removesuffix(".gz").endswith(".tsv")
+    lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    reader = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
+    try:
+        names = next(reader, [])
+    except csv.Error as error:
+        raise _bad(f"manifest {uri}: line 1, which names the columns: {error}") from error
+    _check_columns(uri, names)
+    for number in itertools.count(1):
+        first_line = reader.line_num + 1
+        try:
+            fields: Any = next(reader)
+            while not fields:  # a blank line
+                first_line = reader.line_num + 1
+                fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fields = error
+        last_line = reader.line_num
+        lines_told = f"line {first_line}" if first_line >= last_line else f"lines {first_line} to {last_line}"
+        where = f"row {number} ({lines_told}) of {uri}"
+        columns: Any
+        if isinstance(fields, csv.Error):
+            columns = _bad(f"{where}: {fields}")
+        elif len(fields) != len(names):
+            columns = _bad(f"{where} has {len(fields)} columns, and the first line names {len(names)}")
+        else:
+            columns = dict(zip(names, fields, strict=True))
+        yield Row(where, f"{uri}#row={number}", columns)
+
+
+def _check_columns(uri: str, names: Sequence[str]) -> None:
+    """Without a column of names every row would be a dead letter; of two columns of one name, one would be lost."""
+    if not set(names).intersection(URI_COLUMNS):
+        raise _bad(
+            f"manifest {uri} names no audio; it needs one of the columns {', '.join(URI_COLUMNS)}, and has "
+            f"{', '.join(names)}"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise _bad(f"manifest {uri} names a column twice: {', '.join(twice)}")
+
+
+def _parquet_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
+    # Or column chunks would be read whole.
+    parquet = ParquetFile(file, buffer_size=1 << 20)
+    columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
+    _check_columns(uri, columns)
+    number = 0
+    try:
+        for group in range(parquet.metadata.num_row_groups):  # a damaged one costs none before it
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"row {number} of {uri}", f"{uri}#row={number}", row)
+    except (pa.ArrowException, OSError) as error:
+        raise _bad(f"manifest {uri} cannot be read beyond row {number}: {error}") from error
+
+
+def is_binary(kind: Any) -> bool:
+    """Whether an Arrow type is of bytes, or has them in it: that is no column to ride along."""
+    bare = pa.types
+    if bare.is_binary(kind) or bare.is_large_binary(kind) or bare.is_fixed_size_binary(kind) or "view" in str(kind):
+        return not bare.is_string(kind) and str(kind) != "string_view"
+    return any(is_binary(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _checked(columns: Any, where: str) -> dict[str, Any]:
+    if isinstance(columns, Rejected):
+        raise columns
+    if not isinstance(columns, Mapping):
+        raise _bad(f"{where} is not an object with columns")
+    if not is_text(json.dumps(columns, default=str, ensure_ascii=False)):
+        raise _bad(f"{where} holds text that is not valid Unicode")
+    return {name: value for name, value in columns.items() if value is not None and value != ""}
+
+
+def _recording(
+    columns: dict[str, Any], extra: Mapping[str, Any], row: Row, source: str, allow_prefixes: Sequence[str]
+) -> Recording:
+    where, held = row.where, row.held
+    if held is None:
+        named = next((columns.pop(name) for name in URI_COLUMNS if name in columns), None)
+        if not isinstance(named, str):
+            raise _bad(f"{where} names no audio; it needs one of the columns {', '.join(URI_COLUMNS)}")
+        uri = storage.resolve(named, storage.parent(source))
+        check_named(uri, source=source, where=where, allow_prefixes=allow_prefixes)
+        held = storage.ObjectInfo(uri, None, None, None)
+    offset_s = _seconds(columns.pop("offset", 0.0), "offset", where)
+    duration = columns.pop("duration", None)
+    duration_s = None if duration is None else _seconds(duration, "duration", where)
+    try:
+        channel, stream = channel_text(columns.pop("channel")), stream_index(columns.pop("stream"))
+        questions, told = _questions(columns)
+    except ValueError as error:
+        raise _bad(f"{where}: {error}") from error
+    named_id = next((str(columns.pop(name)) for name in ID_COLUMNS if name in columns), None)
+    metadata = {**extra, **columns, **told}
+    return Recording(
+        recording_id=named_id or make_recording_id(held.uri, offset_s, duration_s, channel=channel, stream=stream),
+        uri=held.uri,
+        size_bytes=held.size_bytes,
+        etag=held.etag,
+        mtime=held.mtime,
+        offset_s=offset_s,
+        duration_s=duration_s,
+        questions=questions,
+        metadata=tuple(sorted((name, _text(value)) for name, value in metadata.items())),
+        channel=channel,
+        stream=stream,
+    )
+
+
+def _seconds(value: Any, name: str, where: str) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = float("nan")
+    if not 0 <= seconds < float("inf"):
+        raise _bad(f"{where}: {name} is {value!r}; it must be seconds, 0 or more")
+    return seconds
+
+
+def _questions(columns: dict[str, Any]) -> tuple[tuple[Question, ...], dict[str, Any]]:
+    """Takes from the columns what they ask; gives that, and those columns that say more than what is asked.
+
+    Raises:
+        ValueError: A column that holds no question.
+    """
+    told: dict[str, Any] = {}
+    choices = _choices(columns.pop("choices", ()))
+    entries = [_entry(item, choices) for item in _as_list(columns.pop("question", []))]
+    if (prompt := columns.pop("prompt", None)) is not None:
+        if len(entries) != 1:
+            entries.insert(0, {"question": prompt, "choices": choices})
+        entries[0]["prompt"] = _a_text(prompt, "prompt")
+    if len(entries) == 1 and "question_id" in columns:
+        entries[0]["id"] = str(columns.pop("question_id"))
+    if (listed := columns.pop("questions", None)) is not None:
+        listed = _as_list(_unfolded(listed))
+        entries += [_entry(item, choices) for item in listed]
+        if any(isinstance(item, Mapping) and not _QUESTION_KEYS.issuperset(item) for item in listed):
+            told["questions"] = listed  # reference answers, for example
+    questions = [_question(**entry) for entry in entries]
+    for name in _CONVERSATION_COLUMNS:
+        if (turns := columns.pop(name, None)) is not None:
+            turns = _as_list(_unfolded(turns))
+            questions += _conversation(turns)
+            if any(_is_reply(turn) for turn in turns):
+                told[name] = turns
+    by_id = {question.question_id: question for question in questions}
+    if len(by_id) < len(set(questions)):
+        ids = [question.question_id for question in dict.fromkeys(questions)]
+        raise ValueError(
+            f"one id for different questions: {', '.join(sorted({str(i) for i in ids if ids.count(i) > 1}))}"
+        )
+    return tuple(dict.fromkeys(questions)), told
+
+
+def _question(
+    question: str,
+    choices: tuple[str, ...] = (),
+    id: str | None = None,  # as users write it
+    prompt: str | None = None,
+) -> Question:
+    prompt = None if prompt == question and not choices else prompt  # it is given as it stands anyhow
+    return Question(answer(question, choices, id, prompt=prompt).question_id, question, choices, prompt)
+
+
+def _entry(item: Any, choices: tuple[str, ...]) -> dict[str, Any]:
+    """A question as a row has it: its text, or an object."""
+    if not isinstance(item, Mapping):
+        return {"question": str(item), "choices": choices}
+    given = {key: value for key, value in item.items() if key in _QUESTION_KEYS and value not in (None, "")}
+    if "question" not in given:
+        given["question"] = given.get("prompt")
+    found: dict[str, Any] = {"question": _a_text(given["question"], "question"), "choices": choices}
+    if "choices" in given:
+        found["choices"] = _choices(given["choices"])
+    if "id" in given:
+        found["id"] = str(given["id"])
+    if "prompt" in given:
+        found["prompt"] = _a_text(given["prompt"], "prompt")
+    return found
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = value.split("|")
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"choices is {value!r}; it must be a list, or text split at |")
+    return tuple(str(choice).strip() for choice in value)
+
+
+def _conversation(turns: Iterable[Any]) -> list[Question]:
+    """User turns as questions, each of which follows up the one before. What the model says to it, it says itself."""
+    asked: list[Question] = []
+    before = None
+    for turn in turns:
+        if _is_reply(turn):
+            continue
+        text = _turn_text(turn)
+        before = answer(text, after=before)
+        asked.append(Question(before.question_id, text, after=asked[-1].question_id if asked else None))
+    if not asked:
+        raise ValueError("conversation has no turn of the user, so that nothing is asked")
+    return asked
+
+
+def _role(turn: Any) -> str:
+    return str(turn.get("from") or turn.get("role") or "").lower() if isinstance(turn, Mapping) else "user"
+
+
+def _is_reply(turn: Any) -> bool:
+    return _role(turn) in ("gpt", "assistant", "model")
+
+
+def _turn_text(turn: Any) -> str:
+    if _role(turn) not in ("user", "human"):
+        raise ValueError(
+            f"conversation has a turn of {_role(turn)!r}; turns are the user's (`human`, `user`), and those of the "
+            "model (`gpt`, `assistant`), which are not asked"
+        )
+    text = (turn.get("value") or turn.get("content")) if isinstance(turn, Mapping) else turn
+    if isinstance(text, list):  # Hugging Face's parts: the audio is one, too
+        text = "\n".join(_a_text(part.get("text"), "text") for part in text if part.get("type") == "text")
+    return _PLACEHOLDER.sub(" ", _a_text(text, "a turn of conversation")).strip()
+
+
+def _a_text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} is {value!r}; it must be a text")
+    return value
+
+
+def _unfolded(value: Any) -> Any:
+    """A list that a CSV holds as JSON text."""
+    return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _bad(detail: str) -> Rejected:
+    return Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail)

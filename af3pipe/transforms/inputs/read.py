@@ -1,0 +1,279 @@
+"""Names of files, folders, globs and manifests to recordings: listed, each once, spread over the workers."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
+from typing import Any, TypedDict
+
+import apache_beam as beam
+
+from af3pipe import storage
+from af3pipe.schemas import (
+    MIX,
+    DeadLetter,
+    Question,
+    Reason,
+    Recording,
+    Rejected,
+    Stage,
+    channel_text,
+    make_recording_id,
+    stream_index,
+)
+from af3pipe.transforms import metrics
+from af3pipe.transforms.inputs.containers import arrow_rows, container_rows, dataset_files
+from af3pipe.transforms.inputs.manifest import Row, is_manifest, is_text, manifest_rows, read_row
+from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, join_dead_letters, outcomes, to_dead_letter
+from af3pipe.transforms.overlap import OverlapDoFn
+from af3pipe.transforms.stores import count_retries, set_storage
+
+STAT_THREADS = 32
+
+
+class _Chosen(TypedDict):
+    channel: str
+    stream: int | None
+
+
+def list_recordings(
+    name: str, *, channel: str | int = MIX, stream: int | None = None, allow_prefixes: Sequence[str] = ()
+) -> Iterator[Recording | DeadLetter]:
+    """What an input names: what ReadRecordings does for one of its inputs, without Beam.
+
+    A file, folder or glob of audio; a manifest; a container (a tar shard, Parquet with audio in it, the `.arrow`
+    files of a Hugging Face data set, or the folder of one). A glob may name several of any one kind.
+
+    Raises:
+        ValueError: As ReadRecordings.
+    """
+    chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
+    # Only what says that the input is bad: a listing that ends in surprise would lose all that it has not told.
+    yield from outcomes(_listed(name, chosen, allow_prefixes), functools.partial(_rejected, name), catch=Rejected)
+
+
+def _rejected(name: str, error: Exception) -> DeadLetter:
+    """Of an input itself: whatever it was that could not be read, it was to be listed."""
+    if isinstance(error, Rejected):
+        error = Rejected(Stage.LIST, error.reason, error.detail)
+    return to_dead_letter(error, Recording(make_recording_id(name), name), stage=Stage.LIST)
+
+
+def _listed(name: str, chosen: _Chosen, allow_prefixes: Sequence[str]) -> Iterator[Recording | DeadLetter]:
+    def contained(uri: str, rows: Iterator[Row]) -> Iterator[Recording | DeadLetter]:
+        read = (read_row(row, uri, allow_prefixes=allow_prefixes, **chosen) for row in rows)
+        # Of several, a damaged one costs no other.
+        return outcomes(read, functools.partial(_rejected, uri), catch=Rejected)
+
+    if not _is_file(name) and (files := dataset_files(name)) is not None:
+        for uri in files:
+            yield from contained(uri, arrow_rows(uri))
+        return
+    are_manifests = is_manifest(name)
+    for found in storage.list_objects(name):
+        list_container = container_rows(found.uri)
+        if not is_text(found.uri) or not (list_container or are_manifests):
+            yield _recording(found, chosen)
+        else:
+            yield from contained(found.uri, list_container(found) if list_container else manifest_rows(found.uri))
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name cannot be that of a data set's folder, so that nobody has to ask."""
+    is_audio = name.rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
+    return is_audio or is_manifest(name) or container_rows(name) is not None or any(c in name for c in "*?[")
+
+
+def _recording(found: storage.ObjectInfo, chosen: _Chosen) -> Recording | DeadLetter:
+    own_id = make_recording_id(found.uri, **chosen)
+    recording = Recording(own_id, found.uri, found.size_bytes, found.etag, found.mtime, **chosen)
+    return recording if is_text(found.uri) else _misnamed(recording)
+
+
+def _misnamed(recording: Recording) -> DeadLetter:
+    """A name in another encoding cannot be written to Parquet; its bytes are shown escaped."""
+    shown = recording.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    rejected = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"the name {shown} is not UTF-8; rename the file")
+    return to_dead_letter(rejected, recording._replace(uri=shown), stage=Stage.LIST)
+
+
+def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
+    """The mentions of one recording id, as one recording with the questions and metadata of all of them.
+
+    Ids that a manifest gives may be given twice: mentions that name other audio than the first are dead letters,
+    under an id of their own, so that neither is lost.
+    """
+    by_audio: dict[tuple[Any, ...], list[Recording]] = {}
+    for found in sorted(recordings, key=lambda found: (found.uri, found.size_bytes is None, repr(found))):
+        audio = (found.uri, found.offset_s, found.duration_s, found.channel, found.stream)
+        by_audio.setdefault(audio, []).append(found)
+    first, *others = by_audio.values()
+    asked: dict[str, Question] = {}
+    kept = []
+    for found in first:
+        clash = next((q for q in found.questions if q.question_id and asked.get(q.question_id, q) != q), None)
+        if clash is not None:
+            detail = f"question id {clash.question_id!r} is also that of another question about this recording"
+            error = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{detail}; ids must differ")
+            yield to_dead_letter(error, found, stage=Stage.LIST)
+            continue
+        kept.append(found)
+        asked |= {question.question_id or repr(question): question for question in found.questions}
+    metadata = tuple(sorted(dict(pair for found in kept for pair in found.metadata).items()))
+    yield first[0]._replace(questions=tuple(asked.values()), metadata=metadata)
+    for other in others:
+        detail = f"id {first[0].recording_id!r} also names {first[0].uri}; ids must be unique"
+        # An id that neither the first has, nor this audio where it is named without an id.
+        own_id = make_recording_id(
+            f"{first[0].recording_id} {other[0].uri}",
+            other[0].offset_s,
+            other[0].duration_s,
+            channel=other[0].channel,
+            stream=other[0].stream,
+        )
+        renamed = other[0]._replace(recording_id=own_id)
+        yield to_dead_letter(Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail), renamed, stage=Stage.LIST)
+
+
+def stat_recording(recording: Recording) -> Recording | DeadLetter:
+    """The recording with its size, etag and modification time, which a manifest does not tell."""
+    if recording.size_bytes is not None:
+        return recording
+    try:
+        info = storage.stat(recording.uri)
+    except Rejected as rejected:
+        return to_dead_letter(rejected, recording, stage=Stage.READ)
+    return recording._replace(size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime)
+
+
+class StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
+    """What a store takes to answer is waited for by many threads at once."""
+
+    def __init__(self, storage_options: storage.StorageOptions) -> None:
+        super().__init__(max_pending=2 * STAT_THREADS)
+        self._storage_options = storage_options
+
+    def setup(self) -> None:
+        set_storage(self._storage_options)
+        self._pool = ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="af3pipe-stat")
+
+    def teardown(self) -> None:
+        super().teardown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, recording: Recording) -> "Future[Recording | DeadLetter]":
+        return self._pool.submit(stat_recording, recording)
+
+    def finish_bundle(self) -> Iterator[Any]:
+        yield from super().finish_bundle()
+        count_retries()
+
+    def emit(self, recording: Recording, future: "Future[Recording | DeadLetter]") -> Iterator[Any]:
+        found = future.result()
+        if isinstance(found, DeadLetter):
+            metrics.count("recordings_done")
+            metrics.count(f"dead_letters_{found.reason.value}")
+            yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found)
+        else:
+            yield found
+
+
+class _ListDoFn(beam.DoFn):
+    def __init__(
+        self, chosen: _Chosen, allow_prefixes: Sequence[str], storage_options: storage.StorageOptions
+    ) -> None:
+        self._chosen = chosen
+        self._allow_prefixes = tuple(allow_prefixes)
+        self._storage_options = storage_options
+
+    def setup(self) -> None:
+        set_storage(self._storage_options)
+
+    def finish_bundle(self) -> None:
+        count_retries()
+
+    def process(self, name: str) -> Iterator[Any]:
+        return tagged(list_recordings(name, allow_prefixes=self._allow_prefixes, **self._chosen))
+
+
+class _MergeDoFn(beam.DoFn):
+    def process(self, group: tuple[str, Iterable[Recording]]) -> Iterator[Any]:
+        metrics.count("recordings_found")
+        return tagged(merge(group[1]))
+
+
+def tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
+    """What was found, dead letters by their tag and counted."""
+    for found in items:
+        if isinstance(found, DeadLetter):
+            metrics.count("recordings_found")
+            metrics.count("recordings_done")
+            metrics.count(f"dead_letters_{found.reason.value}")
+            yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found)
+        else:
+            yield found
+
+
+class ReadRecordings(beam.PTransform):
+    """Lists recordings. Gives an `Outcome` of `Recording`, each once, in no order, with size and etag or time.
+
+    Starts a pipeline (`p | ReadRecordings("s3://archive/**/*.flac")`), or takes a PCollection of such names.
+    The audio itself is not read here: what is shuffled to the workers is the recording's name.
+
+    Args:
+        inputs: Files, folders (audio in them, recursively), globs, manifests (`.jsonl`, `.csv`, `.tsv`,
+            `.parquet`), tar shards, Parquet files with audio in them, or Hugging Face data sets on disk, local or on
+            any fsspec URL.
+        channel: What is heard of each recording: `mix`, the mean over its channels; `left`, `right`, or an index
+            from 0. A manifest's `channel` column goes before it. So does `stream`.
+        stream: Index among the audio streams of a container; None takes its main one.
+        allow_prefixes: URLs below which a manifest that is not local may name audio, beside its own bucket (on an
+            object store) or folder. Local files it may never name.
+        storage_options: URL prefix to fsspec's options for it, as `storage.set_options` takes them; of all transforms
+            in a process those set last hold.
+
+    Raises:
+        ValueError: No input, or no such channel or stream.
+    """
+
+    def __init__(
+        self,
+        inputs: str | Sequence[str] = (),
+        *,
+        channel: str | int = MIX,
+        stream: int | None = None,
+        allow_prefixes: Sequence[str] = (),
+        storage_options: storage.StorageOptions = MappingProxyType({}),
+    ) -> None:
+        super().__init__()
+        self._allow_prefixes = allow_prefixes
+        self._storage_options = dict(storage_options)
+        self._chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
+        self._inputs = [inputs] if isinstance(inputs, str) else list(dict.fromkeys(inputs))
+
+    def expand(self, pipeline_or_names: Any) -> Any:
+        names = pipeline_or_names
+        if not isinstance(names, beam.PCollection):
+            if not self._inputs:
+                raise ValueError("inputs is empty; name at least one file, folder, glob or manifest")
+            # Create itself spreads several and not one: the graph would be another one for another number of inputs.
+            created = pipeline_or_names | "Inputs" >> beam.Create(self._inputs, reshuffle=False)
+            names = created | "SpreadInputs" >> beam.Reshuffle()
+        list_all = _ListDoFn(self._chosen, self._allow_prefixes, self._storage_options)
+        listed = names | "List" >> beam.ParDo(list_all).with_output_types(
+            Recording, **{DEAD_LETTERS: DeadLetter}
+        ).with_outputs(DEAD_LETTERS, main="recordings")
+        merged = (
+            listed.recordings
+            | "ById" >> beam.Map(lambda found: (found.recording_id, found)).with_output_types(tuple[str, Recording])
+            | "EachOnce" >> beam.GroupByKey()
+            | "Merge"
+            >> beam.ParDo(_MergeDoFn())
+            .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
+            .with_outputs(DEAD_LETTERS, main="recordings")
+        )
+        found = merged.recordings | "Stat" >> beam.ParDo(StatDoFn(self._storage_options)).with_output_types(
+            Recording, **{DEAD_LETTERS: DeadLetter}
+        ).with_outputs(DEAD_LETTERS, main="recordings")
+        rejected = (listed[DEAD_LETTERS], merged[DEAD_LETTERS])
+        return Outcome(found.recordings, join_dead_letters(found[DEAD_LETTERS], rejected))
