@@ -4,7 +4,7 @@ import hashlib
 import json
 
 from af3pipe import storage
-from af3pipe.schemas import DeadLetter, Reason, RecordingResult, Stage, TerminalState
+from af3pipe.schemas import DeadLetter, Reason, RecordingRow, Stage, TerminalState
 from af3pipe.tables import write
 from tests.transforms.test_write import answer
 
@@ -52,7 +52,7 @@ def recording_row(number, answers=(), letters=(), *, kept=False, created_at=_MOM
     settled = TerminalState.OK if not letters else TerminalState.OK_PARTIAL if answers else TerminalState.DEAD_LETTER
     keys = tuple(row.answer_key for row in answers)
     letter_keys = tuple(row.dead_letter_key for row in letters)
-    return RecordingResult(
+    return RecordingRow(
         recording_id=digest("recording", number)[:20],
         uri=f"s3://archive/{number}.flac",
         terminal_state=TerminalState.SKIPPED_DONE if kept else settled,

@@ -8,7 +8,7 @@ from af3pipe import storage
 from af3pipe.cli.console import EXIT_DEAD_LETTERS, EXIT_FAILED, OUT, say, stop
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.pipelines.job import JobConfig
-from af3pipe.pipelines.run_record import RunReport
+from af3pipe.pipelines.report import RunReport
 from af3pipe.tables.layout import run_files
 from af3pipe.tables.reconcile import read_rows
 from af3pipe.transforms.verify import Verified

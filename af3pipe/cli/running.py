@@ -21,7 +21,7 @@ from af3pipe.models.engine import ModelError
 from af3pipe.pipelines import batch, streaming
 from af3pipe.pipelines import redrive as redriving
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options, load_job_values, make_job, split_beam_flags
-from af3pipe.pipelines.run_record import RunReport
+from af3pipe.pipelines.report import RunReport
 from af3pipe.pipelines.submit import finish as finishing
 from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.tables.latest import NotATable

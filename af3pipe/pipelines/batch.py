@@ -21,28 +21,27 @@ from af3pipe.models.engine import ModelError, hold_engine, release_engine
 from af3pipe.models.family import Checkpoint, adapter_revision, open_checkpoint
 from af3pipe.models.tasks import resolve
 from af3pipe.pipelines import graph
-from af3pipe.pipelines.handover import take_found, take_verified, verified_uri
+from af3pipe.pipelines.handover import Found, take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
-from af3pipe.pipelines.plan import Plan, Settlement
-from af3pipe.pipelines.run_record import RunReport, unfinished_runs, write_record, write_started
+from af3pipe.pipelines.plan import Plan
+from af3pipe.pipelines.report import RunReport, write_record, write_started
 from af3pipe.runners.check import RunnerError, check_runner
 from af3pipe.runners.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
 from af3pipe.runners.options import IN_PROCESS
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.tables.layout import new_run_id
 from af3pipe.tables.reconcile import count_run
-from af3pipe.tables.write import fill_empty_tables
+from af3pipe.tables.run_record import unfinished_runs
+from af3pipe.tables.write import fill_empty_tables, write_results
 from af3pipe.transforms import metrics
 from af3pipe.transforms.inputs.pubsub import is_subscription
 from af3pipe.transforms.launcher import this_process
-from af3pipe.transforms.panes import write_settled
-from af3pipe.transforms.resume import WorkKeys
-from af3pipe.transforms.settle import SettledRecording, new_letters
+from af3pipe.transforms.plan import WorkKeys
 from af3pipe.transforms.stores import set_storage
-from af3pipe.transforms.write import ROWS_PER_SHARD
 
 T = TypeVar("T")
 Items: TypeAlias = Iterable[Recording | DeadLetter | RecordingResult]
+ROWS_PER_WRITE = 10_000
 _CHUNK_ELSEWHERE = 100_000  # other runners keep on disk what they shuffle
 _log = logging.getLogger(__name__)
 
@@ -209,7 +208,7 @@ def run(
     on_progress(progress(metrics.tally() - before, wall_s))
     sampled = [verified_uri(job.output, run_id, chunk) for chunk in chunks]
     verified = take_verified(sampled) if job.verify_sample else None
-    report = RunReport(run_id, count_run(job.output, run_id, found), wall_s, dict(sorted(counted.items())), verified)
+    report = RunReport(run_id, count_run(job.output, run_id, *found), wall_s, dict(sorted(counted.items())), verified)
     fill_empty_tables(job.output, job.tables(), run_id, job.partition_by)
     write_record(job, checkpoint, options.view_as(StandardOptions).runner, started_at, report)
     return report
@@ -227,21 +226,21 @@ def tell_unfinished(job: JobConfig) -> None:
 
 
 class _Ran(NamedTuple):
-    """What a run counted, and the chunks that left a verified sample."""
+    """What a run found and counted, and the chunks that left a verified sample."""
 
-    found: int
+    found: Found
     counters: Counter[str]
     chunks: tuple[int, ...]
 
 
 def _run_whole(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> _Ran:
-    """As one pipeline, on workers elsewhere."""
+    """As one pipeline, on remote workers."""
     counters = _run_pipeline(pipeline)
     return _Ran(take_found(job.output, run_id), counters, (0,))
 
 
 def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again: Items | None) -> _Ran:
-    """Planned in this process first, then asked chunk by chunk, with one engine and one set of decoders."""
+    """Planned in this process first, then processed chunk by chunk, with one engine and one set of decoders."""
     is_here = is_in_process(options)
     how = graph.asking(job)
     counted: Counter[str] = Counter()
@@ -252,21 +251,23 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
         for name in dict.fromkeys(job.inputs if again is None else ()):
             plan.add_found(graph.found_by(job, name))
         if job.resume:
-            plan.add_earlier(job.output)
-        how.ask.dofn.setup()
-        settlements = plan.settle(WorkKeys(how.decode.dofn, how.ask.dofn), retry=again is not None)
-        while batch := list(itertools.islice(settlements, ROWS_PER_SHARD)):
-            counted += _write_settlements(batch, job, run_id)
+            plan.add_existing(job.output)
+        how.ask.asker.setup()
+        ready = plan.make(WorkKeys(how.decode.decoder, how.ask.asker), retry=again is not None)
+        while batch := list(itertools.islice(ready, ROWS_PER_WRITE)):
+            counted["files_written"] += len(list(write_results(batch, job.output, run_id, job.partition_by)))
         counted["recordings_found"] = plan.found
+        counted["recordings_skipped_done"] = plan.skipped
         metrics.count("recordings_found", plan.found)
-        metrics.count("recordings_done", plan.found - plan.to_ask)
-        if plan.to_ask and is_here:
+        metrics.count("recordings_done", plan.found - plan.to_do)
+        if plan.to_do and is_here:
             _hold(how, held)
-        asked = 0
+        done = 0
         for number, chunk in enumerate(plan.chunks(job.chunk_recordings if is_here else _CHUNK_ELSEWHERE)):
-            before, asked = asked, asked + len(chunk)
+            before, done = done, done + sum(len(found.recordings) + len(found.dead_letters) for found in chunk)
             # Of the sample, each chunk has the share that it has of the recordings.
-            sample = job.verify_sample * asked // plan.to_ask - job.verify_sample * before // plan.to_ask
+            total = max(plan.to_do, done)
+            sample = job.verify_sample * done // total - job.verify_sample * before // total
             pipeline = beam.Pipeline(options=options)
             sampled = job.model_copy(update={"verify_sample": sample})
             graph.build_chunk(pipeline, sampled, run_id, chunk, number, here=is_here)
@@ -274,28 +275,19 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
             if sample:
                 chunks.append(number)
         counted["storage_retries"] += storage.take_retries()
-        return _Ran(plan.found, counted, tuple(chunks))
+        return _Ran(Found(plan.found, plan.skipped), counted, tuple(chunks))
 
 
 def _hold(how: graph.Asking, held: ExitStack) -> None:
     """Keeps what is costly to open from one chunk to the next.
 
-    The engine from when there is something to ask: what is opened again may have all its answers.
+    The engine from when there is something to request: what is opened again may have all its answers.
     """
-    hold_engine(how.ask.dofn.options)
-    held.callback(release_engine, how.ask.dofn.options)
-    if how.decode.dofn.guard is not None:
-        acquire_decoders(how.decode.dofn.guard)
-        held.callback(release_decoders, how.decode.dofn.guard)
-
-
-def _write_settlements(batch: list[Settlement], job: JobConfig, run_id: str) -> Counter[str]:
-    """Writes what there is nothing to ask of."""
-    settled = [SettledRecording(result, (), new_letters(letters)) for result, letters in batch]
-    counted = Counter(f"recordings_{one.result.terminal_state.value}" for one in settled)
-    counted.update(f"dead_letters_{letter.reason.value}" for one in settled for letter in one.dead_letters)
-    counted["files_written"] = len(list(write_settled(settled, job.output, run_id, job.partition_by)))
-    return counted
+    hold_engine(how.ask.asker.options)
+    held.callback(release_engine, how.ask.asker.options)
+    if how.decode.decoder.guard is not None:
+        acquire_decoders(how.decode.decoder.guard)
+        held.callback(release_decoders, how.decode.decoder.guard)
 
 
 def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
@@ -407,7 +399,7 @@ def explain_failure(error: BaseException) -> str:
 def progress(counted: Counter[str], elapsed_s: float) -> Progress:
     """How far a run is that has counted this."""
     return Progress(
-        found=counted["recordings_found"] - counted["recordings_told_again"],
+        found=counted["recordings_found"],
         done=counted["recordings_done"],
         dead_letters=sum(n for name, n in counted.items() if name.startswith("dead_letters_")),
         audio_s=counted["audio_ms"] / 1000,

@@ -1,4 +1,4 @@
-"""The graph of a job: recordings in, Parquet out. Needs neither torch nor the model's weights."""
+"""Builds the graph of a job: recordings in, Parquet out. Needs neither torch nor the model's weights."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,38 +10,31 @@ from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS
 from af3pipe.pipelines.handover import found_uri, verified_uri, write_found, write_verified
 from af3pipe.pipelines.job import JobConfig
-from af3pipe.pipelines.run_record import ended_uri, stop_uri
-from af3pipe.schemas import DeadLetter, Recording, RecordingResult
+from af3pipe.schemas import AudioObject, DeadLetter, Recording
+from af3pipe.tables.run_record import ended_uri, stop_uri
 from af3pipe.transforms import (
     AcknowledgeMessages,
-    AnswerAndSettle,
+    AnswerRecordings,
     AskAudioFlamingo,
     DecodeAudio,
-    JoinRejected,
     Notified,
-    NotWritten,
     Outcome,
-    PlannedRecording,
     ReadNotifications,
-    ReadRecordings,
-    ReadWritten,
-    ResumeRecordings,
-    SettledRecording,
-    SettleRejected,
     VerifyAnswers,
     WatchRecordings,
-    WriteSettledRecordings,
 )
 from af3pipe.transforms.ended import TellEnd
 from af3pipe.transforms.inputs.dedup import Once
-from af3pipe.transforms.inputs.notifications import version_of
 from af3pipe.transforms.inputs.pubsub import is_subscription, subscription_of
-from af3pipe.transforms.inputs.read import list_recordings
+from af3pipe.transforms.inputs.read import ListRecordings, list_recordings
 from af3pipe.transforms.launcher import CheckWorkers
-from af3pipe.transforms.write import ROWS_PER_SHARD
+from af3pipe.transforms.plan import PlannedObjects, PlanObjects
+from af3pipe.transforms.resume import PlanStream, ReadExisting
+from af3pipe.transforms.write import WriteRows
+from af3pipe.transforms.written import NotWritten, ReadWritten
 
 _HELD_S = 600.0
-"""So long a worker of a batch holds what it has settled at most: what is lost with it."""
+"""So long a worker of a batch holds results at most before it writes them: what is lost with it."""
 _LEASE_S = 60
 """What a watch that died had of messages comes again after so long."""
 
@@ -87,7 +80,6 @@ def asking(job: JobConfig, *, keep_engine: bool = False) -> Asking:
         cuda_graphs=job.cuda_graphs,
         adapter=job.adapter,
         quantize=job.quantize,
-        verifiable=job.verify_sample > 0,
         keep_engine=keep_engine,
     )
     return Asking(decode, ask)
@@ -99,82 +91,74 @@ def found_by(job: JobConfig, name: str) -> Iterator[Recording | DeadLetter]:
 
 
 def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
-    """Lays the whole job, from listing on, for workers elsewhere."""
+    """Builds the whole job, from listing on, for remote workers."""
     how = asking(job, keep_engine=True)
     inputs = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
-    found = inputs | "ReadRecordings" >> ReadRecordings(
+    listed = inputs | "ListRecordings" >> ListRecordings(
         channel=job.channel,
         stream=job.stream,
         allow_prefixes=job.allow_prefixes,
         storage_options=job.storage_options,
     )
-    _ = found | "CountFound" >> _CountFound(job, run_id)
-    resume = ResumeRecordings(
-        job.output if job.resume else None, how.decode, how.ask, run_id=run_id, storage_options=job.storage_options
+    existing = None
+    if job.resume:
+        existing = pipeline | "ReadExisting" >> ReadExisting(job.output, run_id, dict(job.storage_options))
+    planned = listed | "PlanObjects" >> PlanObjects(
+        existing=existing,
+        decoder=how.decode.decoder,
+        asker=how.ask.asker,
+        storage_options=job.storage_options,
     )
-    left = found | "ResumeRecordings" >> resume
-    joined = Outcome(left.good, left.dead_letters) | "JoinRejected" >> JoinRejected()
-    skipped = left.skipped | "SettleSkipped" >> beam.Map(_settled).with_output_types(SettledRecording)
-    not_asked = (joined.settled, skipped) | "NotAsked" >> beam.Flatten()
-    to_write = not_asked | "NotAskedNotWritten" >> NotWritten(job.output, run_id, storage_options=job.storage_options)
-    written = _written(job, run_id) | {"most_held": ROWS_PER_SHARD}
-    _ = to_write | "WriteNotAsked" >> WriteSettledRecordings(job.output, **written)
-    _ask_and_write(joined.planned, how, job, run_id, chunk=0)
+    _ = planned | "CountFound" >> _CountFound(job, run_id)
+    _answer_and_write(planned.objects, how, job, run_id, chunk=0)
 
 
 def build_chunk(
     pipeline: beam.Pipeline,
     job: JobConfig,
     run_id: str,
-    planned: Sequence[PlannedRecording],
+    planned: Sequence[AudioObject],
     number: int,
     *,
     here: bool,
 ) -> None:
-    """Lays the job for recordings that are planned.
+    """Builds the job for objects that are planned.
 
     Args:
         pipeline: Where to.
         job: What to do; its `verify_sample` is this chunk's.
         run_id: Names the run.
-        planned: What there is to ask.
+        planned: What there is to do.
         number: Of the chunk.
-        here: Whether it runs in this process; else its recordings are spread over workers.
+        here: Whether it runs in this process; else its objects are spread over workers.
     """
-    create = beam.Create(planned, reshuffle=not here).with_output_types(PlannedRecording)
-    _ask_and_write(
-        pipeline | "Planned" >> create, asking(job, keep_engine=not here), job, run_id, chunk=number, here=here
-    )
+    create = beam.Create(planned, reshuffle=not here).with_output_types(AudioObject)
+    objects = pipeline | "Planned" >> create
+    _answer_and_write(objects, asking(job, keep_engine=not here), job, run_id, chunk=number, here=here)
 
 
 def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str, *, tell_end: bool = False) -> None:
-    """Lays the job as a stream that ends when it is stopped: folders are watched, subscriptions are read.
+    """Builds the job as a stream that ends when it is stopped: folders are watched, subscriptions are read.
 
     Args:
         pipeline: Where to.
         job: What to do.
         run_id: Names the run.
-        tell_end: Whether the last step leaves word when all is written.
+        tell_end: Whether the last step signals completion when all is written.
     """
     how = asking(job, keep_engine=True)
     _ = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
     found, waiting = _found_in_stream(pipeline, job, run_id)
-    resume = ResumeRecordings(
-        job.output if job.resume else None, how.decode, how.ask, storage_options=job.storage_options
+    plan = PlanStream(
+        job.output if job.resume else None, how.decode.decoder, how.ask.asker, dict(job.storage_options)
     )
-    left = found | "ResumeRecordings" >> resume
-    settled = (
-        left.good
-        | "SpreadRecordings" >> beam.Reshuffle()
-        | "AnswerAndSettle" >> AnswerAndSettle(how.decode, how.ask, job.all_tasks(), accelerator=job.accelerator)
-    )
-    told = left.dead_letters | "NotYetTold" >> beam.Filter(lambda letter: not letter.run_id)
-    rejected = told | "SettleRejected" >> SettleRejected()
+    planned = found | "PlanStream" >> plan
     written = (
-        (settled, rejected)
-        | "AllSettled" >> beam.Flatten()
-        | "WriteSettledRecordings"
-        >> WriteSettledRecordings(
+        planned.objects
+        | "SpreadObjects" >> beam.Reshuffle()
+        | "AnswerRecordings" >> AnswerRecordings(decode=how.decode, ask=how.ask, accelerator=job.accelerator)
+        | "WriteRows"
+        >> WriteRows(
             job.output,
             run_id=run_id,
             window_s=job.watch.window,
@@ -186,11 +170,9 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str, *, tell_e
     )
     last = written
     if waiting is not None:
-        told_before = left.dead_letters | "ToldBefore" >> beam.Filter(lambda letter: letter.run_id)
         durable = (
             written | "WrittenEver" >> beam.WindowInto(GlobalWindows()),  # as the others' windows
-            left.skipped | "Skipped" >> beam.Map(version_of).with_output_types(tuple[str, str]),
-            told_before | "RejectedBefore" >> beam.Map(version_of).with_output_types(tuple[str, str]),
+            planned.skipped,
         ) | "Durable" >> beam.Flatten()
         last = {"waiting": waiting, "durable": durable} | "AcknowledgeMessages" >> AcknowledgeMessages(
             ack_deadline_s=_LEASE_S
@@ -227,20 +209,33 @@ def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tu
     return Outcome(good, letters) | "Once" >> Once(), waiting  # several may tell of the same
 
 
-def _ask_and_write(planned: Any, how: Asking, job: JobConfig, run_id: str, *, chunk: int, here: bool = False) -> None:
-    """One stage, which writes as it goes: a run that is given up leaves what it has answered."""
+def _answer_and_write(
+    objects: Any, how: Asking, job: JobConfig, run_id: str, *, chunk: int, here: bool = False
+) -> None:
+    """One stage, which writes as it goes: a run that is cancelled leaves what it has answered."""
     at_work: dict[str, Any] = {"accelerator": job.accelerator}
     if not here:
-        planned = planned | "NotWritten" >> NotWritten(
+        objects = objects | "NotWritten" >> NotWritten(
             job.output, run_id, storage_options=job.storage_options, **at_work
         )
-    answered = planned | "AnswerAndSettle" >> AnswerAndSettle(how.decode, how.ask, job.all_tasks(), **at_work)
-    settled = answered.settled if job.verify_sample else answered
-    _ = settled | "WriteSettledRecordings" >> WriteSettledRecordings(job.output, **_written(job, run_id), **at_work)
-    if job.verify_sample:
+    verifiable = job.verify_sample > 0
+    answered = objects | "AnswerRecordings" >> AnswerRecordings(
+        decode=how.decode, ask=how.ask, verifiable=verifiable, **at_work
+    )
+    results = answered.results if verifiable else answered
+    _ = results | "WriteRows" >> WriteRows(
+        job.output,
+        run_id=run_id,
+        pane_every_s=_HELD_S,
+        most_held=job.chunk_recordings,
+        partition_by=job.partition_by,
+        storage_options=job.storage_options,
+        **at_work,
+    )
+    if verifiable:
         verify = VerifyAnswers(how.decode, how.ask, sample=job.verify_sample, **at_work)
         _ = (
-            answered
+            answered.asked
             | "VerifyAnswers" >> verify
             | "WriteVerified"
             >> beam.Map(
@@ -249,25 +244,10 @@ def _ask_and_write(planned: Any, how: Asking, job: JobConfig, run_id: str, *, ch
         )
 
 
-def _written(job: JobConfig, run_id: str) -> dict[str, Any]:
-    """How a batch's rows are written."""
-    return {
-        "run_id": run_id,
-        "pane_every_s": _HELD_S,
-        "most_held": job.chunk_recordings,
-        "partition_by": job.partition_by,
-        "storage_options": job.storage_options,
-    }
-
-
-def _settled(result: RecordingResult) -> SettledRecording:
-    return SettledRecording(result, (), ())
-
-
 class _CountFound(beam.PTransform):
-    """Leaves the number of recordings found beside the run's tables; those rejected already count too.
+    """Writes the number of recordings found and skipped beside the run's tables, for the process that started it.
 
-    And those that the run had found, and written, before its runner began it again: they may be gone by now.
+    Recordings that the run had found, and written, before its runner restarted it count as well: they may be gone.
     """
 
     def __init__(self, job: JobConfig, run_id: str) -> None:
@@ -276,17 +256,18 @@ class _CountFound(beam.PTransform):
         self._read_written = ReadWritten(job.output, run_id, storage_options=job.storage_options)
         self._storage_options = job.storage_options
 
-    def expand(self, recordings: Any) -> Any:
-        ids = [
-            recordings.good | "FoundId" >> beam.Map(lambda found: found.recording_id).with_output_types(str),
-            recordings.dead_letters
-            | "RejectedId" >> beam.Map(lambda letter: letter.recording_id).with_output_types(str),
-            recordings.good.pipeline | "WrittenId" >> self._read_written,
-        ]
+    def expand(self, planned: PlannedObjects) -> Any:
+        written = planned.found.pipeline | "WrittenId" >> self._read_written
+        found = (planned.found, written) | "AllIds" >> beam.Flatten() | "DistinctIds" >> beam.Distinct()
+        skipped = planned.skipped | "SkippedIds" >> beam.Keys() | "DistinctSkipped" >> beam.Distinct()
+        kinds = (
+            found | "Found" >> beam.Map(lambda _: "found").with_output_types(str),
+            skipped | "Skipped" >> beam.Map(lambda _: "skipped").with_output_types(str),
+        )
         return (
-            ids
-            | "AllIds" >> beam.Flatten()
-            | "DistinctIds" >> beam.Distinct()
-            | "CountIds" >> beam.combiners.Count.Globally()
+            kinds
+            | "AllKinds" >> beam.Flatten()
+            | "CountKinds" >> beam.combiners.Count.PerElement()
+            | "Counts" >> beam.combiners.ToDict()
             | "WriteFound" >> beam.Map(write_found, uri=self._uri, storage_options=self._storage_options)
         )

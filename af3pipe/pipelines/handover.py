@@ -1,7 +1,8 @@
 """Passes counts from a pipeline's workers to the process that started it, as small files beside the run record."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from af3pipe import storage
 from af3pipe.transforms.stores import set_storage
@@ -13,21 +14,34 @@ def found_uri(output: str, run_id: str) -> str:
     return storage.join(output, "_runs", f"{run_id}.found.json")
 
 
-def write_found(found: int, uri: str, storage_options: storage.StorageOptions) -> None:
-    """Where a pipeline counts what it finds: from its elements, since metrics count retries twice."""
+class Found(NamedTuple):
+    """How many recordings a pipeline found, and how many of them it skipped because an earlier run has done them."""
+
+    found: int
+    skipped: int
+
+
+def write_found(counts: Mapping[str, int], uri: str, storage_options: storage.StorageOptions) -> None:
+    """Writes what a pipeline has counted of its elements: metrics would count those of retried bundles twice."""
     set_storage(storage_options)
-    storage.write_atomic(uri, json.dumps({"recordings_found": found}).encode())
+    found = {"recordings_found": counts.get("found", 0), "recordings_skipped": counts.get("skipped", 0)}
+    storage.write_atomic(uri, json.dumps(found).encode())
 
 
-def take_found(output: str, run_id: str) -> int:
-    """What `write_found` wrote, and gone from there.
+def read_found(output: str, run_id: str) -> Found:
+    """Reads the file that `write_found` wrote.
 
     Raises:
-        Rejected: It cannot be read.
+        Rejected: It is not there, or cannot be read.
     """
-    uri = found_uri(output, run_id)
-    found: int = json.loads(storage.read_bytes(uri))["recordings_found"]
-    storage.delete(uri)
+    found = json.loads(storage.read_bytes(found_uri(output, run_id)))
+    return Found(found["recordings_found"], found.get("recordings_skipped", 0))
+
+
+def take_found(output: str, run_id: str) -> Found:
+    """Reads the file that `write_found` wrote, and deletes it. Raises as `read_found`."""
+    found = read_found(output, run_id)
+    storage.delete(found_uri(output, run_id))
     return found
 
 

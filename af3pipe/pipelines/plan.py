@@ -1,8 +1,8 @@
-"""What a run in this process has to do, on disk: found, each once, and held against what earlier runs have done.
+"""Plans a run of this process, on disk: recordings grouped by object, compared with what earlier runs have done.
 
-Beam's in-process runner keeps every stage's output in memory, and writes nothing before all is asked. So what it is
-given is planned here, in memory that does not grow with the archive, and handed out in chunks, each of which lands
-when it is done.
+Beam's in-process runner keeps every stage's output in memory, and writes nothing before all is done. So what it is
+given is planned here, in memory that does not grow with the archive, and handed out in chunks, each of which is
+written when it is done.
 """
 
 import itertools
@@ -11,43 +11,35 @@ import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
 
 from af3pipe import storage
-from af3pipe.schemas import Covered, DeadLetter, Reason, Recording, RecordingResult, Rejected
-from af3pipe.transforms.inputs.read import STAT_THREADS, merge, stat_recording
-from af3pipe.transforms.reconcile import failed_by, settle_rejected
-from af3pipe.transforms.resume import (
-    Settled,
-    Told,
-    WorkKeys,
-    earlier_files,
-    read_earlier,
-    resume,
-    split_earlier,
-    with_first_run,
-)
-from af3pipe.transforms.settle import PlannedRecording
+from af3pipe.schemas import AudioObject, DeadLetter, Recording, RecordingResult, Rejected
+from af3pipe.tables.existing import ExistingRecording, ExistingRow, ExistingRows, read_existing
+from af3pipe.tables.keys import KeySet, Mask, hashes_of
+from af3pipe.tables.latest import table_files
+from af3pipe.transforms.inputs.identity import check_id, has_own_id
+from af3pipe.transforms.outcome import public_uri
+from af3pipe.transforms.plan import STAT_THREADS, WorkKeys, plan_object, stat_object
+from af3pipe.transforms.resume import is_gone
 
 _BATCH = 1000
-_TRIES = 3
-
-
-class Settlement(NamedTuple):
-    """A recording that there is nothing to ask of: how it ended, and the dead letters that say why."""
-
-    result: RecordingResult
-    dead_letters: tuple[DeadLetter, ...]
+_ATTEMPTS = 3
+_HASHED_AT_ONCE = 100_000
 
 
 class Plan:
     """Use as a context: what it holds is on disk until it is closed.
 
     Attributes:
-        found: Recordings, each once, rejected ones too; known once it is settled.
-        to_ask: How many of them there is something to ask of.
+        found: Recordings, each once, rejected ones too; known once it is made.
+        skipped: How many of them an earlier run has done.
+        to_do: How many of them are in the chunks.
     """
 
     def __init__(self) -> None:
@@ -56,13 +48,17 @@ class Plan:
         self._db.executescript(
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-            CREATE TABLE mention (number INTEGER PRIMARY KEY, id TEXT, item BLOB);
-            CREATE TABLE earlier (id TEXT, row BLOB);
-            CREATE TABLE left (number INTEGER PRIMARY KEY, item BLOB);
+            CREATE TABLE own (number INTEGER, id TEXT, uri TEXT, item BLOB);
+            CREATE TABLE mention (number INTEGER, uri TEXT, item BLOB);
+            CREATE TABLE existing (uri TEXT, id TEXT, row BLOB);
+            CREATE TABLE work (number INTEGER PRIMARY KEY, recordings INTEGER, item BLOB);
             """
         )
+        self._numbers = itertools.count()
+        self._as_they_are: list[RecordingResult] = []
         self.found = 0
-        self.to_ask = 0
+        self.skipped = 0
+        self.to_do = 0
 
     def __enter__(self) -> "Plan":
         return self
@@ -74,103 +70,155 @@ class Plan:
         self._folder.cleanup()
 
     def add_found(self, items: Iterable[Recording | DeadLetter | RecordingResult]) -> None:
-        """Takes what a listing gives, in any order, as often as it is given."""
-        rows = ((item.recording_id, pickle.dumps(item)) for item in items)
-        self._insert("INSERT INTO mention (id, item) VALUES (?, ?)", rows)
+        """Takes what a listing gives, in any order, as often as it is given; results are written as they are."""
+        with self._transaction():
+            for item in items:
+                number = next(self._numbers)
+                if isinstance(item, RecordingResult):
+                    self._as_they_are.append(item)
+                elif isinstance(item, Recording) and has_own_id(item):
+                    row = number, item.recording_id, public_uri(item), pickle.dumps(item)
+                    self._db.execute("INSERT INTO own VALUES (?, ?, ?, ?)", row)
+                else:
+                    self._mention(number, item)
 
-    def add_earlier(self, output: str) -> None:
-        """Takes what earlier runs left in an output.
+    def _mention(self, number: int, item: Recording | DeadLetter) -> None:
+        uri = public_uri(item) if isinstance(item, Recording) else item.uri
+        self._db.execute("INSERT INTO mention VALUES (?, ?, ?)", (number, uri, pickle.dumps(item)))
+
+    def add_existing(self, output: str) -> None:
+        """Takes what earlier runs wrote about the objects and ids that were found.
 
         Raises:
             Rejected, StorageError: It cannot be listed; one of its files cannot be used.
         """
-        done: set[tuple[str, str]] = set()
-        for tries_left in reversed(range(_TRIES)):
+        objects = self._keys("SELECT uri FROM mention UNION SELECT uri FROM own")
+        ids = self._keys("SELECT DISTINCT id FROM own")
+
+        def wanted(batch: pa.RecordBatch) -> Mask:
+            of_object = objects.has(hashes_of(pa.chunked_array([batch["uri"]])))
+            return (
+                of_object | ids.has(hashes_of(pa.chunked_array([batch["recording_id"]]))) if ids.size else of_object
+            )
+
+        done: set[str] = set()
+        for attempts_left in reversed(range(_ATTEMPTS)):
             try:
-                for table, uri in earlier_files(output):
-                    if (table, uri) not in done:
-                        rows = ((found_id, pickle.dumps(row)) for found_id, row in read_earlier(table, uri))
-                        self._insert("INSERT INTO earlier VALUES (?, ?)", rows)
-                        done.add((table, uri))
+                for table, infos in table_files(output).items():
+                    for info in infos:
+                        if info.uri not in done:
+                            self._add_rows(read_existing(table, info, wanted))
+                            done.add(info.uri)
                 return
             except storage.StorageError as error:
                 # A compaction at work: the rows are in another file by now. What is read twice is no harm.
-                is_gone = isinstance(error.__cause__, Rejected) and error.__cause__.reason is Reason.NOT_FOUND
-                if not is_gone or not tries_left:
+                if not is_gone(error) or not attempts_left:
                     raise
 
-    def settle(self, keys: WorkKeys, *, retry: bool = False) -> Iterator[Settlement]:
-        """Decides of each recording whether there is something to ask; gives those of which there is not.
+    def _keys(self, query: str) -> KeySet:
+        """The distinct texts of a query, as hashes: memory does not hold them as text."""
+        rows = self._db.execute(query)
+        hashes = [np.zeros((0, 2), np.uint64)]
+        while texts := [text for (text,) in itertools.islice(rows, _HASHED_AT_ONCE)]:
+            hashes.append(hashes_of(pa.chunked_array([pa.array(texts, pa.string())])))
+        return KeySet(np.concatenate(hashes))
+
+    def _add_rows(self, rows: Iterable[ExistingRow]) -> None:
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO existing VALUES (?, ?, ?)",
+                (
+                    (row.uri, row.recording_id if isinstance(row, ExistingRecording) else None, pickle.dumps(row))
+                    for row in rows
+                ),
+            )
+
+    def make(self, keys: WorkKeys, *, retry: bool = False) -> Iterator[RecordingResult]:
+        """Decides of each object whether there is something to do; gives the results that there are without that.
 
         Args:
             keys: Of the job.
-            retry: As of `resume`.
+            retry: Whether a recording with dead letters is never done.
         """
-        self._db.execute("CREATE INDEX mention_id ON mention (id, number)")
-        self._db.execute("CREATE INDEX earlier_id ON earlier (id)")
+        self._db.execute("CREATE INDEX own_id ON own (id, number)")
+        self._db.execute("CREATE INDEX existing_id ON existing (id)")
+        self._check_ids()
+        self._db.execute("CREATE INDEX mention_uri ON mention (uri, number)")
+        self._db.execute("CREATE INDEX existing_uri ON existing (uri)")
+        self.found += len(self._as_they_are)
+        yield from self._as_they_are
         with ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="af3pipe-stat") as pool:
-            groups = self._groups()
-            while batch := list(itertools.islice(groups, _BATCH)):
-                recordings = [found for group in batch for found in group if isinstance(found, Recording)]
-                stated = dict(zip(recordings, pool.map(stat_recording, recordings), strict=True))
-                left: list[PlannedRecording] = []
-                for group in batch:
-                    items = [stated[item] if isinstance(item, Recording) else item for item in group]
-                    for found_id in dict.fromkeys(item.recording_id for item in items):
-                        self.found += 1
-                        own = [item for item in items if item.recording_id == found_id]
-                        outcome = self._outcome(own, keys, retry=retry)
-                        if isinstance(outcome, Settlement):
-                            yield outcome
-                        else:
-                            left.append(outcome)
-                            self.to_ask += 1
-                self._insert("INSERT INTO left (item) VALUES (?)", ((pickle.dumps(planned),) for planned in left))
+            objects = self._objects()
+            while batch := list(itertools.islice(objects, _BATCH)):
+                stated = pool.map(_stat, (mentions for _, mentions, _ in batch))
+                with self._transaction():
+                    for (uri, mentions, letters), info in zip(batch, stated, strict=True):
+                        existing = ExistingRows(self._existing("uri", uri))
+                        planned = plan_object(uri, mentions, letters, info, existing, keys, retry=retry)
+                        self.found += len(planned.found)
+                        self.skipped += len(planned.skipped)
+                        if planned.work is not None:
+                            number = len(planned.found) - len(planned.skipped)
+                            self.to_do += number
+                            row = number, pickle.dumps(planned.work)
+                            self._db.execute("INSERT INTO work (recordings, item) VALUES (?, ?)", row)
 
-    def chunks(self, size: int) -> Iterator[list[PlannedRecording]]:
-        """What there is to ask, so many recordings at a time, in the order in which they were found."""
-        rows = self._db.execute("SELECT item FROM left ORDER BY number")
-        while chunk := [pickle.loads(item) for (item,) in itertools.islice(rows, size)]:
+    def _check_ids(self) -> None:
+        """Passes on recordings with an id that a manifest gave, as far as the id is theirs alone."""
+        rows = self._db.execute("SELECT id, number, item FROM own ORDER BY id, number")
+        with self._transaction():
+            for own_id, group in itertools.groupby(rows, key=lambda row: row[0]):
+                mentions = [(number, pickle.loads(item)) for _, number, item in group]
+                existing = [row for row in self._existing("id", own_id) if isinstance(row, ExistingRecording)]
+                for item in check_id([item for _, item in mentions], existing):
+                    self._mention(mentions[0][0], item)
+
+    def chunks(self, size: int) -> Iterator[list[AudioObject]]:
+        """The objects that there is something to do about, some at a time, in the order in which they were found.
+
+        Args:
+            size: How many recordings a chunk has at least, but for the last one.
+        """
+        chunk: list[AudioObject] = []
+        recordings = 0
+        for number, item in self._db.execute("SELECT recordings, item FROM work ORDER BY number"):
+            chunk.append(pickle.loads(item))
+            recordings += number
+            if recordings >= size:
+                yield chunk
+                chunk, recordings = [], 0
+        if chunk:
             yield chunk
 
-    def _insert(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN")
         try:
-            self._db.executemany(statement, rows)
+            yield
         finally:
             self._db.execute("COMMIT")
 
-    def _groups(self) -> Iterator[list[Recording | DeadLetter | RecordingResult]]:
-        """All that was found of an id, merged, in the order in which ids were first found."""
+    def _objects(self) -> Iterator[tuple[str, list[Recording], list[DeadLetter]]]:
+        """Each object with its recordings and dead letters, in the order in which objects were first found."""
         rows = self._db.execute(
             """
-            SELECT mention.id, item
-            FROM mention JOIN (SELECT id, min(number) AS first FROM mention GROUP BY id) USING (id)
+            SELECT mention.uri, item
+            FROM mention JOIN (SELECT uri, min(number) AS first FROM mention GROUP BY uri) USING (uri)
             ORDER BY first, number
             """
         )
-        for _, mentions in itertools.groupby(rows, key=lambda row: row[0]):
-            items = [pickle.loads(item) for _, item in mentions]
-            recordings = [item for item in items if isinstance(item, Recording)]
-            letters = {item.dead_letter_key: item for item in items if isinstance(item, DeadLetter)}
-            results = [item for item in items if isinstance(item, RecordingResult)][:1]
-            merged: list[Recording | DeadLetter] = [*(merge(recordings) if recordings else ()), *letters.values()]
-            yield [*merged] or [*results]
+        for uri, group in itertools.groupby(rows, key=lambda row: row[0]):
+            items = [pickle.loads(item) for _, item in group]
+            yield (
+                uri,
+                [item for item in items if isinstance(item, Recording)],
+                [item for item in items if isinstance(item, DeadLetter)],
+            )
 
-    def _outcome(
-        self, items: list[Recording | DeadLetter | RecordingResult], keys: WorkKeys, *, retry: bool
-    ) -> Settlement | PlannedRecording:
-        """Of one recording."""
-        if isinstance(items[0], RecordingResult):
-            return Settlement(items[0], ())
-        settled, answers, told = split_earlier(self._earlier(items[0].recording_id))
-        letters = with_first_run((item for item in items if isinstance(item, DeadLetter)), told)
-        recordings = [item for item in items if isinstance(item, Recording)]
-        if not recordings:
-            result = settle_rejected(items[0].recording_id, [failed_by(letter) for letter in letters])
-            return Settlement(result, letters)
-        left = resume(keys.add(recordings[0], letters), settled, answers, told, retry=retry)
-        return Settlement(left, ()) if isinstance(left, RecordingResult) else PlannedRecording(left, letters)
+    def _existing(self, column: str, value: str) -> list[ExistingRow]:
+        rows = self._db.execute(f"SELECT row FROM existing WHERE {column} = ?", (value,))
+        return [pickle.loads(row) for (row,) in rows]
 
-    def _earlier(self, found_id: str) -> list[Settled | Covered | Told]:
-        return [pickle.loads(row) for (row,) in self._db.execute("SELECT row FROM earlier WHERE id = ?", (found_id,))]
+
+def _stat(mentions: list[Recording]) -> storage.ObjectInfo | Rejected | None:
+    return stat_object(mentions) if mentions else None

@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.graph import found_by
 from af3pipe.pipelines.job import JobConfig, JobError, make_job
-from af3pipe.pipelines.run_record import RunReport, read_job
-from af3pipe.schemas import DeadLetter, Recording, RecordingResult, Rejected, Stage, TerminalState
+from af3pipe.pipelines.report import RunReport
+from af3pipe.schemas import DeadLetter, Recording, RecordingResult, Rejected, Stage
 from af3pipe.tables.latest import latest
+from af3pipe.tables.run_record import read_job
 from af3pipe.transforms.outcome import recording_of
-from af3pipe.transforms.resume import Settled, skipped
+from af3pipe.transforms.result import gone_result
 
 _ROW = re.compile(r"#(?:line|row|sample)=[^#]*$")  # of a manifest or a container
-# What is no recording any more: its row was corrected, and has an id of its own.
-_GONE = Settled(None, TerminalState.SKIPPED_DONE, None, 0.0, (), (), (), None, None, None, None, 0)
 _COLUMNS = ["recording_id", "uri", "stage", "reason", "retryable", "input", "run_id"]
 
 
@@ -121,4 +120,4 @@ def _again(
             if wanted.pop(item.recording_id, None) or item.recording_id not in known:
                 yield item
     for row in wanted.values():
-        yield skipped(recording_of(row["input"]), _GONE)
+        yield gone_result(recording_of(row["input"]))

@@ -12,7 +12,8 @@ from af3pipe import storage
 from af3pipe.schemas import DeadLetter, Reason, Recording
 from af3pipe.tables.audit import Compared
 from af3pipe.tables.latest import Latest, codes, is_in
-from af3pipe.transforms.inputs.read import list_recordings, merge
+from af3pipe.transforms.inputs.identity import check_id, has_own_id, name_recordings
+from af3pipe.transforms.inputs.read import list_recordings
 
 _LISTED_AT_ONCE = 50_000
 
@@ -32,6 +33,7 @@ _LISTED_SCHEMA = pa.schema(
         ("duration_s", pa.float64()),
         ("channel", pa.string()),
         ("stream", pa.int32()),
+        ("metadata", pa.string()),
     ]
 )
 
@@ -90,9 +92,18 @@ def _list(inputs: Sequence[str], chosen: dict[str, Any]) -> pa.Table:
     mentions: dict[str, list[Recording]] = defaultdict(list)
     for row in rows.filter(pa.array(repeated)).to_pylist():
         mentions[row["recording_id"]].append(Recording(**row))
-    merged = [found for group in mentions.values() for found in merge(group)]
-    once = [{name: getattr(found, name, None) for name in _LISTED_SCHEMA.names} for found in merged]
+    named = [found for group in mentions.values() for found in _named(group)]
+    once = [{name: getattr(found, name, None) for name in _LISTED_SCHEMA.names} for found in named]
     return pa.concat_tables([rows.filter(pa.array(~repeated)), pa.Table.from_pylist(once, _LISTED_SCHEMA)])
+
+
+def _named(mentions: list[Recording]) -> Iterator[Recording | DeadLetter]:
+    """The recordings that a run makes of the mentions of one id."""
+    if has_own_id(mentions[0]):
+        checked = list(check_id(mentions))
+        yield from (found for found in checked if isinstance(found, DeadLetter))
+        mentions = [found for found in checked if isinstance(found, Recording)]
+    yield from name_recordings(mentions)
 
 
 def _listed(inputs: Iterable[str], chosen: dict[str, Any]) -> Iterator[Recording | DeadLetter]:

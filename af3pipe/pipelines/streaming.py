@@ -14,13 +14,14 @@ from af3pipe import storage
 from af3pipe.pipelines import batch, graph
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options
 from af3pipe.pipelines.relist import InputError, relist
-from af3pipe.pipelines.run_record import RunReport, ended_uri, started_uri, stop_uri, write_record, write_started
+from af3pipe.pipelines.report import RunReport, write_record, write_started
 from af3pipe.runners.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
 from af3pipe.runners.options import FlinkOptions
-from af3pipe.schemas import DeadLetter, Reason, Rejected
+from af3pipe.schemas import DeadLetter, Reason, Rejected, TerminalState
 from af3pipe.tables.latest import Latest, NotATable, table_files
 from af3pipe.tables.layout import new_run_id
 from af3pipe.tables.reconcile import count_run
+from af3pipe.tables.run_record import ended_uri, started_uri, stop_uri
 from af3pipe.tables.write import fill_empty_tables
 from af3pipe.transforms import metrics
 from af3pipe.transforms.inputs.pubsub import is_subscription, reach, subscription_of
@@ -143,9 +144,13 @@ class Watch:
                 raise batch.RunFailed(f"the runner ended the job in state {state}; see its log above")
         job, wall_s = self._job, time.monotonic() - self._started
         counted = batch.counters(self._result)
-        report = RunReport(
-            self.run_id, count_run(job.output, self.run_id, None), wall_s, dict(sorted(counted.items()))
-        )
+        counts = count_run(job.output, self.run_id, None, counted["recordings_skipped_done"])
+        # What it has counted as done has a row, unless a runner has done it twice, or somebody has deleted rows.
+        done = sum(counted[f"recordings_{state.value}"] for state in TerminalState)
+        if counts.found < done:
+            lost = f"{done} recordings were processed, but only {counts.found} are skipped or have a row"
+            counts = counts._replace(problems=(*counts.problems, lost))
+        report = RunReport(self.run_id, counts, wall_s, dict(sorted(counted.items())))
         fill_empty_tables(job.output, job.tables(), self.run_id, job.partition_by)
         write_record(job, self._checkpoint, self._runner, self._started_at, report)
         self._forget()

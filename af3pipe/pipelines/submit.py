@@ -1,6 +1,5 @@
 """A run that nobody waits for: started on workers elsewhere, and its books closed when it is done."""
 
-import json
 import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -13,12 +12,13 @@ from af3pipe.models.engine import ModelError
 from af3pipe.models.family import open_checkpoint
 from af3pipe.pipelines import graph
 from af3pipe.pipelines.batch import RunFailed, is_in_process, preflight, tell_unfinished
-from af3pipe.pipelines.handover import found_uri, take_found, take_verified, verified_uri
+from af3pipe.pipelines.handover import read_found, take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, beam_options, make_job
-from af3pipe.pipelines.run_record import RunReport, read_started, started_uri, write_record, write_started
+from af3pipe.pipelines.report import RunReport, write_record, write_started
 from af3pipe.schemas import Rejected
 from af3pipe.tables.layout import new_run_id
 from af3pipe.tables.reconcile import count_run
+from af3pipe.tables.run_record import read_started, started_uri
 from af3pipe.tables.write import fill_empty_tables
 from af3pipe.transforms.stores import set_storage
 
@@ -73,8 +73,7 @@ def finish(output: str, run_id: str) -> tuple[JobConfig, RunReport]:
         ) from rejected
     job = make_job(started["job"] | {"output": output}, f"the job of run {run_id}")
     try:
-        found = json.loads(storage.read_bytes(found_uri(output, run_id)))["recordings_found"]
-        counts = count_run(output, run_id, found)
+        counts = count_run(output, run_id, *read_found(output, run_id))
         wants_verified = job.verify_sample and counts.reconciled
         verified = take_verified([verified_uri(output, run_id, 0)]) if wants_verified else None
     except Rejected as rejected:

@@ -178,6 +178,7 @@ class Answer(NamedTuple):
 
     recording_id: str
     uri: str
+    source_key: str
     size_bytes: int | None
     etag: str | None
     mtime: str | None
@@ -214,7 +215,7 @@ class Answer(NamedTuple):
     dtype: str
     decoding: str
     answer_key: str
-    metadata: tuple[tuple[str, str], ...]
+    metadata: str
     run_id: str
     created_at: int
 
@@ -233,9 +234,10 @@ ANSWER_SCHEMA = pa.schema(
     [
         pa.field("recording_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
+        ("source_key", pa.string()),
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),
-        ("mtime", pa.string()),
+        ("mtime", pa.timestamp("us", tz="UTC")),
         pa.field("segment_index", pa.int32(), nullable=False),
         pa.field("start_s", pa.float64(), nullable=False),
         pa.field("end_s", pa.float64(), nullable=False),
@@ -272,7 +274,7 @@ ANSWER_SCHEMA = pa.schema(
         pa.field("dtype", pa.string(), nullable=False),
         pa.field("decoding", pa.string(), nullable=False),
         pa.field("answer_key", pa.string(), nullable=False),
-        ("metadata", pa.map_(pa.string(), pa.string())),
+        ("metadata", pa.string()),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]

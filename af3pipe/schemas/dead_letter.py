@@ -110,6 +110,7 @@ class DeadLetter(NamedTuple):
         dead_letter_key: See `dead_letter_key`.
         run_id: Of the run that wrote it; empty while it is not written.
         created_at: Microseconds since 1970-01-01 UTC.
+        metadata: Of the recording, as JSON text.
     """
 
     recording_id: str
@@ -127,6 +128,7 @@ class DeadLetter(NamedTuple):
     dead_letter_key: str
     run_id: str
     created_at: int
+    metadata: str = "{}"
 
 
 def dead_letter_key(recording_id: str, stage: Stage, reason: Reason, input_json: str) -> str:
@@ -152,5 +154,6 @@ DEAD_LETTER_SCHEMA = pa.schema(
         pa.field("dead_letter_key", pa.string(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        ("metadata", pa.string()),
     ]
 )

@@ -1,6 +1,9 @@
 """What flows before the model: a recording, what its header says, and its segments of PCM."""
 
 import hashlib
+import json
+import math
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -128,23 +131,43 @@ class Covered(NamedTuple):
     content_identity: str = ""
 
 
-class Earlier(NamedTuple):
-    """What earlier runs left of a recording in the same output: it is neither asked nor written again.
+class Existing(NamedTuple):
+    """Rows that earlier runs wrote about a recording's audio: they are neither requested nor written again.
 
     Attributes:
-        answers: Of any model and prompt; each is held against the work to do by its `answer_key`.
-        dead_letters: (dead_letter_key, run_id) of each.
+        answers: Of any model and prompt; each counts only where its `answer_key` is that of a request of this run.
+        dead_letters: (dead_letter_key, run_id) of each of this recording.
     """
 
     answers: tuple[Covered, ...] = ()
     dead_letters: tuple[tuple[str, str], ...] = ()
 
 
+NO_METADATA = "{}"
+
+
+def to_metadata(columns: Mapping[str, Any]) -> str:
+    """Columns as the `metadata` column holds them: a JSON object, keys sorted, numbers as numbers, dates as text."""
+    return json.dumps(_jsonable(columns), sort_keys=True, ensure_ascii=False, default=str) if columns else NO_METADATA
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity, and its keys are text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return value
+
+
 class Recording(NamedTuple):
     """One input: an audio object, or a time range of it, with what is known before it is opened.
 
     Attributes:
-        recording_id: Stable name of the recording; one terminal state each. See `make_recording_id`.
+        recording_id: Stable name of the recording; one terminal state each. A manifest's own id, else its
+            `source_key`.
         uri: Any URL that fsspec opens, or a local path.
         size_bytes: Size of the object, None when the listing did not state it.
         etag: The store's content tag, None when it has none (local files).
@@ -154,9 +177,9 @@ class Recording(NamedTuple):
         channel: `mix`, the mean over all; `left`, `right`, or an index from 0 as text. See `channel_text`.
         stream: Index among the audio streams of the object; None takes its main one.
         questions: Asked of this recording beside the job's own tasks.
-        metadata: Further manifest columns; they ride along to the output.
-        work_key: Names all that is asked of it, see `af3pipe.schemas.work_key`; None where no later run is to know.
-        earlier: What earlier runs left of it in the output, where the run resumes them.
+        metadata: Further manifest columns, passed through to the output: a JSON object as text, see `to_metadata`.
+        work_key: Names all that is requested of it, see `af3pipe.schemas.work_key`; None where resuming is off.
+        existing: Rows of earlier runs about the same audio, where the run resumes them.
     """
 
     recording_id: str
@@ -167,11 +190,16 @@ class Recording(NamedTuple):
     offset_s: float = 0.0
     duration_s: float | None = None
     questions: tuple[Question, ...] = ()
-    metadata: tuple[tuple[str, str], ...] = ()
+    metadata: str = NO_METADATA
     channel: str = MIX
     stream: int | None = None
     work_key: str | None = None
-    earlier: Earlier = Earlier()
+    existing: Existing = Existing()
+
+    @property
+    def source_key(self) -> str:
+        """Names the audio itself, whatever the recording is called. See `source_key`."""
+        return source_key(self.uri, self.offset_s, self.duration_s, channel=self.channel, stream=self.stream)
 
     def wanted_until_s(self, duration_s: float | None) -> float:
         """Where what is wanted of it ends, in an object of this length; where it begins for one of unknown length."""
@@ -184,7 +212,7 @@ class Recording(NamedTuple):
         return content_identity(self.etag, self.size_bytes, self.mtime)
 
 
-def make_recording_id(
+def source_key(
     uri: str,
     offset_s: float = 0.0,
     duration_s: float | None = None,
@@ -192,7 +220,10 @@ def make_recording_id(
     channel: str = MIX,
     stream: int | None = None,
 ) -> str:
-    """Names a recording by what it is: 20 hex digits over the URI and what is taken from it."""
+    """Names a piece of audio: 20 hex digits over the canonical URI and the span, channel and stream of it.
+
+    Manifest rows without an id of their own get it as their `recording_id`.
+    """
     parts = [uri, repr(float(offset_s)), repr(None if duration_s is None else float(duration_s))]
     parts += taken_from(channel, stream)
     return hashlib.sha256("\x00".join(parts).encode(errors="surrogateescape")).hexdigest()[:20]
@@ -258,28 +289,29 @@ class Segment(NamedTuple):
         return f"Segment({self.recording.uri!r}, {self.segment_index}, {where}, samples={self.samples.shape})"
 
 
-class RecordingResult(NamedTuple):
-    """One row of `recordings/`: how a recording ended, and how much of it was covered.
+class RecordingRow(NamedTuple):
+    """One row of `recordings/`: how a recording ended in a run, and how much of it was covered.
 
     Attributes:
+        source_key: Of the audio, as `source_key` gives it.
         duration_s: Of the object, in seconds; None when it was never learnt.
         covered_s: Seconds for which every task has an answer.
-        settled_state: The state that the recording is in: that of the run which settled it when this one skipped
-            it, else `terminal_state`. `skipped_done` where it is none any more: a row of a manifest, since corrected.
         answers: Rows that this run wrote; `kept_answers` more are of earlier runs.
-        answer_keys: Of all its answers, whichever run wrote them: the rows that hold for this recording now.
+        answer_keys: Of all its answers, whichever run wrote them: with this row, they are the latest results.
         dead_letters: Rows that this run wrote; `kept_dead_letters` more are of earlier runs.
         dead_letter_keys: Of all its dead letters, as `answer_keys`.
         reasons: Of the recording's dead letters, sorted, without repeats.
         work_key: As of `Recording`.
-        peak_dbfs: This and the next three as `Levels`, over what was answered for; None where nothing was.
+        peak_dbfs: This and the next three as `Levels`, over the audio with answers; None where there are none.
+        mtime: Of the object, ISO 8601 in UTC; a timestamp in Parquet.
+        metadata: JSON text, as of `Recording`.
         created_at: Microseconds since 1970-01-01 UTC, as Arrow's timestamp stores it.
     """
 
     recording_id: str
     uri: str
+    source_key: str
     terminal_state: TerminalState
-    settled_state: TerminalState
     duration_s: float | None
     covered_s: float
     answers: int
@@ -300,7 +332,7 @@ class RecordingResult(NamedTuple):
     offset_s: float
     channel: str
     stream: int | None
-    metadata: tuple[tuple[str, str], ...]
+    metadata: str
     run_id: str
     created_at: int
 
@@ -314,8 +346,8 @@ RECORDING_SCHEMA = pa.schema(
     [
         pa.field("recording_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
+        ("source_key", pa.string()),
         pa.field("terminal_state", pa.string(), nullable=False),
-        pa.field("settled_state", pa.string(), nullable=False),
         ("duration_s", pa.float64()),
         pa.field("covered_s", pa.float64(), nullable=False),
         pa.field("answers", pa.int32(), nullable=False),
@@ -332,11 +364,11 @@ RECORDING_SCHEMA = pa.schema(
         ("silent", pa.bool_()),
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),
-        ("mtime", pa.string()),
+        ("mtime", pa.timestamp("us", tz="UTC")),
         pa.field("offset_s", pa.float64(), nullable=False),
         pa.field("channel", pa.string(), nullable=False),
         ("stream", pa.int32()),
-        ("metadata", pa.map_(pa.string(), pa.string())),
+        ("metadata", pa.string()),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]

@@ -1,9 +1,12 @@
 """Names the folders and files of an output: its tables, their partitions, and the runs that wrote them."""
 
+import hashlib
+import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -17,10 +20,18 @@ TABLE_SCHEMAS: dict[str, pa.Schema] = {
     "recordings": RECORDING_SCHEMA,
     "dead_letters": DEAD_LETTER_SCHEMA,
 }
+FORMAT = 2
+"""Version of the tables' columns, in the footer of each file. Files of version 1 have none there."""
+FORMAT_KEY = b"af3pipe.format"
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 """What Hive, Arrow, DuckDB and Polars read as null."""
 _RUN_DAY = re.compile(r"(\d{4})(\d\d)(\d\d)T\d{6}Z")
-_PARTITION_NAME = re.compile(r"[\w.-]+")
+_PARTITION_NAME = re.compile(r"[\w.-]{1,64}")
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_PANE_AT_END = re.compile(r"-\d{8}T\d{6}Z$")
+_BEHIND_RUN_ID = r"(?:-\d{8}T\d{6}Z)?-(?:[0-9a-f]{16}|empty)\.parquet"
+_MOST_VALUE_CHARACTERS = 120
+"""Of a partition's value as a folder's name; file systems take 255 bytes with the column's name."""
 
 
 def new_run_id() -> str:
@@ -28,10 +39,29 @@ def new_run_id() -> str:
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
 
 
+def check_run_id(run_id: str) -> str:
+    """Checks that an id can be part of file names, and that no other run's files could be taken for its own.
+
+    Raises:
+        ValueError: It is empty, long, or has other characters than letters, digits, `-` and `_`.
+    """
+    if not _RUN_ID.fullmatch(run_id) or _PANE_AT_END.search(run_id):
+        raise ValueError(
+            f"run_id is {run_id!r}; it must be 1 to 100 letters, digits, '-' and '_', begin with a letter or a "
+            "digit, and not end like the time of a pane (-20261121T000000Z)"
+        )
+    return run_id
+
+
 def is_file_of(uri: str, run_id: str) -> bool:
-    """Whether it is a Parquet file that this run has written."""
-    name = storage.name(uri)
-    return name.startswith(run_id) and name.endswith(".parquet")
+    """Whether it is a Parquet file that this run has written: run `night-1` has no files of run `night-10`."""
+    return re.fullmatch(re.escape(run_id) + _BEHIND_RUN_ID, storage.name(uri)) is not None
+
+
+def run_of(uri: str) -> str | None:
+    """The id of the run that wrote a Parquet file; None where the name is not that of a run's file."""
+    found = re.fullmatch("(.+?)" + _BEHIND_RUN_ID, storage.name(uri))
+    return found[1] if found else None
 
 
 def run_files(output: str, run_id: str) -> dict[str, list[str]]:
@@ -64,9 +94,11 @@ def check_partition_by(partition_by: Sequence[str]) -> None:
 
 
 def partition_folder(
-    partition_by: Sequence[str], run_id: str, metadata: Mapping[str, str], *, day: str | None = None
+    partition_by: Sequence[str], run_id: str, metadata: Mapping[str, Any], *, day: str | None = None
 ) -> str:
     """The folders below a table, as Hive names them: `date=2026-11-21/station=K%20Q`; empty without partitions.
+
+    A value whose name would be longer than 120 characters is cut and ends with `~` and a hash of the whole of it.
 
     Args:
         partition_by: `date`, the UTC day on which the run began; `run`, its id; any other is a key of `metadata`.
@@ -80,8 +112,25 @@ def partition_folder(
     known = {"run": run_id}
     if "date" in partition_by:
         known["date"] = day or _day_of(run_id)
-    values = ((name, known.get(name) or metadata.get(name)) for name in partition_by)
-    return "/".join(f"{name}={quote(value, safe='') if value else NO_VALUE}" for name, value in values)
+    values = ((name, known.get(name) or _as_text(metadata.get(name))) for name in partition_by)
+    return "/".join(f"{name}={_folder_name(value) if value else NO_VALUE}" for name, value in values)
+
+
+def _as_text(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _folder_name(value: str) -> str:
+    name = quote(value, safe="")
+    if len(name) <= _MOST_VALUE_CHARACTERS:
+        return name
+    digest = hashlib.sha256(value.encode()).hexdigest()[:12]
+    kept = value[:_MOST_VALUE_CHARACTERS]
+    while len(quote(kept, safe="")) > _MOST_VALUE_CHARACTERS - len(digest) - 1:
+        kept = kept[:-1]  # whole characters: a quoted one takes up to twelve of the name
+    return f"{quote(kept, safe='')}~{digest}"
 
 
 def _day_of(run_id: str) -> str:

@@ -1,4 +1,4 @@
-"""A run's books: what the Parquet says that was written, held against what was found."""
+"""Reconciles a run: compares the rows that it wrote with the recordings that it found."""
 
 import sqlite3
 import tempfile
@@ -20,12 +20,12 @@ class RunCounts(NamedTuple):
 
     Attributes:
         found: Recordings matched, each once.
-        states: Recordings by terminal state.
+        states: Recordings by terminal state; those that were skipped have no row.
         answers: Rows by table.
         dead_letters: Rows by reason.
-        kept_dead_letters: Those of earlier runs that still hold for its recordings.
+        kept_dead_letters: Those of earlier runs that are still true of its recordings.
         audio_s: Seconds of audio covered by answers, of recordings of which something was answered.
-        problems: What does not reconcile, in sentences; empty when the books are right.
+        problems: What does not reconcile, in sentences; empty when all does.
     """
 
     found: int
@@ -49,8 +49,8 @@ def read_rows(uris: Iterable[str], columns: list[str] | None = None) -> Iterator
             yield from ParquetFile(file).read(columns).to_pylist()
 
 
-def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
-    """Reads back what a run wrote and holds it against the number of recordings that it found.
+def count_run(output: str, run_id: str, found: int | None, skipped: int = 0) -> RunCounts:
+    """Reads back what a run wrote and compares it with the number of recordings that it found.
 
     What is compared is kept on disk: memory does not grow with the run. A row that is there twice, because a runner
     wrote its group again under another name, is one row, as it is to those who read.
@@ -58,7 +58,8 @@ def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
     Args:
         output: Of the run.
         run_id: Of the run.
-        found: How many; None of a stream, which cannot know, and may have settled a recording more than once.
+        found: How many; None where nobody has counted them.
+        skipped: How many of these an earlier run had done, so that they have no row.
 
     Raises:
         Rejected: The output cannot be read.
@@ -77,8 +78,10 @@ def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
         written, distinct, kept, audio_s = books.execute(
             "SELECT count(*), count(DISTINCT id), total(kept), total(covered_s * (answers > 0)) FROM recordings"
         ).fetchone()
+        if skipped:
+            states["skipped_done"] = states.get("skipped_done", 0) + skipped
         found_once = [
-            *_differ("recordings found", found or 0, "recordings with a terminal state", written),
+            *_differ("recordings found", found or 0, "recordings with a terminal state", written + skipped),
             *_differ("recordings with a state", written, "different ones", distinct),
         ]
         problems = [
@@ -87,7 +90,7 @@ def count_run(output: str, run_id: str, found: int | None) -> RunCounts:
             *_rows_differ("dead_letters", books),
         ]
     return RunCounts(
-        found=written if found is None else found,
+        found=written + skipped if found is None else found,
         states=states,
         answers=answers,
         dead_letters=reasons,

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ from af3pipe.schemas import (
     Answer,
     DeadLetter,
     RecordingResult,
+    RecordingRow,
 )
-from af3pipe.tables.layout import TABLE_SCHEMAS, partition_folder
+from af3pipe.tables.layout import FORMAT, FORMAT_KEY, TABLE_SCHEMAS, partition_folder
 
 ROWS_PER_FILE = 50_000
 _WRITERS = 8
@@ -35,14 +37,12 @@ class RowFormat(NamedTuple):
         schema: Its Arrow schema.
         table: The folder of a row.
         key: Names a row; rows of the same key are the same row.
-        metadata: Of the recording that a row is about.
     """
 
     row_class: type
     schema: pa.Schema
     table: Callable[[Any], str]
     key: Callable[[Any], str]
-    metadata: Callable[[Any], Mapping[str, str]]
 
 
 def _answer_table(row: Answer) -> str:
@@ -61,25 +61,17 @@ def _dead_letter_key(row: DeadLetter) -> str:
     return row.dead_letter_key
 
 
-def _recording_table(_: RecordingResult) -> str:
+def _recording_table(_: RecordingRow) -> str:
     return "recordings"
 
 
-def _recording_key(row: RecordingResult) -> str:
+def _recording_key(row: RecordingRow) -> str:
     return f"{row.recording_id}/{row.work_key or ''}"
 
 
-def _own_metadata(row: Answer | RecordingResult) -> Mapping[str, str]:
-    return dict(row.metadata)
-
-
-def _input_metadata(row: DeadLetter) -> Mapping[str, str]:
-    return dict(json.loads(row.input).get("recording", {}).get("metadata", ()))
-
-
-ANSWERS = RowFormat(Answer, ANSWER_SCHEMA, _answer_table, _answer_key, _own_metadata)
-DEAD_LETTER_ROWS = RowFormat(DeadLetter, DEAD_LETTER_SCHEMA, _dead_letter_table, _dead_letter_key, _input_metadata)
-RECORDINGS = RowFormat(RecordingResult, RECORDING_SCHEMA, _recording_table, _recording_key, _own_metadata)
+ANSWERS = RowFormat(Answer, ANSWER_SCHEMA, _answer_table, _answer_key)
+DEAD_LETTER_ROWS = RowFormat(DeadLetter, DEAD_LETTER_SCHEMA, _dead_letter_table, _dead_letter_key)
+RECORDINGS = RowFormat(RecordingRow, RECORDING_SCHEMA, _recording_table, _recording_key)
 
 
 def to_table(rows: Iterable[Any], schema: pa.Schema) -> pa.Table:
@@ -88,13 +80,20 @@ def to_table(rows: Iterable[Any], schema: pa.Schema) -> pa.Table:
     Raises:
         pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: A value does not fit its column.
     """
-    return pa.Table.from_pylist([_columns(row) for row in rows], schema=schema)
+    return pa.Table.from_pylist([_columns(row) for row in rows], schema=with_format(schema))
+
+
+def with_format(schema: pa.Schema) -> pa.Schema:
+    """The schema with the version of the tables' columns, which goes into the footer of a Parquet file."""
+    return schema.with_metadata({**(schema.metadata or {}), FORMAT_KEY: str(FORMAT).encode()})
 
 
 def _columns(row: Any) -> dict[str, Any]:
     found: dict[str, Any] = row._asdict()
     if "segments" in found:
         found["segments"] = [piece._asdict() for piece in found["segments"]]
+    if found.get("mtime") is not None:
+        found["mtime"] = datetime.fromisoformat(found["mtime"])
     return found
 
 
@@ -139,7 +138,7 @@ class Folder:
         self._day = day
 
     def __call__(self, row: Any) -> str:
-        metadata = self._format.metadata(row) if self._partition_by else {}
+        metadata = json.loads(row.metadata) if self._partition_by else {}
         partition = partition_folder(self._partition_by, self._run_id, metadata, day=self._day)
         return f"{self._format.table(row)}/{partition}".rstrip("/")
 
@@ -170,13 +169,32 @@ def write_folders(
             yield from uris
 
 
+def write_results(
+    results: Sequence[RecordingResult],
+    output: str,
+    run_id: str,
+    partition_by: Sequence[str] = (),
+    *,
+    day: str | None = None,
+    pane: str = "",
+) -> Iterator[str]:
+    """Writes all rows of some recordings, as `write_folders` does those of one table; yields the files' URIs."""
+    # The row of a recording names its answers and dead letters, and is written last: whoever finds it finds them.
+    for rows, row_format in (
+        ([row for found in results for row in found.answers], ANSWERS),
+        ([row for found in results for row in found.dead_letters], DEAD_LETTER_ROWS),
+        ([found.row for found in results], RECORDINGS),
+    ):
+        yield from write_folders(rows, row_format, output, run_id, partition_by, day=day, pane=pane)
+
+
 def fill_empty_tables(output: str, tables: Iterable[str], run_id: str, partition_by: Sequence[str] = ()) -> None:
     """Writes a table without rows where a table has no file, so that a query never fails on a night without any."""
     for table in tables:
         folder = storage.join(output, table)
         if not any(uri.endswith(".parquet") for uri in storage.list_files(folder)):
             buffer = pa.BufferOutputStream()
-            pq.write_table(TABLE_SCHEMAS[table].empty_table(), buffer, compression="zstd")
+            pq.write_table(with_format(TABLE_SCHEMAS[table]).empty_table(), buffer, compression="zstd")
             # With the partitions of the files to come: some readers refuse a table that mixes layouts.
             partition = partition_folder(partition_by, run_id, {})
             uri = storage.join(folder, *filter(None, [partition]), f"{run_id}-empty.parquet")

@@ -1,12 +1,15 @@
-"""How our rows cross processes: compact, without pickling, and with their class kept.
+"""Encodes rows that cross processes: compact, without pickling, with their class kept, readable by later versions.
 
 A RowCoder gives back an anonymous `BeamSchema_...` class in another process, and pickling a NumPy array costs more
 than its bytes. So a row is flattened to plain tuples for Beam's FastPrimitivesCoder, PCM goes as raw bytes, and
 the row's class is built again from its own annotations.
+
+State and shuffles may outlive a version of this package (a stream that is updated in place). So each row begins with
+the names of its fields: a reader fills in what a row lacks and ignores what it does not know. Format 1 had no names.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -17,24 +20,52 @@ from apache_beam.coders import registry
 from af3pipe.schemas import (
     Answer,
     AudioInfo,
+    AudioObject,
     Covered,
     DeadLetter,
-    Earlier,
+    Existing,
     Levels,
     Question,
     Recording,
     RecordingResult,
+    RecordingRow,
     Segment,
     Task,
     TimedText,
+    to_metadata,
 )
 
 Row = TypeVar("Row")
 _PCM = np.dtype("<f4")
+_NAMED = "af3pipe2:"
+"""Begins the names of a row's fields, and tells such a row from one of format 1."""
+
+_FORMAT_1: dict[type, str] = {
+    Recording: (
+        "recording_id uri size_bytes etag mtime offset_s duration_s questions metadata channel stream work_key "
+        "existing"
+    ),
+    DeadLetter: (
+        "recording_id uri stage reason detail retryable size_bytes decoder position_s attempts traceback input "
+        "dead_letter_key run_id created_at"
+    ),
+    Answer: (
+        "recording_id uri size_bytes etag mtime segment_index start_s end_s duration_s sample_rate channels codec "
+        "peak_dbfs rms_dbfs clipped_share silent channel stream task prompt history question_id question choices "
+        "text choice segments finish_reason audio_tokens prompt_tokens new_tokens model_id model_revision family "
+        "engine dtype decoding answer_key metadata run_id created_at"
+    ),
+    Existing: "answers dead_letters",
+    Covered: "answer_key task pieces duration_s levels content_identity",
+    Levels: "peak_dbfs rms_dbfs clipped_share silent",
+    Question: "question_id text choices prompt after",
+    TimedText: "start_s end_s text",
+}
+"""Fields of rows as the version before wrote them, without their names."""
 
 
 class _Converter(NamedTuple):
-    """One field's way out and back."""
+    """Converts the values of one field to what Beam's coder takes, and back."""
 
     flatten: Callable[[Any], Any]
     rebuild: Callable[[Any], Any]
@@ -69,18 +100,57 @@ def _converter(hint: object) -> _Converter:
 def _row_converter(row_class: Any) -> _Converter:
     hints = get_type_hints(row_class)
     fields = [_converter(hints[name]) for name in row_class._fields]
+    names = _NAMED + " ".join(row_class._fields)
 
     def flatten(row: Any) -> tuple[Any, ...]:
-        return tuple(field.flatten(value) for field, value in zip(fields, row, strict=True))
+        return names, *(field.flatten(value) for field, value in zip(fields, row, strict=True))
 
     def rebuild(values: tuple[Any, ...]) -> Any:
-        return row_class._make(field.rebuild(value) for field, value in zip(fields, values, strict=True))
+        if values and values[0] == names:
+            return row_class._make(field.rebuild(value) for field, value in zip(fields, values[1:], strict=True))
+        return _of_another_version(row_class, dict(zip(row_class._fields, fields, strict=True)), values)
 
     return _Converter(flatten, rebuild)
 
 
+def _of_another_version(row_class: Any, fields: dict[str, _Converter], values: tuple[Any, ...]) -> Any:
+    """Builds a row from one that has other fields.
+
+    Raises:
+        ValueError: The row lacks a field that has no default.
+    """
+    if values and isinstance(values[0], str) and values[0].startswith(_NAMED):
+        found = dict(zip(values[0].removeprefix(_NAMED).split(" "), values[1:], strict=True))
+    else:
+        found = _named(row_class, values)
+    known = {name: fields[name].rebuild(value) for name, value in found.items() if name in fields}
+    lacking = [name for name in fields if name not in known and name not in row_class._field_defaults]
+    if lacking:
+        raise ValueError(
+            f"a {row_class.__name__} that another version of af3pipe has encoded lacks {', '.join(lacking)}; drain "
+            "the job with the version that started it, and start it again with this one"
+        )
+    return row_class(**known)
+
+
+def _named(row_class: Any, values: Iterable[Any]) -> dict[str, Any]:
+    """A row of format 1 with the names of its fields, and what later formats made of them."""
+    names = _FORMAT_1.get(row_class)
+    if names is None:
+        raise ValueError(
+            f"this is no {row_class.__name__} that this version of af3pipe can decode; drain the job with the "
+            "version that started it, and start it again with this one"
+        )
+    found = dict(zip(names.split(" "), values, strict=True))
+    if "metadata" in found:
+        found["metadata"] = to_metadata(dict(found["metadata"]))
+    if row_class is Answer:
+        found["source_key"] = ""
+    return found
+
+
 class RowTupleCoder(coders.Coder, Generic[Row]):
-    """Codes one NamedTuple class of `af3pipe.schemas`, nested rows and PCM included."""
+    """Encodes one NamedTuple class of `af3pipe.schemas`, nested rows and PCM included."""
 
     def __init__(self, row_class: type[Row]) -> None:
         self._row_class: Any = row_class
@@ -115,13 +185,15 @@ class RowTupleCoder(coders.Coder, Generic[Row]):
 ROW_CLASSES: tuple[type, ...] = (
     Answer,
     AudioInfo,
+    AudioObject,
     Covered,
     DeadLetter,
-    Earlier,
+    Existing,
     Levels,
     Question,
     Recording,
     RecordingResult,
+    RecordingRow,
     Segment,
     Task,
     TimedText,

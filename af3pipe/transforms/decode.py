@@ -1,7 +1,8 @@
-"""Recordings to segments of PCM, decoded ahead in a small pool of threads."""
+"""Decodes recordings into segments of PCM, a few of them ahead in a small pool of threads."""
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -16,13 +17,14 @@ from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength, read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.models.family import DEFAULT_MODEL, open_checkpoint
-from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage
+from af3pipe.schemas import AudioObject, DeadLetter, Reason, Recording, Rejected, Segment, Stage
 from af3pipe.transforms import metrics
+from af3pipe.transforms.launcher import SentByLauncher
 from af3pipe.transforms.outcome import (
     DEAD_LETTERS,
+    FATAL,
     Outcome,
     join_dead_letters,
-    outcomes,
     split_input,
     to_dead_letter,
 )
@@ -92,24 +94,11 @@ def check_split(over_length: OverLength, split_at: SplitAt, split_tolerance_s: f
         raise ValueError(f"split_tolerance_s is {split_tolerance_s:g}; it must be more than 0 s, for example 15")
 
 
-class _Ahead(NamedTuple):
-    """A recording decoded as far as its first segment; the rest of a longer one is decoded when it is its turn."""
+class Decoder(SentByLauncher):
+    """Opens recordings and decodes them into segments, in decoder processes that may crash or hang.
 
-    first: Segment
-    rest: Iterator[Segment]
-
-
-def _decode_ahead(segments: Iterator[Segment]) -> _Ahead:
-    first = next(segments)
-    if first.is_last:
-        next(
-            segments, None
-        )  # runs the generator to its end, which closes the file here and not on the bundle's thread
-    return _Ahead(first, segments)
-
-
-class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
-    """Emits `Segment`, and `DeadLetter` to the tag `dead_letters`."""
+    Its arguments are those of `DecodeAudio`, with all defaults filled in.
+    """
 
     def __init__(
         self,
@@ -124,41 +113,33 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
         guard: DecoderLimits | None,
         storage_options: storage.StorageOptions,
     ) -> None:
-        # Each pending recording holds at most one segment of PCM: 38 MB at a cap of 600 s.
-        super().__init__(max_pending=2 * threads)
         self._model = model
         self._revision = revision
         self._over_length = over_length
         self._split_tolerance_s = split_tolerance_s
         self._on_silent = on_silent
         self._silent_below_dbfs = silent_below_dbfs
-        self._threads = threads
-        self._guard = guard
+        self.threads = threads
+        self.guard = guard
         self._storage_options = storage_options
 
     def setup(self) -> None:
+        """Reads the model's limits, and starts the decoder processes' pool. Raises ModelError."""
         set_storage(self._storage_options)
         with self.telling_where():
             self._limits = open_checkpoint(self._model, self._revision).limits
         self._open_decoding: OpenDecoding = open_decoding
-        if self._guard is not None:
-            self._open_decoding = acquire_decoders(self._guard).open
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="af3pipe-decode")
+        if self.guard is not None:
+            self._open_decoding = acquire_decoders(self.guard).open
 
-    def teardown(self) -> None:
-        super().teardown()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._guard is not None:
-            release_decoders(self._guard)
-
-    @property
-    def guard(self) -> DecoderLimits | None:
-        """What decoders may take; None where they run in this process."""
-        return self._guard
+    def close(self) -> None:
+        """Gives the decoder processes back."""
+        if self.guard is not None:
+            release_decoders(self.guard)
 
     @property
     def policy(self) -> tuple[str | float, ...]:
-        """What decides how a recording ends, beside its content and what is asked of it."""
+        """What decides how a recording ends, beside its content and what is requested of it."""
         return self._over_length, self._split_tolerance_s, self._on_silent, self._silent_below_dbfs
 
     def segments_of(self, recording: Recording) -> Iterator[Segment]:
@@ -172,33 +153,29 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
             open_decoding=self._open_decoding,
         )
 
-    def finish_bundle(self) -> Iterator[Any]:
-        yield from super().finish_bundle()
-        count_retries()
+    def parts_of(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Segment | Exception]]:
+        """Decodes all recordings of one object, opened once.
 
-    def submit(self, recording: Recording) -> "Future[_Ahead]":
-        return self._pool.submit(_decode_ahead, self.segments_of(recording))
+        Yields:
+            Index of a recording and a segment of it, or what it was rejected with, which ends that recording. The
+            segments of each recording come in order.
 
-    def emit(self, recording: Recording, future: "Future[_Ahead]") -> Iterator[Any]:
-        def segments() -> Iterator[Segment]:
-            ahead = future.result()
-            yield ahead.first
-            yield from ahead.rest
+        Raises:
+            StorageError, GuardError: No recording is to blame.
+        """
+        for index, recording in enumerate(recordings):
+            try:
+                for segment in self.segments_of(recording):
+                    yield index, segment
+            except FATAL:
+                raise
+            except Exception as error:  # noqa: BLE001 - a recording may fail in any way; none may end the job
+                yield index, error
 
-        def rejected(error: Exception) -> DeadLetter:
-            return to_dead_letter(error, recording, stage=Stage.DECODE)
-
-        for outcome in outcomes(segments(), rejected):
-            if isinstance(outcome, DeadLetter):
-                yield _dead(outcome, is_last=True)
-            elif outcome.levels.silent and self._on_silent == "dead-letter":
-                yield _dead(self._silent(outcome), is_last=outcome.is_last)
-            else:
-                metrics.count("segments")
-                yield outcome
-
-    def _silent(self, segment: Segment) -> DeadLetter:
-        """Not raised, because the segments that follow may well be heard."""
+    def silent(self, segment: Segment) -> DeadLetter | None:
+        """The dead letter of a segment that is not to be asked about, because it is silent; None for others."""
+        if not segment.levels.silent or self._on_silent != "dead-letter":
+            return None
         peak, rms, *_ = segment.levels
         detail = (
             f"{segment.start_s:.1f} to {segment.end_s:.1f} s is silent: its peak is {peak:.1f} dBFS (RMS {rms:.1f}), "
@@ -208,12 +185,63 @@ class DecodeDoFn(OverlapDoFn[Recording, _Ahead]):
         return to_dead_letter(error, segment.recording, stage=Stage.DECODE, segment=segment)
 
 
-def _dead(letter: DeadLetter, *, is_last: bool) -> Any:
-    """A dead letter on its way out, counted; with the last of a recording, no other step counts it as done."""
-    if is_last:
-        metrics.count("recordings_done")
-    metrics.count(f"dead_letters_{letter.reason.value}")
-    return beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
+class _Ahead(NamedTuple):
+    """An object decoded as far as its first segment; the rest of a longer one is decoded when it is its turn."""
+
+    first: tuple[int, Segment | Exception] | None
+    rest: Iterator[tuple[int, Segment | Exception]]
+
+
+def _decode_ahead(parts: Iterator[tuple[int, Segment | Exception]]) -> _Ahead:
+    return _Ahead(next(parts, None), parts)
+
+
+class _DecodeDoFn(OverlapDoFn[AudioObject | Recording, _Ahead]):
+    """Emits `Segment`, and `DeadLetter` to the tag `dead_letters`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        # Each pending object holds at most one segment of PCM: 38 MB at a cap of 600 s.
+        super().__init__(max_pending=2 * decoder.threads)
+        self._decoder = decoder
+
+    def setup(self) -> None:
+        self._decoder.setup()
+        self._pool = ThreadPoolExecutor(self._decoder.threads, thread_name_prefix="af3pipe-decode")
+
+    def teardown(self) -> None:
+        super().teardown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
+
+    def finish_bundle(self) -> Iterator[Any]:
+        yield from super().finish_bundle()
+        count_retries()
+
+    def submit(self, found: AudioObject | Recording) -> "Future[_Ahead]":
+        return self._pool.submit(_decode_ahead, self._decoder.parts_of(recordings_of(found)))
+
+    def emit(self, found: AudioObject | Recording, future: "Future[_Ahead]") -> Iterator[Any]:
+        recordings = recordings_of(found)
+        ahead = future.result()
+        for index, part in itertools.chain([] if ahead.first is None else [ahead.first], ahead.rest):
+            letter = (
+                to_dead_letter(part, recordings[index], stage=Stage.DECODE)
+                if isinstance(part, Exception)
+                else self._decoder.silent(part)
+            )
+            if letter is None:
+                metrics.count("segments")
+                yield part
+            else:
+                metrics.count(f"dead_letters_{letter.reason.value}")
+                yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
+        for letter in found.dead_letters if isinstance(found, AudioObject) else ():
+            yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
+
+
+def recordings_of(found: AudioObject | Recording) -> tuple[Recording, ...]:
+    """The recordings of an object; one that stands alone is all of its object."""
+    return found.recordings if isinstance(found, AudioObject) else (found,)
 
 
 class DecodeAudio(beam.PTransform):
@@ -267,7 +295,7 @@ class DecodeAudio(beam.PTransform):
             check_limits(guard)
         if not FLOOR_DBFS <= silent_below_dbfs < 0:
             raise ValueError(f"silent_below_dbfs is {silent_below_dbfs:g}; it must be from {FLOOR_DBFS:g} to below 0")
-        self.dofn = DecodeDoFn(
+        self.decoder = Decoder(
             model=model,
             revision=revision,
             over_length=over_length,
@@ -278,19 +306,11 @@ class DecodeAudio(beam.PTransform):
             guard=guard if IS_SUPPORTED else None,
             storage_options=dict(storage_options),
         )
-        self._hints: dict[str, Any] = {}
-
-    def with_resource_hints(self, **hints: Any) -> "DecodeAudio":
-        """Beam's resource hints, for the step that decodes alone: see `AnswerRecordings`."""
-        self._hints.update(hints)
-        return self
 
     def expand(self, inputs: Any) -> Any:
-        recordings, before = split_input(inputs)
-        decode = beam.ParDo(self.dofn).with_output_types(Segment, **{DEAD_LETTERS: DeadLetter})
-        decoded = recordings | "Decode" >> decode.with_outputs(DEAD_LETTERS, main="segments").with_resource_hints(
-            **self._hints
-        )
+        objects, before = split_input(inputs)
+        decode = beam.ParDo(_DecodeDoFn(self.decoder)).with_output_types(Segment, **{DEAD_LETTERS: DeadLetter})
+        decoded = objects | "Decode" >> decode.with_outputs(DEAD_LETTERS, main="segments")
         return Outcome(decoded.segments, join_dead_letters(decoded[DEAD_LETTERS], before))
 
 

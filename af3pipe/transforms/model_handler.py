@@ -9,7 +9,7 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from af3pipe.models.engine import EngineOptions, acquire_engine, release_engine
 from af3pipe.models.tasks import resolve
 from af3pipe.schemas import DeadLetter, Request, Segment, Stage, Task
-from af3pipe.transforms.ask import check_tasks, iter_result, request_seed
+from af3pipe.transforms.ask import check_tasks, request_seed
 from af3pipe.transforms.outcome import outcomes, to_dead_letter
 
 _BATCH_SIZE = 64  # as many as an engine on a GPU has slots: RunInference waits for each batch to its end
@@ -57,7 +57,7 @@ class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, _Held]):
             def lost(error: Exception, segment: Segment = segment) -> DeadLetter:
                 return to_dead_letter(error, segment.recording, stage=Stage.GENERATE, segment=segment, tasks=tasks)
 
-            for inference in outcomes(iter_result(future), lost):
+            for inference in outcomes((one.result() for one in (future,)), lost):
                 yield PredictionResult(segment, inference, info.model_id)
 
     def get_num_bytes(self, batch: Sequence[Segment]) -> int:

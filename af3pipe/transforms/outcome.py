@@ -11,14 +11,25 @@ import apache_beam as beam
 
 from af3pipe.audio.decoder_process import GuardError
 from af3pipe.models.engine import EngineFailed, ModelError
-from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Segment, Stage, Task, dead_letter_key
+from af3pipe.schemas import (
+    NO_METADATA,
+    DeadLetter,
+    Reason,
+    Recording,
+    Rejected,
+    Segment,
+    Stage,
+    Task,
+    dead_letter_key,
+    to_metadata,
+)
 from af3pipe.storage import StorageError, redact
 
 T = TypeVar("T")
 DEAD_LETTERS = "dead_letters"
 """Tag of the output that carries dead letters, in every transform here."""
 
-_FATAL = (ModelError, EngineFailed, GuardError, StorageError)
+FATAL = (ModelError, EngineFailed, GuardError, StorageError)
 """These say that the worker or its account is unfit, not the recording: the runner has to see them."""
 
 
@@ -68,15 +79,10 @@ def outcomes(
     """
     try:
         yield from items
-    except _FATAL:
+    except FATAL:
         raise
     except catch as error:  # a recording may fail in any way; none may end the job
         yield to_dead_letter(error)
-
-
-def by_id(found: Recording | DeadLetter) -> tuple[str, Recording | DeadLetter]:
-    """As what is told of the same recording meets."""
-    return found.recording_id, found
 
 
 def now_us() -> int:
@@ -130,8 +136,9 @@ def to_dead_letter(
         traceback=None if trace is None else redact(trace),
         input=input_json,
         dead_letter_key=key,
-        run_id=dict(recording.earlier.dead_letters).get(key, ""),
+        run_id=dict(recording.existing.dead_letters).get(key, ""),
         created_at=now_us(),
+        metadata=redact(recording.metadata) if recording.metadata != NO_METADATA else NO_METADATA,
     )
 
 
@@ -143,7 +150,7 @@ def public_uri(recording: Recording) -> str:
 def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task, ...]) -> str:
     """All that it takes to try again, readable without this package."""
     found: dict[str, Any] = {"recording": plain(recording)}
-    del found["recording"]["work_key"], found["recording"]["earlier"]  # they follow from the run, not from the input
+    del found["recording"]["work_key"], found["recording"]["existing"]  # they follow from the run, not from the input
     if segment is not None:
         found["segment"] = {"index": segment.segment_index, "start_s": segment.start_s, "end_s": segment.end_s}
     if tasks:
@@ -153,7 +160,10 @@ def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task
 
 def recording_of(input_json: str) -> Recording:
     """The recording that a dead letter is about, from its `input`."""
-    found: Recording = _typed(Recording, json.loads(input_json)["recording"])
+    columns = json.loads(input_json)["recording"]
+    if isinstance(columns.get("metadata"), list):  # of format 1: pairs
+        columns["metadata"] = to_metadata(dict(columns["metadata"]))
+    found: Recording = _typed(Recording, columns)
     return found
 
 

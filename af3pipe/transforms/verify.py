@@ -9,8 +9,8 @@ import apache_beam as beam
 
 from af3pipe.models.engine import EngineFailed
 from af3pipe.schemas import DeadLetter, Recording, Reply, Segment, Stage, Task
-from af3pipe.transforms.ask import AskAudioFlamingo, AskDoFn, AskedRequest, audio_checksum
-from af3pipe.transforms.decode import DecodeAudio, DecodeDoFn
+from af3pipe.transforms.ask import AskAudioFlamingo, AskedRequest, Asker, audio_checksum
+from af3pipe.transforms.decode import DecodeAudio, Decoder
 from af3pipe.transforms.outcome import outcomes, plain, to_dead_letter
 
 _MOST_TOLD = 10
@@ -171,17 +171,17 @@ class VerifyDoFn(beam.DoFn):
     one segment in memory, and one reply under way.
     """
 
-    def __init__(self, decode: DecodeDoFn, ask: AskDoFn) -> None:
-        self._decode = decode
-        self._ask = ask
+    def __init__(self, decoder: Decoder, asker: Asker) -> None:
+        self._decoder = decoder
+        self._asker = asker
 
     def setup(self) -> None:
-        self._decode.setup()
-        self._ask.setup()
+        self._decoder.setup()
+        self._asker.setup()
 
     def teardown(self) -> None:
-        self._ask.teardown()
-        self._decode.teardown()
+        self._asker.close()
+        self._decoder.close()
 
     def process(self, group: list[AskedRequest]) -> Iterator[Verified]:
         recording = group[0].recording
@@ -191,7 +191,7 @@ class VerifyDoFn(beam.DoFn):
         def unread(error: Exception) -> DeadLetter:
             return to_dead_letter(error, recording, stage=Stage.DECODE)
 
-        with closing(outcomes(self._decode.segments_of(recording), unread)) as segments:
+        with closing(outcomes(self._decoder.segments_of(recording), unread)) as segments:
             for segment in segments:
                 if isinstance(segment, DeadLetter):
                     detail = _detail(segment)
@@ -203,18 +203,18 @@ class VerifyDoFn(beam.DoFn):
             yield _not_asked(asked, detail)
 
     def _verify(self, asked: AskedRequest, segment: Segment) -> Verified:
-        request = self._ask.request_of(segment)
+        request = self._asker.request(segment, asked.tasks)
         if audio_checksum(request) != asked.checksum:
             return _not_asked(asked, "its audio is not what was heard in the run; was the file replaced meanwhile?")
 
         def lost(error: Exception) -> DeadLetter:
             return to_dead_letter(error, segment.recording, stage=Stage.GENERATE, segment=segment)
 
-        (replies,) = outcomes((self._ask.engine().ask_alone(request).result() for _ in range(1)), lost)
+        (replies,) = outcomes((self._asker.engine().ask_alone(request).result() for _ in range(1)), lost)
         if isinstance(replies, DeadLetter):
             return _not_asked(asked, _detail(replies))
         mismatches = compare(asked, request.tasks, replies)
-        dtype, quantize = self._ask.engine().info.dtype, self._ask.options.quantize
+        dtype, quantize = self._asker.engine().info.dtype, self._asker.options.quantize
         must_be_equal = (dtype, quantize) == ("float32", "none")
         return Verified(
             sampled=1,
@@ -247,9 +247,9 @@ def _by_recording(sample: Iterable[AskedRequest]) -> Iterator[list[AskedRequest]
 class VerifyAnswers(beam.PTransform):
     """Asks some of a run's requests again, one at a time by plain `generate`, and compares the replies.
 
-    Takes the `VerifiableOutcome` of `AskAudioFlamingo(verifiable=True)`, or of `AnswerRecordings` around it; gives
-    one `Verified`. The sample is drawn from all requests of the run that were answered, each as likely as the other;
-    the recordings in it are read and decoded once more. What is shuffled are replies, never audio.
+    Takes the `asked` of `AnswerRecordings(verifiable=True)`, `AskedRequest`s; gives one `Verified`. The sample is
+    drawn from all requests of the run that were answered, each as likely as the other; the recordings in it are read
+    and decoded once more. What is shuffled are replies, never audio.
 
     Args:
         decode: How the recordings were decoded.
@@ -258,7 +258,7 @@ class VerifyAnswers(beam.PTransform):
         accelerator: Beam's resource hint, as of `AnswerRecordings`, for the step that asks.
 
     Raises:
-        ValueError: `sample` is less than 1, or `ask` is not verifiable.
+        ValueError: `sample` is less than 1.
     """
 
     def __init__(
@@ -267,15 +267,13 @@ class VerifyAnswers(beam.PTransform):
         super().__init__()
         if sample < 1:
             raise ValueError(f"sample is {sample}; it must be at least 1 request")
-        if not ask.dofn.verifiable:
-            raise ValueError("VerifyAnswers has nothing to verify; make it AskAudioFlamingo(verifiable=True, ...)")
-        self._dofn = VerifyDoFn(decode.dofn, ask.dofn)
+        self._dofn = VerifyDoFn(decode.decoder, ask.asker)
         self._sample = sample
         self._hints = {"accelerator": accelerator} if accelerator else {}
 
-    def expand(self, answers: Any) -> Any:
+    def expand(self, asked: Any) -> Any:
         return (
-            answers.asked
+            asked
             | "Sample" >> beam.combiners.Sample.FixedSizeGlobally(self._sample)
             | "ByRecording" >> beam.FlatMap(_by_recording).with_output_types(list[AskedRequest])
             | "Spread" >> beam.Reshuffle()

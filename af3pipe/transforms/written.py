@@ -1,9 +1,9 @@
-"""What this very run has written: a runner that lost a worker gives what that had to another, from its beginning."""
+"""Leaves out what this run has written already: a runner that loses a worker restarts its bundles elsewhere."""
 
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import apache_beam as beam
 
 from af3pipe import storage
+from af3pipe.schemas import AudioObject, DeadLetter, Recording
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.tables.layout import is_file_of
 from af3pipe.transforms import metrics
-from af3pipe.transforms.settle import PlannedRecording, SettledRecording
 from af3pipe.transforms.stores import set_storage
 
 
@@ -86,22 +86,23 @@ class _NotWrittenDoFn(_WrittenDoFn):
     def start_bundle(self) -> None:
         self._run = _written_by(*self._where)
 
-    def process(self, found: PlannedRecording | SettledRecording) -> Iterator[Any]:
-        if _recording_id(found) not in self._run:
-            yield found
-        elif isinstance(found, PlannedRecording):
-            metrics.count("recordings_done")
+    def process(self, found: AudioObject) -> Iterator[AudioObject]:
+        recordings = tuple(one for one in found.recordings if one.recording_id not in self._run)
+        letters = tuple(one for one in found.dead_letters if one.recording_id not in self._run)
+        ids, left = _ids(found.recordings, found.dead_letters), _ids(recordings, letters)
+        metrics.count("recordings_done", len(ids) - len(left))
+        if left:
+            yield found._replace(recordings=recordings, dead_letters=letters)
 
 
-def _recording_id(found: PlannedRecording | SettledRecording) -> str:
-    return (found.result if isinstance(found, SettledRecording) else found.recording).recording_id
+def _ids(recordings: Iterable[Recording], letters: Iterable[DeadLetter]) -> set[str]:
+    return {one.recording_id for one in recordings} | {one.recording_id for one in letters}
 
 
 class NotWritten(beam.PTransform):
-    """Of `PlannedRecording` or `SettledRecording`, those of which this run has no row yet in `recordings/`.
+    """Leaves out recordings of which this run has a row in `recordings/` already. Takes and gives `AudioObject`.
 
-    For a bounded run that writes as it goes: what a worker had written before it was lost is not asked again, nor
-    told otherwise.
+    For a bounded run that writes as it goes: what a worker had written before it was lost is not processed again.
 
     Args:
         output: Of the run.
@@ -123,8 +124,8 @@ class NotWritten(beam.PTransform):
         if accelerator:
             self.with_resource_hints(accelerator=accelerator)
 
-    def expand(self, found: Any) -> Any:
-        return found | "NotWritten" >> beam.ParDo(self._dofn).with_output_types(found.element_type)
+    def expand(self, objects: Any) -> Any:
+        return objects | "NotWritten" >> beam.ParDo(self._dofn).with_output_types(AudioObject)
 
 
 class _ReadWrittenDoFn(_WrittenDoFn):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from af3pipe.yaml.steps import (
     AnswerRecordings,
+    Answers,
     AskAudioFlamingo,
+    DeadLetters,
     DecodeAudio,
     ReadRecordings,
-    ReconcileRecordings,
-    WriteAnswers,
-    WriteDeadLetters,
-    WriteRecordings,
+    Rows,
+    WriteResults,
 )
 
 PROVIDERS = str(Path(__file__).parent / "providers.yaml")
@@ -22,11 +22,11 @@ PROVIDERS = str(Path(__file__).parent / "providers.yaml")
 __all__ = [
     "PROVIDERS",
     "AnswerRecordings",
+    "Answers",
     "AskAudioFlamingo",
+    "DeadLetters",
     "DecodeAudio",
     "ReadRecordings",
-    "ReconcileRecordings",
-    "WriteAnswers",
-    "WriteDeadLetters",
-    "WriteRecordings",
+    "Rows",
+    "WriteResults",
 ]

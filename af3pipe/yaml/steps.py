@@ -15,9 +15,8 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 from af3pipe import transforms
 from af3pipe.pipelines import graph
 from af3pipe.pipelines.job import JobConfig, JobError, make_job
-from af3pipe.schemas import Answer, DeadLetter, Recording, RecordingResult, Rejected, Segment
-from af3pipe.tables.layout import new_run_id
-from af3pipe.yaml.rows import FromRows, ToRows
+from af3pipe.schemas import Answer, AudioObject, DeadLetter, RecordingResult, RecordingRow, Rejected, Segment
+from af3pipe.yaml.rows import ToRows
 
 _MODEL = ("model", "revision")
 _TASKS = ("tasks", "questions", "max_new_tokens", "think")
@@ -34,27 +33,26 @@ _DECODE = (
     "storage_options",
 )
 _ENGINE = ("engine", "dtype", "device", "attention", "cuda_graphs", "adapter", "quantize", "slots", "queue_audio_s")
-_WRITE = ("output", "partition_by", "storage_options")
 _FAILING = ("error_handling",)
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "ReadRecordings": ("inputs", "channel", "stream", "allow_prefixes", "storage_options", *_FAILING),
+    "ReadRecordings": ("inputs", "channel", "stream", "allow_prefixes", "storage_options"),
+    "AnswerRecordings": (*_MODEL, *_TASKS, *_DECODE, *_ENGINE, "accelerator"),
+    "WriteResults": ("output", "partition_by", "storage_options", "run_id"),
+    "Answers": (),
+    "DeadLetters": (),
+    "Rows": (),
     "DecodeAudio": (*_MODEL, *_DECODE, *_FAILING),
     "AskAudioFlamingo": (*_MODEL, *_TASKS, *_ENGINE, *_FAILING),
-    "AnswerRecordings": (*_MODEL, *_TASKS, *_DECODE, *_ENGINE, "accelerator", *_FAILING),
-    "ReconcileRecordings": ("tasks", "questions"),
-    "WriteAnswers": (*_WRITE, "run_id"),
-    "WriteDeadLetters": (*_WRITE, "run_id"),
-    "WriteRecordings": (*_WRITE, "run_id"),
 }
 """By step, the keys of its `config`."""
 
 _REQUIRED = ("inputs", "output")
 _NOT_OF_A_JOB = ("error_handling", "run_id")
+_RESULTS = "AnswerRecordings, which is results"
 _GOOD = "good"  # what Beam's own steps call it
 _FILE = RowTypeConstraint.from_fields([("uri", str)])
-_run_ids: "weakref.WeakKeyDictionary[beam.Pipeline, str]" = weakref.WeakKeyDictionary()
 _jobs: "weakref.WeakKeyDictionary[beam.PCollection, JobConfig]" = weakref.WeakKeyDictionary()
-"""What segments were decoded for and answers were asked, while the pipeline is built."""
+"""What segments were decoded for, while the pipeline is built."""
 
 
 class _Step(beam.PTransform):
@@ -76,35 +74,92 @@ class _Step(beam.PTransform):
         _ = dead_letters | "FailOnDeadLetter" >> beam.Map(_fail)
         return good
 
-    def _answers(self, answers: Any) -> Any:
-        rows = answers.good | "Rows" >> ToRows(Answer)
-        _jobs[rows] = self._job
-        return self._outputs(rows, answers.dead_letters)
-
 
 class ReadRecordings(_Step):
     """Lists the recordings in `inputs`: files, folders, globs, manifests, tar shards, data sets.
 
-    Gives rows with the columns of `Recording`, each recording once.
+    Gives audio objects, which `AnswerRecordings` and `DecodeAudio` take. What cannot be listed is in them, too.
     """
 
     def expand(self, pipeline: Any) -> Any:
         job = self._job
-        found = pipeline | "ReadRecordings" >> transforms.ReadRecordings(
+        return pipeline | "ReadRecordings" >> transforms.ReadRecordings(
             job.inputs,
             channel=job.channel,
             stream=job.stream,
             allow_prefixes=job.allow_prefixes,
             storage_options=job.storage_options,
         )
-        return self._outputs(found.good | "Rows" >> ToRows(Recording), found.dead_letters)
+
+
+class AnswerRecordings(_Step):
+    """Decodes the recordings of `ReadRecordings` and asks `tasks` and `questions` of them.
+
+    Gives results, which `WriteResults`, `Answers`, `DeadLetters` and `Rows` take. No recording ends the pipeline.
+    """
+
+    def expand(self, objects: Any) -> Any:
+        _check_input(objects, AudioObject, "ReadRecordings, which is audio objects")
+        how = graph.asking(self._job)
+        return objects | "AnswerRecordings" >> transforms.AnswerRecordings(
+            decode=how.decode, ask=how.ask, accelerator=self._job.accelerator
+        )
+
+
+class WriteResults(_Step):
+    """Writes the results of `AnswerRecordings` as a whole output, which `af3pipe audit` and `export` accept.
+
+    Gives a row with the `uri` of the run's record when all is written.
+    """
+
+    def expand(self, results: Any) -> Any:
+        _check_input(results, RecordingResult, _RESULTS)
+        job = self._job
+        written = results | "WriteResults" >> transforms.WriteResults(
+            job.output,
+            run_id=self._config.get("run_id"),
+            partition_by=job.partition_by,
+            storage_options=job.storage_options,
+        )
+        return written | "Record" >> beam.Map(lambda uri: beam.Row(uri=uri)).with_output_types(_FILE)
+
+
+class _ViewStep(_Step):
+    _VIEW: ClassVar[Any]
+    _ROWS: ClassVar[type]
+
+    def expand(self, results: Any) -> Any:
+        _check_input(results, RecordingResult, _RESULTS)
+        return results | type(self).__name__ >> self._VIEW() | "ToRows" >> ToRows(self._ROWS)
+
+
+class Answers(_ViewStep):
+    """Gives the answers of results: rows with the columns of `Answer`."""
+
+    _VIEW = transforms.Answers
+    _ROWS = Answer
+
+
+class DeadLetters(_ViewStep):
+    """Gives the dead letters of results: rows with the columns of `DeadLetter`."""
+
+    _VIEW = transforms.DeadLetters
+    _ROWS = DeadLetter
+
+
+class Rows(_ViewStep):
+    """Gives how each recording ended: rows with the columns of `RecordingRow`."""
+
+    _VIEW = transforms.Rows
+    _ROWS = RecordingRow
 
 
 class DecodeAudio(_Step):
-    """Decodes recordings, rows as of `ReadRecordings`, into segments, which only `AskAudioFlamingo` takes."""
+    """Decodes the recordings of `ReadRecordings` into segments, which only `AskAudioFlamingo` takes."""
 
-    def expand(self, recordings: Any) -> Any:
-        decoded = recordings | FromRows(Recording) | "DecodeAudio" >> graph.asking(self._job).decode
+    def expand(self, objects: Any) -> Any:
+        _check_input(objects, AudioObject, "ReadRecordings, which is audio objects")
+        decoded = objects | "DecodeAudio" >> graph.asking(self._job).decode
         _jobs[decoded.good] = self._job
         return self._outputs(decoded.good, decoded.dead_letters)
 
@@ -113,95 +168,19 @@ class AskAudioFlamingo(_Step):
     """Asks `tasks` and `questions` of the segments of `DecodeAudio`; gives rows with the columns of `Answer`."""
 
     def expand(self, segments: Any) -> Any:
-        if segments.element_type is not Segment:
-            raise ValueError(
-                f"its input must be that of DecodeAudio, which is segments; it is {segments.element_type}"
-            )
+        _check_input(segments, Segment, "DecodeAudio, which is segments")
         decoded_for = _jobs.get(segments, self._job)
         for key in _MODEL:
             here, there = getattr(self._job, key), getattr(decoded_for, key)
             if here != there:
                 raise ValueError(f"{key} is {here!r} here and {there!r} in DecodeAudio; it must be the same")
         answers = segments | "AskAudioFlamingo" >> graph.asking(self._job).ask
-        return self._answers(answers)
+        return self._outputs(answers.good | "ToRows" >> ToRows(Answer), answers.dead_letters)
 
 
-class AnswerRecordings(_Step):
-    """`DecodeAudio` and `AskAudioFlamingo` as one step, which an `accelerator` keeps on the same workers."""
-
-    def expand(self, recordings: Any) -> Any:
-        how = graph.asking(self._job)
-        answers = (
-            recordings
-            | FromRows(Recording)
-            | "AnswerRecordings"
-            >> transforms.AnswerRecordings(how.decode, how.ask, accelerator=self._job.accelerator)
-        )
-        return self._answers(answers)
-
-
-class ReconcileRecordings(_Step):
-    """Gives a row per recording, with the columns of `RecordingResult`: how it ended.
-
-    Its input is a mapping: `recordings`, `answers`, and `dead_letters`, which are those of all steps before it. What
-    was asked it knows from the step that gives the answers; the config says it where another is in between.
-    """
-
-    _INPUTS: ClassVar = {"recordings": Recording, "answers": Answer, "dead_letters": DeadLetter}
-
-    def expand(self, inputs: Any) -> Any:
-        if not isinstance(inputs, dict) or inputs.keys() != self._INPUTS.keys():
-            found = ", ".join(inputs) if isinstance(inputs, dict) else "a single one"
-            raise ValueError(f"its input must be a mapping of {', '.join(self._INPUTS)}; it is {found}")
-        asked = self._job if self._config else _jobs.get(inputs["answers"])
-        if asked is None:
-            raise ValueError(
-                "its answers come from another step than the one that asked; say what was asked, by the same tasks "
-                "and questions as there"
-            )
-        rows = {name: inputs[name] | f"From_{name}" >> FromRows(self._INPUTS[name]) for name in self._INPUTS}
-        settled = rows | "ReconcileRecordings" >> transforms.ReconcileRecordings(asked.all_tasks())
-        return settled | "Rows" >> ToRows(RecordingResult)
-
-
-class _WriteStep(_Step):
-    """Writes rows below `output`; gives a row with the `uri` of each file.
-
-    All such steps of a pipeline write as one run, by one `run_id`, unless the config names another.
-    """
-
-    _ROWS: ClassVar[type]
-    _TRANSFORM: ClassVar[Any]
-
-    def expand(self, rows: Any) -> Any:
-        job = self._job
-        run_id = self._config.get("run_id") or _run_ids.setdefault(rows.pipeline, new_run_id())
-        write = self._TRANSFORM(
-            job.output, run_id=run_id, partition_by=job.partition_by, storage_options=job.storage_options
-        )
-        files = rows | FromRows(self._ROWS) | type(self).__name__ >> write
-        return files | "Files" >> beam.Map(lambda uri: beam.Row(uri=uri)).with_output_types(_FILE)
-
-
-class WriteAnswers(_WriteStep):
-    """Writes rows with the columns of `Answer` to `captions/`, `transcripts/` and `answers/` below `output`."""
-
-    _ROWS = Answer
-    _TRANSFORM = transforms.WriteAnswers
-
-
-class WriteDeadLetters(_WriteStep):
-    """Writes rows with the columns of `DeadLetter` to `dead_letters/` below `output`."""
-
-    _ROWS = DeadLetter
-    _TRANSFORM = transforms.WriteDeadLetters
-
-
-class WriteRecordings(_WriteStep):
-    """Writes rows with the columns of `RecordingResult` to `recordings/` below `output`."""
-
-    _ROWS = RecordingResult
-    _TRANSFORM = transforms.WriteRecordings
+def _check_input(found: Any, wanted: type, of: str) -> None:
+    if getattr(found, "element_type", None) is not wanted:
+        raise ValueError(f"its input must be that of {of}; it is {getattr(found, 'element_type', found)}")
 
 
 def _error_output(error_handling: Any) -> str | None:
@@ -249,5 +228,5 @@ def _fail(letter: DeadLetter) -> NoReturn:
         letter.stage,
         letter.reason,
         f"{letter.uri}: {letter.detail}; to have such recordings as rows instead of this end, give the step "
-        "error_handling: {output: dead_letters} and write that output with WriteDeadLetters",
+        "error_handling: {output: dead_letters}",
     )

@@ -17,7 +17,7 @@ from af3pipe.pipelines import submit as submitting
 from af3pipe.pipelines.batch import RunFailed
 from af3pipe.pipelines.handover import found_uri
 from af3pipe.pipelines.job import JobError, make_job
-from af3pipe.pipelines.run_record import record_uri, unfinished_runs
+from af3pipe.tables.run_record import record_uri, unfinished_runs
 from af3pipe.pipelines.submit import finish, submit
 from tests.integration.servers import store_server, using
 

@@ -6,7 +6,7 @@ from af3pipe.models import ModelError, open_checkpoint
 from af3pipe.models.family import ADAPTER_CONFIG, adapter_revision
 from af3pipe.pipelines.batch import preflight
 from af3pipe.pipelines.job import beam_options, make_job
-from af3pipe.pipelines.run_record import _model_record
+from af3pipe.pipelines.report import _model_record
 from tests import fixtures_audio as make
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from af3pipe.schemas import Decoding, Recording, Task, answer_key, channel_text, make_recording_id, stream_index
+from af3pipe.schemas import Decoding, Recording, Task, answer_key, channel_text, source_key, stream_index
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.tables.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, to_table
 from tests.rows import rows
@@ -78,7 +78,7 @@ def test_without_an_etag_size_and_time_stand_for_the_content():
 
 
 def test_ids_and_keys_are_those_of_the_versions_before_channels_could_be_chosen():
-    assert make_recording_id("s3://b/a.flac", 1.0, 2.0) == "5fe382f0a421add3df56"
+    assert source_key("s3://b/a.flac", 1.0, 2.0) == "5fe382f0a421add3df56"
     assert key() == "a014aaf69743c124e4f3f5d05be5b42fe61b2a594516c1486b2a612886316e9e"
 
 
@@ -98,13 +98,13 @@ def test_what_is_no_channel_or_stream_is_told(given):
 
 def test_recording_ids_tell_ranges_and_channels_of_one_file_apart():
     ids = {
-        make_recording_id("a", channel="left"),
-        make_recording_id("a", channel="right"),
-        make_recording_id("a", stream=0),
-        make_recording_id("a"),
-        make_recording_id("a", 1.0),
-        make_recording_id("a", 1.0, 2.0),
-        make_recording_id("b"),
+        source_key("a", channel="left"),
+        source_key("a", channel="right"),
+        source_key("a", stream=0),
+        source_key("a"),
+        source_key("a", 1.0),
+        source_key("a", 1.0, 2.0),
+        source_key("b"),
     }
     assert len(ids) == 7
 

@@ -16,7 +16,7 @@ from apache_beam.transforms.window import TimestampedValue
 from af3pipe import storage
 from af3pipe.transforms import WriteSettledRecordings, panes, write
 from af3pipe.transforms.panes import _shard, _WriteAsSettledDoFn
-from af3pipe.transforms.settle import SettledRecording, event_time
+from af3pipe.transforms.settle import RecordingResult, event_time
 from tests.collected import Collected
 from tests.outputs import answer_row, letter_row, recording_row
 from tests.read_tables import read_table
@@ -29,7 +29,7 @@ def settled(number, mtime="2026-01-02T03:04:05+00:00", *, broken=False):
     """An answered recording, or one with a dead letter beside its answer."""
     answers = (answer_row(number),)
     letters = (letter_row(number),) if broken else ()
-    return SettledRecording(recording_row(number, answers, letters)._replace(mtime=mtime), answers, letters)
+    return RecordingResult(recording_row(number, answers, letters)._replace(mtime=mtime), answers, letters)
 
 
 def written(output, *panes, **how):
@@ -37,14 +37,14 @@ def written(output, *panes, **how):
 
     What is written long ago in event time comes as late as it can: the watermark is at today's.
     """
-    stream = test_stream.TestStream(coder=registry.get_coder(SettledRecording)).advance_watermark_to(int(time.time()))
+    stream = test_stream.TestStream(coder=registry.get_coder(RecordingResult)).advance_watermark_to(int(time.time()))
     for rows in panes:
         stream.add_elements([TimestampedValue(row, event_time(row)) for row in rows])
         stream.advance_processing_time(3600)
     found = Collected()
     options = PipelineOptions(runner="BundleBasedDirectRunner", streaming=True)  # the others have no such stream
     with beam.Pipeline(options=options) as pipeline:
-        settled = pipeline | stream.advance_watermark_to_infinity().with_output_types(SettledRecording)
+        settled = pipeline | stream.advance_watermark_to_infinity().with_output_types(RecordingResult)
         _ = settled | WriteSettledRecordings(str(output), **({"run_id": RUN} | how)) | found.into("versions")
     return found["versions"]
 
@@ -158,7 +158,7 @@ def test_a_pane_may_be_spread_over_several_files(tmp_path):
 
 def test_two_versions_of_a_recording_are_two_rows(tmp_path):
     old = settled(1)
-    new = SettledRecording(
+    new = RecordingResult(
         old.result._replace(etag="new", work_key="other"), (old.answers[0]._replace(answer_key="other"),), ()
     )
     versions = written(tmp_path, [old, new])
@@ -169,7 +169,7 @@ def test_two_versions_of_a_recording_are_two_rows(tmp_path):
 def strategy(**how):
     """How its windows are laid, as a runner gets it."""
     pipeline = beam.Pipeline()
-    stream = test_stream.TestStream(coder=registry.get_coder(SettledRecording)).with_output_types(SettledRecording)
+    stream = test_stream.TestStream(coder=registry.get_coder(RecordingResult)).with_output_types(RecordingResult)
     _ = pipeline | stream | WriteSettledRecordings("out", run_id=RUN, **how)
     parts = pipeline.to_runner_api().components
     (window,) = [one for one in parts.transforms.values() if one.unique_name == "WriteSettledRecordings/Window"]
@@ -195,7 +195,7 @@ def test_what_is_bounded_is_written_in_the_same_files_whenever_it_was_modified(t
     rows = [settled(n, mtime, broken=n == 2) for n, mtime in enumerate((EARLY, LATE, None))]
     found = Collected()
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        given = pipeline | beam.Create(rows, reshuffle=False).with_output_types(SettledRecording)
+        given = pipeline | beam.Create(rows, reshuffle=False).with_output_types(RecordingResult)
         write_them = WriteSettledRecordings(str(tmp_path), run_id=RUN, partition_by=["date", "station"])
         _ = given | write_them | found.into("versions")
     assert sorted(found["versions"]) == sorted((row.result.recording_id, row.result.content_identity) for row in rows)
@@ -262,7 +262,7 @@ def test_what_cannot_be_partitions_is_found_while_the_graph_is_built():
 
 
 def test_rows_are_whole_behind_a_shuffle():
-    coder = registry.get_coder(SettledRecording)
+    coder = registry.get_coder(RecordingResult)
     row = settled(1, broken=True)
     again = coder.decode(coder.encode(row))
     assert again == row

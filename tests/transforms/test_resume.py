@@ -28,7 +28,7 @@ from af3pipe.schemas import (
     Question,
     Reason,
     Recording,
-    RecordingResult,
+    RecordingRow,
     Rejected,
     Reply,
     Segment,
@@ -92,7 +92,7 @@ KEYED = keys_of(caption()).add(BASE)
 def test_the_same_work_is_skipped_and_its_row_names_what_there_is():
     row = done(KEYED, letters=("l",), reasons=("too_long",), state=TerminalState.OK_PARTIAL)
     found = resume(KEYED, [row], covered("k1", "k2", "other"), [Told("l", "run 1")])
-    assert isinstance(found, RecordingResult)
+    assert isinstance(found, RecordingRow)
     assert (found.terminal_state, found.settled_state) == (TerminalState.SKIPPED_DONE, TerminalState.OK_PARTIAL)
     assert (found.answers, found.kept_answers, found.answer_keys) == (0, 2, ("k1", "k2"))
     assert (found.dead_letters, found.kept_dead_letters, found.dead_letter_keys) == (0, 1, ("l",))
@@ -131,13 +131,13 @@ def test_what_is_not_done_is_left_with_what_there_is(settled, answers, told):
 def test_only_what_may_turn_out_otherwise_is_tried_again():
     for reason in Reason:
         row = done(KEYED, answers=(), letters=("l",), reasons=(reason.value,), state=TerminalState.DEAD_LETTER)
-        skipped = isinstance(resume(KEYED, [row], [], [Told("l", "r")]), RecordingResult)
+        skipped = isinstance(resume(KEYED, [row], [], [Told("l", "r")]), RecordingRow)
         assert skipped == (not reason.retryable), reason
         assert isinstance(resume(KEYED, [row], [], [Told("l", "r")], retry=True), Recording)
 
 
 def test_retry_leaves_alone_what_has_no_dead_letter():
-    assert isinstance(resume(KEYED, [done(KEYED)], covered("k1", "k2"), [], retry=True), RecordingResult)
+    assert isinstance(resume(KEYED, [done(KEYED)], covered("k1", "k2"), [], retry=True), RecordingRow)
 
 
 def test_of_several_rows_of_the_same_work_the_newest_that_holds_counts():
@@ -178,7 +178,7 @@ def test_another_recording_under_the_same_id_is_not_skipped(changed):
 def test_without_an_etag_another_size_or_time_is_another_recording():
     keys = keys_of(caption())
     local = BASE._replace(etag=None)
-    assert isinstance(resume(keys.add(local), [done(keys.add(local))], covered("k1", "k2"), []), RecordingResult)
+    assert isinstance(resume(keys.add(local), [done(keys.add(local))], covered("k1", "k2"), []), RecordingRow)
     for changed in ({"size_bytes": 11}, {"mtime": "2026-01-02T00:00:00Z"}):
         other = keys.add(local._replace(**changed))
         assert isinstance(resume(other, [done(keys.add(local))], covered("k1", "k2"), []), Recording)
@@ -526,7 +526,7 @@ def written(tmp_path, answers=(), letters=(), results=()):
 @given(
     st.lists(rows(Answer), max_size=3),
     st.lists(rows(DeadLetter), max_size=3),
-    st.lists(rows(RecordingResult), max_size=3),
+    st.lists(rows(RecordingRow), max_size=3),
 )
 def test_rows_are_read_as_they_were_written(tmp_path_factory, answers, letters, results):
     folder = tmp_path_factory.mktemp("out")
@@ -639,7 +639,7 @@ def test_every_id_ends_in_one_outcome_whatever_the_order(tmp_path_factory, found
     order = list(range(len(found)))
     first = outcomes_of(found, output, order)
     shuffled = rng.sample(order, len(order))
-    results_of = {item.recording_id for item in found if isinstance(item, RecordingResult)}
+    results_of = {item.recording_id for item in found if isinstance(item, RecordingRow)}
     again = outcomes_of(found, output, shuffled)
     assert first == again
     settled, asked = first

@@ -16,7 +16,7 @@ from af3pipe.schemas import (
     Rejected,
     Stage,
     TerminalState,
-    make_recording_id,
+    source_key,
 )
 from af3pipe.transforms import (
     AnswerAndSettle,
@@ -49,7 +49,7 @@ def echo_engine(monkeypatch):
 
 def recording(path, **changes):
     uri = str(path)
-    return Recording(make_recording_id(uri), uri, path.stat().st_size, "etag", MODIFIED)._replace(**changes)
+    return Recording(source_key(uri), uri, path.stat().st_size, "etag", MODIFIED)._replace(**changes)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from af3pipe.models import EngineFailed, answer, caption, transcript
-from af3pipe.pipelines.run_record import RunReport
+from af3pipe.pipelines.report import RunReport
 from af3pipe.schemas import Question, Recording, Reply
 from af3pipe.tables.reconcile import RunCounts
 from af3pipe.transforms import AskAudioFlamingo, DecodeAudio, VerifyAnswers

@@ -7,12 +7,12 @@ from apache_beam.typehints.schemas import typing_to_runner_api
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from af3pipe.schemas import Answer, DeadLetter, Earlier, Recording, RecordingResult
+from af3pipe.schemas import Answer, DeadLetter, Earlier, Recording, RecordingRow
 from af3pipe.yaml.rows import _from_row, _to_row, row_type
 from tests.rows import rows
 
 
-@pytest.mark.parametrize("row_class", [Recording, Answer, DeadLetter, RecordingResult])
+@pytest.mark.parametrize("row_class", [Recording, Answer, DeadLetter, RecordingRow])
 @settings(max_examples=30)
 @given(data=st.data())
 def test_rows_come_back(row_class, data):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from af3pipe.pipelines.job import JobConfig
-from af3pipe.schemas import Answer, DeadLetter, Recording, RecordingResult
+from af3pipe.schemas import Answer, DeadLetter, Recording, RecordingRow
 from af3pipe.yaml import PROVIDERS, __all__, steps
 from af3pipe.yaml.rows import row_type
 
@@ -81,7 +81,7 @@ RECONCILE = step("ReconcileRecordings", ACCOUNTS)
         ),
         (
             [READ, DECODE, ASK, step("WriteRecordings", "AskAudioFlamingo", output="o")],
-            "WriteRecordings.*its input has no column terminal_state, .* as rows of RecordingResult have",
+            "WriteRecordings.*its input has no column terminal_state, .* as rows of RecordingRow have",
         ),
         ([READ, step("AskAudioFlamingo", "ReadRecordings")], "its input must be that of DecodeAudio"),
         ([READ, DECODE, step("AnswerRecordings", "DecodeAudio")], "has no column recording_id|no rows of Recording"),
@@ -147,7 +147,7 @@ def test_every_step_is_listed_documented_and_has_the_words_of_a_job():
 
 
 def test_columns_are_what_every_language_of_beam_reads():
-    for row_class in (Recording, Answer, DeadLetter, RecordingResult):
+    for row_class in (Recording, Answer, DeadLetter, RecordingRow):
         schema = str(beam.typehints.schemas.typing_to_runner_api(row_type(row_class)))
         assert "pythonsdk" not in schema, row_class
     columns = dict(row_type(Answer)._fields)

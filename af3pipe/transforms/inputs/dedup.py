@@ -44,7 +44,7 @@ class _OnceDoFn(beam.DoFn):
         passed_at, _, passed_version = (passed.read() or "0 ").partition(" ")
         if passed_version == version and time.time() - float(passed_at) < self._remember_s:
             if isinstance(found, Recording):  # a dead letter is done when it is made
-                metrics.count("recordings_told_again")
+                metrics.count("recordings_repeated")
             return
         passed.write(f"{time.time()!r} {version}")
         yield from tagged([found])

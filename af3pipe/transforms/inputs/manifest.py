@@ -23,8 +23,9 @@ from af3pipe.schemas import (
     Rejected,
     Stage,
     channel_text,
-    make_recording_id,
+    source_key,
     stream_index,
+    to_metadata,
 )
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms.inputs.access import check_named
@@ -118,7 +119,7 @@ def read_row(
         error = rejected
     except Exception as unexpected:  # noqa: BLE001 - whatever a row holds, the rows after it are read
         error = _bad(f"{row.where}: {type(unexpected).__name__}: {unexpected}")
-    return to_dead_letter(error, Recording(make_recording_id(row.uri), row.uri), stage=Stage.LIST)
+    return to_dead_letter(error, Recording(source_key(row.uri), row.uri), stage=Stage.LIST)
 
 
 def manifest_rows(uri: str) -> Iterator[Row]:
@@ -262,7 +263,7 @@ def _recording(
     named_id = next((str(columns.pop(name)) for name in ID_COLUMNS if name in columns), None)
     metadata = {**extra, **columns, **told}
     return Recording(
-        recording_id=named_id or make_recording_id(held.uri, offset_s, duration_s, channel=channel, stream=stream),
+        recording_id=named_id or source_key(held.uri, offset_s, duration_s, channel=channel, stream=stream),
         uri=held.uri,
         size_bytes=held.size_bytes,
         etag=held.etag,
@@ -270,7 +271,7 @@ def _recording(
         offset_s=offset_s,
         duration_s=duration_s,
         questions=questions,
-        metadata=tuple(sorted((name, _text(value)) for name, value in metadata.items())),
+        metadata=to_metadata(metadata),
         channel=channel,
         stream=stream,
     )
@@ -405,10 +406,6 @@ def _unfolded(value: Any) -> Any:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _bad(detail: str) -> Rejected:

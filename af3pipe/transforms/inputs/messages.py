@@ -22,7 +22,7 @@ from af3pipe.schemas import (
     Stage,
     channel_text,
     dead_letter_key,
-    make_recording_id,
+    source_key,
     stream_index,
 )
 from af3pipe.transforms.inputs.access import check_allowed
@@ -162,7 +162,7 @@ def _checked_row(row: Row, allow_prefixes: tuple[str, ...]) -> Row:
 def _asked_apart(recording: Recording) -> Recording:
     """Named by its questions, too: another message may ask the same recording something else, at any later time."""
     asked = json.dumps(plain(recording.questions), ensure_ascii=False)
-    own_id = make_recording_id(
+    own_id = source_key(
         f"{recording.uri} {asked}",
         recording.offset_s,
         recording.duration_s,

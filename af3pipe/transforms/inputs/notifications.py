@@ -9,7 +9,7 @@ import apache_beam as beam
 from apache_beam.coders import registry
 
 from af3pipe import storage
-from af3pipe.schemas import MIX, DeadLetter, Recording, RecordingResult, channel_text, stream_index
+from af3pipe.schemas import MIX, DeadLetter, Recording, RecordingRow, channel_text, stream_index
 from af3pipe.transforms import metrics
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.inputs.messages import Message, as_message, parse_notification
@@ -52,7 +52,7 @@ def work_name(recording_id: str, content_identity: str) -> str:
     return f"{recording_id} {content_identity}"
 
 
-def version_of(found: Recording | RecordingResult | DeadLetter) -> tuple[str, str]:
+def version_of(found: Recording | RecordingRow | DeadLetter) -> tuple[str, str]:
     """Id and content identity of a recording, or of the one that a result or a dead letter is about."""
     version = recording_of(found.input) if isinstance(found, DeadLetter) else found
     return found.recording_id, version.content_identity
@@ -75,11 +75,8 @@ class _ParseDoFn(beam.DoFn):
             metrics.count("notifications_ignored")
             yield from _waiting(Waiting("", message.subscription, message.message_id, message.ack_id, 0, 0))
         for number, item in enumerate(found):
-            metrics.count("recordings_found")
             waiting = Waiting("", message.subscription, message.message_id, message.ack_id, number, len(found))
             if isinstance(item, DeadLetter):
-                metrics.count("recordings_done")
-                metrics.count(f"dead_letters_{item.reason.value}")
                 yield beam.pvalue.TaggedOutput(DEAD_LETTERS, item)
                 yield from _waiting(waiting._replace(work=work_of(item)))
             else:

@@ -12,23 +12,20 @@ from af3pipe import storage
 from af3pipe.schemas import (
     MIX,
     DeadLetter,
-    Question,
     Reason,
     Recording,
     Rejected,
     Stage,
     channel_text,
-    make_recording_id,
+    source_key,
     stream_index,
 )
-from af3pipe.transforms import metrics
 from af3pipe.transforms.inputs.containers import arrow_rows, container_rows, dataset_files
 from af3pipe.transforms.inputs.manifest import Row, is_manifest, is_text, manifest_rows, read_row
-from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, join_dead_letters, outcomes, to_dead_letter
+from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, outcomes, to_dead_letter
 from af3pipe.transforms.overlap import OverlapDoFn
+from af3pipe.transforms.plan import STAT_THREADS, PlanObjects
 from af3pipe.transforms.stores import count_retries, set_storage
-
-STAT_THREADS = 32
 
 
 class _Chosen(TypedDict):
@@ -56,7 +53,7 @@ def _rejected(name: str, error: Exception) -> DeadLetter:
     """Of an input itself: whatever it was that could not be read, it was to be listed."""
     if isinstance(error, Rejected):
         error = Rejected(Stage.LIST, error.reason, error.detail)
-    return to_dead_letter(error, Recording(make_recording_id(name), name), stage=Stage.LIST)
+    return to_dead_letter(error, Recording(source_key(name), name), stage=Stage.LIST)
 
 
 def _listed(name: str, chosen: _Chosen, allow_prefixes: Sequence[str]) -> Iterator[Recording | DeadLetter]:
@@ -85,7 +82,7 @@ def _is_file(name: str) -> bool:
 
 
 def _recording(found: storage.ObjectInfo, chosen: _Chosen) -> Recording | DeadLetter:
-    own_id = make_recording_id(found.uri, **chosen)
+    own_id = source_key(found.uri, **chosen)
     recording = Recording(own_id, found.uri, found.size_bytes, found.etag, found.mtime, **chosen)
     return recording if is_text(found.uri) else _misnamed(recording)
 
@@ -95,44 +92,6 @@ def _misnamed(recording: Recording) -> DeadLetter:
     shown = recording.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
     rejected = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"the name {shown} is not UTF-8; rename the file")
     return to_dead_letter(rejected, recording._replace(uri=shown), stage=Stage.LIST)
-
-
-def merge(recordings: Iterable[Recording]) -> Iterator[Recording | DeadLetter]:
-    """The mentions of one recording id, as one recording with the questions and metadata of all of them.
-
-    Ids that a manifest gives may be given twice: mentions that name other audio than the first are dead letters,
-    under an id of their own, so that neither is lost.
-    """
-    by_audio: dict[tuple[Any, ...], list[Recording]] = {}
-    for found in sorted(recordings, key=lambda found: (found.uri, found.size_bytes is None, repr(found))):
-        audio = (found.uri, found.offset_s, found.duration_s, found.channel, found.stream)
-        by_audio.setdefault(audio, []).append(found)
-    first, *others = by_audio.values()
-    asked: dict[str, Question] = {}
-    kept = []
-    for found in first:
-        clash = next((q for q in found.questions if q.question_id and asked.get(q.question_id, q) != q), None)
-        if clash is not None:
-            detail = f"question id {clash.question_id!r} is also that of another question about this recording"
-            error = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{detail}; ids must differ")
-            yield to_dead_letter(error, found, stage=Stage.LIST)
-            continue
-        kept.append(found)
-        asked |= {question.question_id or repr(question): question for question in found.questions}
-    metadata = tuple(sorted(dict(pair for found in kept for pair in found.metadata).items()))
-    yield first[0]._replace(questions=tuple(asked.values()), metadata=metadata)
-    for other in others:
-        detail = f"id {first[0].recording_id!r} also names {first[0].uri}; ids must be unique"
-        # An id that neither the first has, nor this audio where it is named without an id.
-        own_id = make_recording_id(
-            f"{first[0].recording_id} {other[0].uri}",
-            other[0].offset_s,
-            other[0].duration_s,
-            channel=other[0].channel,
-            stream=other[0].stream,
-        )
-        renamed = other[0]._replace(recording_id=own_id)
-        yield to_dead_letter(Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail), renamed, stage=Stage.LIST)
 
 
 def stat_recording(recording: Recording) -> Recording | DeadLetter:
@@ -171,11 +130,15 @@ class StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
     def emit(self, recording: Recording, future: "Future[Recording | DeadLetter]") -> Iterator[Any]:
         found = future.result()
         if isinstance(found, DeadLetter):
-            metrics.count("recordings_done")
-            metrics.count(f"dead_letters_{found.reason.value}")
             yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found)
         else:
             yield found
+
+
+def tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
+    """Yields what was found, dead letters by their tag."""
+    for found in items:
+        yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found) if isinstance(found, DeadLetter) else found
 
 
 class _ListDoFn(beam.DoFn):
@@ -196,41 +159,53 @@ class _ListDoFn(beam.DoFn):
         return tagged(list_recordings(name, allow_prefixes=self._allow_prefixes, **self._chosen))
 
 
-class _MergeDoFn(beam.DoFn):
-    def process(self, group: tuple[str, Iterable[Recording]]) -> Iterator[Any]:
-        metrics.count("recordings_found")
-        return tagged(merge(group[1]))
+class ListRecordings(beam.PTransform):
+    """Lists what inputs name, as often as they name it. Takes a PCollection of inputs; gives an `Outcome`.
 
+    Args:
+        channel: As of `ReadRecordings`. So are the others.
+        stream: See `channel`.
+        allow_prefixes: See `channel`.
+        storage_options: See `channel`.
+    """
 
-def tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
-    """What was found, dead letters by their tag and counted."""
-    for found in items:
-        if isinstance(found, DeadLetter):
-            metrics.count("recordings_found")
-            metrics.count("recordings_done")
-            metrics.count(f"dead_letters_{found.reason.value}")
-            yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found)
-        else:
-            yield found
+    def __init__(
+        self,
+        *,
+        channel: str | int = MIX,
+        stream: int | None = None,
+        allow_prefixes: Sequence[str] = (),
+        storage_options: storage.StorageOptions = MappingProxyType({}),
+    ) -> None:
+        super().__init__()
+        chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
+        self._dofn = _ListDoFn(chosen, allow_prefixes, dict(storage_options))
+
+    def expand(self, names: Any) -> Any:
+        listed = names | "List" >> beam.ParDo(self._dofn).with_output_types(
+            Recording, **{DEAD_LETTERS: DeadLetter}
+        ).with_outputs(DEAD_LETTERS, main="recordings")
+        return Outcome(listed.recordings, listed[DEAD_LETTERS])
 
 
 class ReadRecordings(beam.PTransform):
-    """Lists recordings. Gives an `Outcome` of `Recording`, each once, in no order, with size and etag or time.
+    """Lists recordings. Gives `AudioObject`, each once, in no order: an object with the recordings wanted of it.
 
-    Starts a pipeline (`p | ReadRecordings("s3://archive/**/*.flac")`), or takes a PCollection of such names.
-    The audio itself is not read here: what is shuffled to the workers is the recording's name.
+    Starts a pipeline (`p | ReadRecordings("s3://archive/**/*.flac")`), or takes a PCollection of such names. The
+    audio itself is not read here: what is shuffled to the workers is its URI, size, etag and modification time. What
+    cannot be listed is in an `AudioObject`, too, as a dead letter.
 
     Args:
         inputs: Files, folders (audio in them, recursively), globs, manifests (`.jsonl`, `.csv`, `.tsv`,
-            `.parquet`), tar shards, Parquet files with audio in them, or Hugging Face data sets on disk, local or on
+            `.parquet`), tar shards, Parquet files with audio in it, or Hugging Face data sets on disk, local or on
             any fsspec URL.
         channel: What is heard of each recording: `mix`, the mean over its channels; `left`, `right`, or an index
-            from 0. A manifest's `channel` column goes before it. So does `stream`.
+            from 0. A manifest's `channel` column takes precedence. So does `stream`.
         stream: Index among the audio streams of a container; None takes its main one.
         allow_prefixes: URLs below which a manifest that is not local may name audio, beside its own bucket (on an
             object store) or folder. Local files it may never name.
         storage_options: URL prefix to fsspec's options for it, as `storage.set_options` takes them; of all transforms
-            in a process those set last hold.
+            in a process the last ones apply.
 
     Raises:
         ValueError: No input, or no such channel or stream.
@@ -246,9 +221,10 @@ class ReadRecordings(beam.PTransform):
         storage_options: storage.StorageOptions = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self._allow_prefixes = allow_prefixes
         self._storage_options = dict(storage_options)
-        self._chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
+        self._list = ListRecordings(
+            channel=channel, stream=stream, allow_prefixes=allow_prefixes, storage_options=storage_options
+        )
         self._inputs = [inputs] if isinstance(inputs, str) else list(dict.fromkeys(inputs))
 
     def expand(self, pipeline_or_names: Any) -> Any:
@@ -259,21 +235,6 @@ class ReadRecordings(beam.PTransform):
             # Create itself spreads several and not one: the graph would be another one for another number of inputs.
             created = pipeline_or_names | "Inputs" >> beam.Create(self._inputs, reshuffle=False)
             names = created | "SpreadInputs" >> beam.Reshuffle()
-        list_all = _ListDoFn(self._chosen, self._allow_prefixes, self._storage_options)
-        listed = names | "List" >> beam.ParDo(list_all).with_output_types(
-            Recording, **{DEAD_LETTERS: DeadLetter}
-        ).with_outputs(DEAD_LETTERS, main="recordings")
-        merged = (
-            listed.recordings
-            | "ById" >> beam.Map(lambda found: (found.recording_id, found)).with_output_types(tuple[str, Recording])
-            | "EachOnce" >> beam.GroupByKey()
-            | "Merge"
-            >> beam.ParDo(_MergeDoFn())
-            .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
-            .with_outputs(DEAD_LETTERS, main="recordings")
-        )
-        found = merged.recordings | "Stat" >> beam.ParDo(StatDoFn(self._storage_options)).with_output_types(
-            Recording, **{DEAD_LETTERS: DeadLetter}
-        ).with_outputs(DEAD_LETTERS, main="recordings")
-        rejected = (listed[DEAD_LETTERS], merged[DEAD_LETTERS])
-        return Outcome(found.recordings, join_dead_letters(found[DEAD_LETTERS], rejected))
+        listed = names | "ListRecordings" >> self._list
+        planned = listed | "PlanObjects" >> PlanObjects(storage_options=self._storage_options)
+        return planned.objects

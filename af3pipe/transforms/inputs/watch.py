@@ -144,8 +144,6 @@ class _NewDoFn(beam.DoFn):
                 return
             seen.clear()
         passed.write(f"{listed_at!r} {version}")
-        if isinstance(item, Recording):
-            metrics.count("recordings_found")
         yield from tagged([item])
 
 

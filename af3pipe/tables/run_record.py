@@ -1,23 +1,21 @@
-"""What a run leaves of itself in `_runs/`: that it began, and in the end all that is to be known of it."""
+"""Writes and reads the files of a run in `_runs/`: that it has started, and at its end its record."""
 
 import json
 import os
 import platform
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 from af3pipe import storage
-from af3pipe.models.engine import ModelError
-from af3pipe.models.family import Checkpoint, model_revision
-from af3pipe.pipelines.job import JobConfig
-from af3pipe.schemas import Reason, Rejected
+from af3pipe.models.tasks import ANSWER_TABLES
+from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.tables.layout import run_files
-from af3pipe.tables.reconcile import RunCounts
-from af3pipe.transforms.verify import Verified
+from af3pipe.tables.reconcile import RunCounts, count_run, read_rows
+from af3pipe.tables.write import fill_empty_tables
 
 _PACKAGES = (
     "apache-beam",
@@ -33,24 +31,6 @@ _PACKAGES = (
 )
 _STARTED = ".started.json"
 _RECORD = re.compile(r"/[^/.]+\.json$")
-
-
-class RunReport(NamedTuple):
-    """What a run did; `verified` is None where nothing was to be verified."""
-
-    run_id: str
-    counts: RunCounts
-    wall_s: float
-    metrics: dict[str, int]
-    verified: Verified | None = None
-
-    @property
-    def unverified(self) -> str | None:
-        """Why the run's answers are not to be trusted, in a sentence; None where nothing speaks against them."""
-        answers = sum(self.counts.answers.values())
-        if self.verified and not self.verified.sampled and answers:
-            return f"no request was drawn to be asked again, and yet {answers} answers are written"
-        return self.verified.problem if self.verified else None
 
 
 def record_uri(output: str, run_id: str) -> str:
@@ -73,17 +53,17 @@ def ended_uri(output: str, run_id: str) -> str:
     return storage.join(output, "_runs", f"{run_id}.ended")
 
 
-def write_started(job: JobConfig, run_id: str, runner: str | None = None) -> None:
-    """Written before anything else of the run: whoever finds it alone knows that the run goes on, or was killed."""
+def write_started(output: str, run_id: str, job: Mapping[str, Any], runner: str | None = None) -> None:
+    """Writes that a run has started, before anything else: without a record, it goes on, or was killed."""
     record = {
         "run_id": run_id,
-        "started_at": _now(),
+        "started_at": now_text(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "runner": runner,
-        "job": storage.redact_values(job.model_dump(mode="json")),
+        "job": job,
     }
-    _write(started_uri(job.output, run_id), record)
+    _write(started_uri(output, run_id), record)
 
 
 def read_started(output: str, run_id: str) -> dict[str, Any]:
@@ -107,6 +87,8 @@ def read_job(output: str, run_id: str) -> dict[str, Any]:
     except Rejected:
         record = storage.read_bytes(started_uri(output, run_id))
     job: dict[str, Any] = json.loads(record)["job"]
+    if not job:
+        raise Rejected(Stage.READ, Reason.NOT_FOUND, f"run {run_id} was a pipeline of its own, not a job")
     return job
 
 
@@ -123,19 +105,23 @@ def unfinished_runs(output: str) -> Iterator[dict[str, Any]]:
                     raise
 
 
-def write_record(
-    job: JobConfig, checkpoint: Checkpoint | None, runner: str | None, started_at: datetime, report: RunReport
-) -> None:
-    """The run's own record, written last: who finds it knows that the run is complete."""
-    counts = report.counts
-    record = {
-        "run_id": report.run_id,
-        "started_at": started_at.isoformat(timespec="seconds"),
-        "finished_at": _now(),
-        "wall_s": round(report.wall_s, 3),
-        "job": storage.redact_values(job.model_dump(mode="json")),
-        "runner": runner,
-        "model": _model_record(job, checkpoint),
+def write_record(output: str, run_id: str, record: Mapping[str, Any], counts: RunCounts) -> str:
+    """Writes a run's record, the last thing of it: its presence says that the run is complete. Returns its URI.
+
+    Args:
+        output: Of the run.
+        run_id: Of the run.
+        record: What there is to say beside the counts and versions.
+        counts: What the run found and wrote.
+    """
+    known = {
+        "run_id": run_id,
+        "started_at": None,
+        "finished_at": now_text(),
+        "wall_s": None,
+        "job": {},
+        "runner": None,
+        "model": None,
         "versions": _versions(),
         "recordings_found": counts.found,
         "recordings": counts.states,
@@ -145,37 +131,47 @@ def write_record(
         "audio_s": round(counts.audio_s, 3),
         "reconciled": counts.reconciled,
         "problems": list(counts.problems),
-        "verified": report.verified.to_dict() if report.verified else None,
-        "counters": report.metrics,
-        "files": run_files(job.output, report.run_id),
+        "verified": None,
+        "counters": {},
+        "files": run_files(output, run_id),
     }
-    _write(record_uri(job.output, report.run_id), record)
-    storage.delete(started_uri(job.output, report.run_id))
+    uri = record_uri(output, run_id)
+    _write(uri, {**known, **record})
+    storage.delete(started_uri(output, run_id))
+    return uri
+
+
+def write_counted_record(output: str, run_id: str, found: int, partition_by: Sequence[str] = ()) -> str:
+    """Counts what a pipeline without a job has written, and writes the run's record. Returns its URI.
+
+    Args:
+        output: Of the run.
+        run_id: Of the run.
+        found: How many recordings the pipeline had.
+        partition_by: As the tables were written, for those that have no rows yet.
+    """
+    counts = count_run(output, run_id, found)
+    fill_empty_tables(output, counts.answers or ANSWER_TABLES[:1], run_id, partition_by)
+    fill_empty_tables(output, ("recordings", "dead_letters"), run_id, partition_by)
+    return write_record(output, run_id, {"model": _model_of(output, run_id)}, counts)
+
+
+def _model_of(output: str, run_id: str) -> dict[str, str] | None:
+    """The model that a run's answers name."""
+    files = run_files(output, run_id)
+    columns = ["model_id", "model_revision", "family"]
+    for row in read_rows((uri for table in ANSWER_TABLES for uri in files[table]), columns):
+        return {"id": row["model_id"], "revision": row["model_revision"], "family": row["family"]}
+    return None
 
 
 def _write(uri: str, record: dict[str, Any]) -> None:
     storage.write_atomic(uri, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
-def _now() -> str:
+def now_text() -> str:
+    """The time, as records have it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _model_record(job: JobConfig, checkpoint: Checkpoint | None) -> dict[str, str | None]:
-    chosen = {"adapter": job.adapter, "quantize": job.quantize}
-    if checkpoint is None:  # the answers' own columns say which it was
-        return {"id": job.model, "revision": job.revision, "family": None, "licence": None, **chosen}
-    try:
-        revision: str | None = model_revision(checkpoint, job.adapter, job.quantize)
-    except ModelError:  # only the workers have the adapter
-        revision = None
-    return {
-        "id": checkpoint.model_id,
-        "revision": revision,
-        "family": checkpoint.family,
-        "licence": checkpoint.licence,
-        **chosen,
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,415 @@
+"""Answers recordings: from audio objects to their results, in one DoFn that decodes, asks and gathers."""
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeAlias
+
+import apache_beam as beam
+from apache_beam.pvalue import TaggedOutput
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import Timestamp
+from apache_beam.utils.windowed_value import WindowedValue
+
+from af3pipe.audio.recording import OverLength
+from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.models.tasks import stitch
+from af3pipe.schemas import (
+    Answer,
+    AudioObject,
+    Covered,
+    DeadLetter,
+    Existing,
+    Recording,
+    RecordingResult,
+    Reply,
+    Segment,
+    Stage,
+    Task,
+    task_key,
+)
+from af3pipe.transforms import metrics
+from af3pipe.transforms.answer_rows import Wanted, is_part, wanted_of
+from af3pipe.transforms.ask import AskAudioFlamingo, AskedRequest, Asker, audio_checksum
+from af3pipe.transforms.decode import DecodeAudio, Decoder, recordings_of
+from af3pipe.transforms.outcome import FATAL, now_us, to_dead_letter
+from af3pipe.transforms.result import make_result, rejected_result
+from af3pipe.transforms.stores import count_retries
+
+ASKED = "asked"
+"""Tag of the `AskedRequest`s that `VerifyAnswers` takes a sample of."""
+
+
+class _Gathered:
+    """What became of one recording so far."""
+
+    def __init__(self, recording: Recording, letters: Sequence[DeadLetter], copies: Sequence[Answer]) -> None:
+        self.recording = recording
+        self.letters = list(letters)
+        self._copies = {copy.answer_key: copy for copy in copies}
+        self._answers: list[Answer] = []
+        self._kept: list[Covered] = []
+        self._parts: dict[str, list[Answer]] = defaultdict(list)
+
+    def keep(self, covered: Covered) -> None:
+        """Takes an answer that an earlier run has written."""
+        copy = self._copies.get(covered.answer_key)
+        if copy is None:
+            self._kept.append(covered)
+        else:
+            self._answers.append(copy._replace(created_at=now_us()))
+        metrics.count("answers_kept")
+
+    def add(self, segment: Segment, task: Task, row: Answer | DeadLetter) -> None:
+        """Takes what became of a task of a segment."""
+        if isinstance(row, DeadLetter):
+            self.letters.append(row)
+        elif is_part(segment, task):
+            self._parts[task_key(task.name, task.question_id)].append(row)
+        else:
+            self._answers.append(row)
+
+    def result(self, requested: frozenset[str]) -> RecordingResult:
+        """Raises Unaccounted."""
+        existing = {found.answer_key: found for found in self.recording.existing.answers}
+        for parts in self._parts.values():
+            merged = stitch(sorted(parts, key=lambda part: part.segment_index))
+            if merged.answer_key in existing:
+                self.keep(existing[merged.answer_key])
+            else:
+                self._answers.append(merged)
+        answers = {answer.answer_key: answer for answer in self._answers}  # of two parts, the copy may be the same
+        own = {task_key("answer", q.question_id) for q in self.recording.questions if q.question_id}
+        return make_result(self.recording, tuple(answers.values()), self.letters, requested | own, kept=self._kept)
+
+
+class _Source(NamedTuple):
+    """One piece of audio of an object, and the recordings that are wanted of it: it is decoded and asked once."""
+
+    gathered: tuple[_Gathered, ...]
+
+    @property
+    def recording(self) -> Recording:
+        """The one by which it is decoded."""
+        return self.gathered[0].recording
+
+
+class _Pending:
+    """An object under way: its sources, how many requests have no reply yet, and whether all of it is decoded."""
+
+    def __init__(self, found: AudioObject | Recording) -> None:
+        letters: dict[str, list[DeadLetter]] = defaultdict(list)
+        copies: dict[str, list[Answer]] = defaultdict(list)
+        if isinstance(found, AudioObject):
+            for letter in found.dead_letters:
+                letters[letter.recording_id].append(letter)
+            for copy in found.copies:
+                copies[copy.recording_id].append(copy)
+        by_source: dict[str, list[_Gathered]] = defaultdict(list)
+        for recording in recordings_of(found):
+            own = recording.recording_id
+            by_source[recording.source_key].append(_Gathered(recording, letters.pop(own, ()), copies[own]))
+        self.sources = [_Source(tuple(gathered)) for gathered in by_source.values()]
+        self.rejected = list(letters.values())
+        self.requests = 0
+        self.is_decoded = False
+        self.is_cancelled = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_decoded and not self.requests
+
+
+class _Request(NamedTuple):
+    """A segment's request at the engine.
+
+    Attributes:
+        wanted: For each recording of the source, what to request for it.
+        tasks: Of all of them, each once.
+    """
+
+    pending: _Pending
+    source: _Source
+    segment: Segment
+    wanted: tuple[Wanted, ...]
+    tasks: tuple[Task, ...]
+    future: "Future[list[Reply]]"
+
+
+class _Decoded(NamedTuple):
+    """What a decoding thread has come to: a source's segment or end, or with neither, the end of the object."""
+
+    pending: _Pending
+    source: _Source | None = None
+    part: Segment | Exception | None = None
+
+
+_Event: TypeAlias = "_Decoded | _Request | BaseException"
+
+
+class AnswerDoFn(beam.DoFn):
+    """Takes `AudioObject` or `Recording`; emits a `RecordingResult` for each recording, and `AskedRequest` by tag.
+
+    Threads decode objects, each opened once, while the engine works on segments decoded before. What is held is
+    bounded: the objects under way, a decoded segment or two of each thread, and the requests at the engine by number
+    and by seconds of audio. All results of an object are emitted when it is done.
+
+    Args:
+        decoder: How objects are decoded.
+        asker: What is requested of their segments.
+        verifiable: Whether it emits `AskedRequest`s.
+    """
+
+    def __init__(self, decoder: Decoder, asker: Asker, *, verifiable: bool = False) -> None:
+        self._decoder = decoder
+        self._asker = asker
+        self._verifiable = verifiable
+        self._requested = frozenset(task_key(task.name, task.question_id) for task in asker.requested)
+        self._open: list[_Pending] = []
+
+    def setup(self) -> None:
+        self._decoder.setup()
+        self._asker.setup()
+        self._pool = ThreadPoolExecutor(self._decoder.threads, thread_name_prefix="af3pipe-decode")
+
+    def teardown(self) -> None:
+        self._abandon()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._asker.close()
+        self._decoder.close()
+
+    def start_bundle(self) -> None:
+        self._abandon()  # of a bundle that failed: its elements come again
+        self._events: SimpleQueue[_Event] = SimpleQueue()
+        self._waiting: deque[_Decoded] = deque()
+        self._requests: list[_Request] = []
+        self._audio_s = 0.0
+        # A thread that has decoded a segment waits here until a request is made of it.
+        self._room = threading.Semaphore(self._decoder.threads)
+
+    def process(self, found: AudioObject | Recording) -> Iterator[Any]:
+        pending = _Pending(found)
+        for letters in pending.rejected:
+            yield _windowed(_counted(rejected_result(letters)))
+        if not pending.sources:
+            return
+        # As many again as are decoded at a time, so that a thread that has ended finds the next.
+        while len(self._open) >= 2 * self._decoder.threads:
+            yield from self._advance()
+        self._open.append(pending)
+        self._pool.submit(self._decode, pending, self._events, self._room)
+        while not self._events.empty() or (self._waiting and not self._is_full(self._waiting[0])):
+            yield from self._advance()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        while self._open:
+            yield from self._advance()
+        count_retries()
+
+    def _decode(self, pending: _Pending, events: "SimpleQueue[_Event]", room: threading.Semaphore) -> None:
+        """Runs on a thread of the pool."""
+        try:
+            recordings = [source.recording for source in pending.sources]
+            for index, part in self._decoder.parts_of(recordings):
+                while not room.acquire(timeout=1.0):
+                    if pending.is_cancelled:
+                        return
+                if pending.is_cancelled:
+                    return
+                events.put(_Decoded(pending, pending.sources[index], part))
+                del part  # or it is held while the next one is decoded
+            events.put(_Decoded(pending))
+        except BaseException as error:  # noqa: BLE001 - raised again on the bundle's thread
+            events.put(error)
+
+    def _advance(self) -> Iterator[Any]:
+        """Waits for the next thing to happen, and emits what came of it."""
+        if self._waiting and not self._is_full(self._waiting[0]):
+            yield from self._take(self._waiting.popleft())
+            return
+        event = self._events.get()
+        if isinstance(event, BaseException):
+            raise event
+        if isinstance(event, _Request):
+            self._requests.remove(event)
+            self._audio_s -= event.segment.audio_s
+            yield from self._gather(event)
+            yield from self._finished(event.pending)
+        elif self._waiting or self._is_full(event):
+            self._waiting.append(event)
+        else:
+            yield from self._take(event)
+
+    def _is_full(self, decoded: _Decoded) -> bool:
+        if not isinstance(decoded.part, Segment) or not self._requests:
+            return False
+        most, most_s = self._asker.most_pending
+        return len(self._requests) >= most or self._audio_s + decoded.part.audio_s > most_s
+
+    def _take(self, decoded: _Decoded) -> Iterator[Any]:
+        pending, source, part = decoded
+        if source is None:
+            pending.is_decoded = True
+        else:
+            self._room.release()
+            if isinstance(part, Segment):
+                self._request(pending, source, part)
+            elif part is not None:
+                for gathered in source.gathered:
+                    gathered.letters.append(to_dead_letter(part, gathered.recording, stage=Stage.DECODE))
+        yield from self._finished(pending)
+
+    def _request(self, pending: _Pending, source: _Source, segment: Segment) -> None:
+        wanted = []
+        for gathered in source.gathered:
+            own = segment._replace(recording=gathered.recording)
+            if (letter := self._decoder.silent(own)) is not None:
+                gathered.letters.append(letter)
+                continue
+            found = wanted_of(own, self._asker.tasks_of(gathered.recording), self._asker.model)
+            for covered in found.kept.values():
+                gathered.keep(covered)
+            wanted.append(found)
+        tasks = tuple(dict.fromkeys(task for found in wanted for task in found.tasks))
+        if not tasks:
+            return
+        future = self._asker.submit(segment, tasks)
+        request = _Request(pending, source, segment, tuple(wanted), tasks, future)
+        self._requests.append(request)
+        self._audio_s += segment.audio_s
+        pending.requests += 1
+        events = self._events
+        future.add_done_callback(lambda _: events.put(request))
+
+    def _gather(self, request: _Request) -> Iterator[Any]:
+        """Takes the replies to a request; its failure is a dead letter of each recording that lacks an answer."""
+        request.pending.requests -= 1
+        segment, tasks = request.segment, request.tasks
+        recipients = list(zip(request.source.gathered, request.wanted, strict=True))
+        try:
+            replies = self._asker.replies(segment, tasks, request.future)
+        except FATAL:
+            raise
+        except Exception as error:  # noqa: BLE001 - a request may fail in any way; none may end the job
+            for gathered, wanted in recipients:
+                if wanted.new:
+                    recording, lost = gathered.recording, wanted.new
+                    letter = to_dead_letter(error, recording, stage=Stage.GENERATE, segment=segment, tasks=lost)
+                    gathered.letters.append(letter)
+            return
+        finally:
+            self._asker.count()
+        if self._verifiable:
+            checksum = audio_checksum(self._asker.request(segment, tasks))
+            recording = request.source.recording._replace(existing=Existing())
+            asked = AskedRequest(recording, segment.segment_index, checksum, tasks, tuple(replies))
+            yield TaggedOutput(ASKED, asked)
+        by_task = dict(zip(tasks, replies, strict=True))
+        for gathered, wanted in recipients:
+            own = segment._replace(recording=gathered.recording)
+            for task in wanted.new:
+                gathered.add(own, task, self._asker.answer(own, task, by_task[task]))
+
+    def _finished(self, pending: _Pending) -> Iterator[WindowedValue]:
+        if not pending.is_done:
+            return
+        self._open.remove(pending)
+        for source in pending.sources:
+            for gathered in source.gathered:
+                yield _windowed(_counted(gathered.result(self._requested)))
+
+    def _abandon(self) -> None:
+        for pending in self._open:
+            pending.is_cancelled = True
+        for request in getattr(self, "_requests", ()):
+            request.future.cancel()
+        self._open.clear()
+
+
+def _counted(result: RecordingResult) -> RecordingResult:
+    metrics.count("recordings_done")
+    metrics.count(f"recordings_{result.row.terminal_state.value}")
+    metrics.count("answers", len(result.answers))
+    for letter in result.dead_letters:
+        metrics.count(f"dead_letters_{letter.reason.value}")
+    return result
+
+
+def _windowed(result: RecordingResult) -> WindowedValue:
+    return WindowedValue(result, event_time(result), (GlobalWindow(),))
+
+
+def event_time(result: RecordingResult) -> Timestamp:
+    """When the object was modified; where its store does not say, when its row was made.
+
+    What claims to be from before 1970 is from the zero of another clock (1601, 1904): it is of 1970 here, since
+    elements that are more than a hundred years late are dropped.
+    """
+    mtime = result.row.mtime
+    at_s = datetime.fromisoformat(mtime).timestamp() if mtime else result.row.created_at / 1e6
+    return Timestamp.of(max(0.0, at_s))
+
+
+class Verifiable(NamedTuple):
+    """`RecordingResult`s, and the `AskedRequest`s that `VerifyAnswers` takes a sample of."""
+
+    results: Any
+    asked: Any
+
+
+class AnswerRecordings(beam.PTransform):
+    """Answers recordings: decodes audio objects, runs the model on them, and gives the result of each recording.
+
+    Takes `AudioObject`, as `ReadRecordings` gives it, or `Recording`, in the global window; gives a
+    `RecordingResult` for each recording, with its object's modification time as timestamp. All of it is one DoFn:
+    audio is neither shuffled nor sent over the network.
+
+        results = p | ReadRecordings("s3://archive/**/*.flac") | AnswerRecordings(tasks=[caption(), transcript()])
+
+    Args:
+        model: Hub id, local directory, or `demo`. The released weights are for non-commercial use, and so are
+            adapters made from them. Of both parts below, unless they say otherwise.
+        tasks: What is asked of every recording; a recording's own questions are asked beside them.
+        revision: Branch, tag or commit of the model on the hub.
+        over_length: As of `DecodeAudio`.
+        decode: How recordings are decoded, where that takes more to say; `model`, `revision` and `over_length` are
+            its own then.
+        ask: What is asked and by what engine, where that takes more to say; `model`, `revision` and `tasks` are its
+            own then.
+        verifiable: Whether it gives a `Verifiable`, which `VerifyAnswers` takes.
+        accelerator: Beam's accelerator resource hint, for example `type:nvidia-l4;count:1;install-nvidia-driver`.
+
+    Raises:
+        ValueError: No task, two of the same name and question, or a follow-up to what is not asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = DEFAULT_MODEL,
+        tasks: Sequence[Task] = (),
+        revision: str | None = None,
+        over_length: OverLength = "dead-letter",
+        decode: DecodeAudio | None = None,
+        ask: AskAudioFlamingo | None = None,
+        verifiable: bool = False,
+        accelerator: str | None = None,
+    ) -> None:
+        super().__init__()
+        ask = ask or AskAudioFlamingo(model=model, tasks=tasks, revision=revision)
+        decode = decode or DecodeAudio(model=model, revision=revision, over_length=over_length)
+        self._dofn = AnswerDoFn(decode.decoder, ask.asker, verifiable=verifiable)
+        self._verifiable = verifiable
+        self._hints = {"accelerator": accelerator} if accelerator else {}
+
+    def expand(self, objects: Any) -> Any:
+        answer = beam.ParDo(self._dofn)
+        if not self._verifiable:
+            answer = answer.with_output_types(RecordingResult).with_resource_hints(**self._hints)
+            return objects | "Answer" >> answer
+        answer = answer.with_output_types(RecordingResult, **{ASKED: AskedRequest}).with_resource_hints(**self._hints)
+        answered = objects | "Answer" >> answer.with_outputs(ASKED, main="results")
+        return Verifiable(answered.results, answered[ASKED])

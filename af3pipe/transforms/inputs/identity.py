@@ -1,0 +1,128 @@
+"""Gives recordings their ids: rows that name the same audio become one recording, or one for each metadata."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from af3pipe.schemas import (
+    NO_METADATA,
+    DeadLetter,
+    Question,
+    Reason,
+    Recording,
+    Rejected,
+    Stage,
+)
+from af3pipe.tables.existing import ExistingRecording, is_other_source, is_same_metadata
+from af3pipe.transforms.outcome import to_dead_letter
+
+
+def has_own_id(recording: Recording) -> bool:
+    """Whether a manifest or a message gave the recording its id."""
+    return recording.recording_id != recording.source_key
+
+
+def check_id(
+    mentions: Iterable[Recording], existing: Iterable[ExistingRecording] = ()
+) -> Iterator[Recording | DeadLetter]:
+    """Gives the mentions of one id that a manifest gave, as far as they name the same audio with the same metadata.
+
+    Others are dead letters, under an id of their own, that name both: an id names one recording, in all runs.
+
+    Args:
+        mentions: All with this id.
+        existing: Rows of earlier runs with this id.
+    """
+    mentions = sorted(mentions, key=lambda found: (found.uri, found.size_bytes is None, repr(found)))
+    earlier = max(existing, key=lambda row: row.created_at, default=None)
+    if earlier is not None and all(is_other_source(earlier, found) for found in mentions):
+        where = f"{earlier.uri} from {earlier.offset_s:g} s on" if earlier.offset_s else earlier.uri
+        for found in mentions:
+            yield _clash(found, f"an earlier run into this output gave it to {where}")
+        return
+    if earlier is not None:
+        mentions.sort(key=lambda found: is_other_source(earlier, found))  # that one keeps its id
+    first = mentions[0]
+    for found in mentions:
+        if found.source_key != first.source_key:
+            yield _clash(found, f"it also names {first.uri}{_span(first)}")
+        elif found.metadata != first.metadata:
+            yield _clash(found, f"another row with it has other columns: {first.metadata}, and here {found.metadata}")
+        else:
+            yield found
+
+
+def _span(recording: Recording) -> str:
+    if not recording.offset_s and recording.duration_s is None:
+        return ""
+    until = "its end" if recording.duration_s is None else f"{recording.offset_s + recording.duration_s:g} s"
+    return f" from {recording.offset_s:g} s to {until}"
+
+
+def _clash(recording: Recording, why: str) -> DeadLetter:
+    detail = f"id {recording.recording_id!r} cannot be that of {recording.uri}{_span(recording)}: {why}"
+    # An id that neither the other has, nor this audio where it is named without an id.
+    parts = recording.recording_id, recording.source_key, recording.metadata
+    renamed = recording._replace(recording_id=_hash("clash", *parts))
+    error = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{detail}; ids must be unique")
+    return to_dead_letter(error, renamed, stage=Stage.LIST)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\x00".join(parts).encode(errors="surrogateescape")).hexdigest()[:20]
+
+
+def name_recordings(
+    mentions: Sequence[Recording], existing: Sequence[ExistingRecording] = ()
+) -> Iterator[Recording | DeadLetter]:
+    """Makes recordings, each once, of all mentions of one object.
+
+    Rows with the same audio, id and metadata are one recording with the questions of all of them. Rows without an id
+    that differ in metadata are recordings of their own, with ids that follow from audio and metadata; one that says
+    nothing but the audio (a listed file) is every one of these.
+
+    Args:
+        mentions: Of one object; ids that manifests gave were checked by `check_id`.
+        existing: Rows of earlier runs about the object: what has an id already keeps it.
+    """
+    by_source: dict[str, list[Recording]] = defaultdict(list)
+    for found in mentions:
+        by_source[found.source_key].append(found)
+    for source, found_there in by_source.items():
+        groups: dict[tuple[str, str], list[Recording]] = defaultdict(list)
+        for found in found_there:
+            groups[found.recording_id, found.metadata].append(found)
+        bare = groups.get((source, NO_METADATA))
+        if bare and len(groups) > 1 and not any(found.questions for found in bare):
+            del groups[source, NO_METADATA]
+        unnamed = [metadata for recording_id, metadata in groups if recording_id == source]
+        earlier = [row for row in existing if (row.source_key or row.recording_id) == source]
+        for (recording_id, metadata), group in groups.items():
+            own_id = recording_id
+            if recording_id == source:
+                own_id = _id_for(source, metadata, earlier, is_only=len(unnamed) == 1)
+            yield from _merged([found._replace(recording_id=own_id) for found in group])
+
+
+def _id_for(source: str, metadata: str, earlier: Sequence[ExistingRecording], *, is_only: bool) -> str:
+    """Of a recording without an id of its own: the same in every run, however many others there are of its audio."""
+    with_metadata = _hash(source, metadata)
+    for row in earlier:
+        if row.recording_id in (source, with_metadata) and is_same_metadata(row.metadata, metadata):
+            return row.recording_id
+    return source if is_only else with_metadata
+
+
+def _merged(mentions: Sequence[Recording]) -> Iterator[Recording | DeadLetter]:
+    """One recording with the questions of all mentions; one whose question clashes is a dead letter of it."""
+    requested: dict[str, Question] = {}
+    for found in mentions:
+        clash = next((q for q in found.questions if q.question_id and requested.get(q.question_id, q) != q), None)
+        if clash is not None:
+            detail = f"question id {clash.question_id!r} is also that of another question about this recording"
+            error = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{detail}; ids must differ")
+            yield to_dead_letter(error, found, stage=Stage.LIST)
+            continue
+        requested |= {question.question_id or repr(question): question for question in found.questions}
+    first = min(mentions, key=lambda found: (found.size_bytes is None, repr(found)))
+    yield first._replace(questions=tuple(requested.values()))
