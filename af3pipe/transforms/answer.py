@@ -194,6 +194,8 @@ class AnswerDoFn(beam.DoFn):
         pending = _Pending(found)
         for letters in pending.rejected:
             yield _windowed(_counted(rejected_result(letters)))
+        for result in found.ready if isinstance(found, AudioObject) else ():
+            yield _windowed(_counted(result))
         if not pending.sources:
             return
         # As many again as are decoded at a time, so that a thread that has ended finds the next.
@@ -273,6 +275,7 @@ class AnswerDoFn(beam.DoFn):
             for covered in found.kept.values():
                 gathered.keep(covered)
             wanted.append(found)
+        metrics.count("segments", 1 if wanted else 0)
         tasks = tuple(dict.fromkeys(task for found in wanted for task in found.tasks))
         if not tasks:
             return
@@ -306,7 +309,7 @@ class AnswerDoFn(beam.DoFn):
             checksum = audio_checksum(self._asker.request(segment, tasks))
             recording = request.source.recording._replace(existing=Existing())
             asked = AskedRequest(recording, segment.segment_index, checksum, tasks, tuple(replies))
-            yield TaggedOutput(ASKED, asked)
+            yield TaggedOutput(ASKED, WindowedValue(asked, Timestamp.of(0), (GlobalWindow(),)))
         by_task = dict(zip(tasks, replies, strict=True))
         for gathered, wanted in recipients:
             own = segment._replace(recording=gathered.recording)
