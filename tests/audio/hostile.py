@@ -37,6 +37,10 @@ def ignore_signals():
         time.sleep(60)
 
 
+def doze():
+    time.sleep(0.2)
+
+
 def take_memory():
     bytearray(64 << 30)
 
