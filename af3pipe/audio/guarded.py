@@ -61,7 +61,7 @@ class Link:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
-        self._lines = b""
+        self._lines = bytearray()
         self._descriptors: list[int] = []
 
     def send(self, kind: str, *, descriptor: int | None = None, **fields: Any) -> None:
@@ -82,14 +82,16 @@ class Link:
         """
         if timeout_s != self._end.gettimeout():
             self._end.settimeout(None if timeout_s is None else max(timeout_s, 0.001))
-        while b"\n" not in self._lines:
+        searched = 0
+        while (end := self._lines.find(b"\n", searched)) < 0:
+            searched = len(self._lines)
             part, descriptors, _, _ = socket.recv_fds(self._end, 1 << 16, 1)
             if not part:
                 raise EOFError("the other side of the link is gone")
             self._lines += part
             self._descriptors += descriptors
-        line, _, self._lines = self._lines.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
+        message: dict[str, Any] = json.loads(self._lines[:end])
+        del self._lines[: end + 1]
         if "descriptor" in message:
             message["descriptor"] = self._descriptors.pop(0)
         return message

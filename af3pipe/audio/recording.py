@@ -11,12 +11,13 @@ from af3pipe.audio import lengths
 from af3pipe.audio.decoding import Asked, Decoding, OpenDecoding, Part, Piece, channel_index, open_in_process
 from af3pipe.audio.levels import SILENT_BELOW_DBFS, measure
 from af3pipe.audio.segments import AudioLimits, Cut, Cutter, decided_samples
-from af3pipe.schemas import MIX, Recording, Rejected, Segment
+from af3pipe.schemas import MIX, Recording, Rejected, Segment, channel_text
 
 OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
 
 HELD_S = 1200.0
 """How much audio the parts of one pass may gather at once, in seconds: 77 MB at 16 kHz."""
+_MOST_PARTS = 20_000  # of one pass: a decoder process keeps them in mind, some 15 MB
 
 
 def read_segments(
@@ -83,7 +84,7 @@ def read_parts(
     - for parts of the mix and of single channels of one stream, in formats that FFmpeg reads, where the number of
       channels may change half-way;
     - where parts that overlap would gather more than `HELD_S` of audio at once: those that do not fit are decoded
-      again rather than held. One part alone always fits;
+      again rather than held. One part alone always fits. So are those beyond the first 20,000;
     - where the decoder fails, and parts behind that place can be reached by an exact seek.
 
     Args:
@@ -100,7 +101,7 @@ def read_parts(
         they are complete. Each part ends exactly once: by a segment with `is_last`, or by a Rejected.
 
     Raises:
-        ValueError: An offset or a duration is not finite, or an offset is negative.
+        ValueError: An offset or a duration is not finite, an offset is negative, or a channel has no such name.
         Exception: What opening and reading raise other than Rejected: GuardError, DecoderError, errors of the file.
             It concerns all parts that have not ended.
     """
@@ -137,7 +138,8 @@ def _part(recording: Recording, policy: _Policy) -> Part:
             "it counts from the start of the object"
         )
     most = None if policy.over_length == "split" else decided_samples(policy.limits)
-    return Part(offset_s, None if duration_s is None else float(duration_s), recording.channel, most)
+    channel = channel_text(recording.channel)
+    return Part(offset_s, None if duration_s is None else float(duration_s), channel, most)
 
 
 class _Reading:
@@ -162,10 +164,18 @@ class _Reading:
         limits = self._policy.limits
         stated = decoding.stated_samples(self.part)
         wanted_s = self.part.duration_s if stated is None else stated / limits.sample_rate
-        return limits.max_s if wanted_s is None else min(wanted_s, limits.max_s)
+        return limits.max_s if wanted_s is None else min(max(wanted_s, 0.0), limits.max_s)
+
+    def ends_s(self) -> float:
+        """Where in the object it is done with, in seconds; infinite where that is at the end."""
+        most, duration_s = self.part.most_samples, self.part.duration_s
+        until_s = math.inf if duration_s is None else self.part.offset_s + duration_s
+        return until_s if most is None else min(until_s, self._end_s(most))
 
     def take(self, piece: Piece, decoding: Decoding) -> Iterator[tuple[int, Segment | Rejected]]:
-        """The outcomes that its next samples make."""
+        """The outcomes that its next samples make; none once it has ended, where what was decoded goes on."""
+        if self.has_ended:
+            return
         if self._cutter is None:
             tolerance_s = min(self._policy.split_tolerance_s, self._policy.limits.max_s)
             tolerance = round(tolerance_s * self._policy.limits.sample_rate)
@@ -178,7 +188,9 @@ class _Reading:
         for cut in self._cutter.push(piece.samples):
             yield from self._give(cut, decoding)
             del cut  # or it is held while the next one is gathered
-        if not piece.is_end or self.has_ended:
+            if self.has_ended:
+                return
+        if not piece.is_end:
             return
         if piece.rejected is not None:
             yield from self.reject(piece.rejected)
@@ -190,14 +202,11 @@ class _Reading:
 
     def reject(self, rejected: Rejected) -> Iterator[tuple[int, Rejected]]:
         """Ends all recordings that are this part."""
-        self.has_ended = True
-        self._cutter = None
+        self._end()
         for index, _ in self.takers:
             yield index, rejected
 
     def _give(self, cut: Cut, decoding: Decoding) -> Iterator[tuple[int, Segment | Rejected]]:
-        if self.has_ended:
-            return
         policy = self._policy
         decided_s = self._end_s(decided_samples(policy.limits))  # so much is there at least, where more follows
         if policy.rejects_long and not cut.is_last:
@@ -209,7 +218,8 @@ class _Reading:
             info = info._replace(duration_s=decoding.position_s)
         elif is_truncated and not cut.is_last:
             info = info._replace(duration_s=max(info.duration_s or 0.0, decided_s))
-        self.has_ended = cut.is_last or is_truncated
+        if cut.is_last or is_truncated:
+            self._end()
         index, self._segments = self._segments, self._segments + 1
         levels = measure(cut.samples, silent_below_dbfs=policy.silent_below_dbfs)
         tolerance_s = policy.split_tolerance_s
@@ -230,6 +240,10 @@ class _Reading:
                 ),
             )
 
+    def _end(self) -> None:
+        self.has_ended = True
+        self._cutter = None  # with what it gathered beyond
+
     def _end_s(self, samples: int) -> float:
         """Where so many samples of it end, in seconds from the start of the object."""
         return self.part.offset_s + samples / self._policy.limits.sample_rate
@@ -249,6 +263,8 @@ def _read_stream(
         while readings := [reading for reading in readings if not reading.has_ended]:
             with open_decoding(file, asked) as decoding:
                 yield from _read_pass(decoding, readings, policy)
+            if not any(reading.has_ended for reading in readings):
+                raise RuntimeError("a pass over the file ended none of its parts; another one would not either")
     except Rejected as rejected:
         for reading in readings:
             if not reading.has_ended:
@@ -292,18 +308,19 @@ def _of_one_kind(readings: list[_Reading], decoding: Decoding) -> list[_Reading]
 
 
 def _that_fit(readings: list[_Reading], decoding: Decoding) -> list[_Reading]:
-    """Of parts sorted by offset, those that never gather more than `HELD_S` at once; the first one at least."""
+    """Of parts sorted by offset, those that never gather more than `HELD_S` at once; at least the first one."""
     chosen: list[_Reading] = []
     open_: list[tuple[float, float]] = []  # where a part ends, and what it gathers, in seconds
     held_s = 0.0
     for reading in readings:
-        offset_s, duration_s = reading.part.offset_s, reading.part.duration_s
-        while open_ and open_[0][0] <= offset_s:
+        while open_ and open_[0][0] <= reading.part.offset_s:
             held_s -= heappop(open_)[1]
         gathers_s = reading.gathers_s(decoding)
         if open_ and held_s + gathers_s > HELD_S:
             continue
-        heappush(open_, (math.inf if duration_s is None else offset_s + duration_s, gathers_s))
+        if len(chosen) == _MOST_PARTS:
+            break
+        heappush(open_, (reading.ends_s(), gathers_s))
         held_s += gathers_s
         chosen.append(reading)
     return chosen

@@ -208,11 +208,12 @@ PARTS = [
     part(70, 2),
     part(1, 0),
     part(1, 1, "7"),
+    *(part(0.01 * index, 20) for index in range(9)),
 ]
 
 
 @pytest.mark.parametrize("name", ["wav", "flac broken", "flac cut", "mp3", "m4a cut", "wav with a NaN", "no audio"])
-@pytest.mark.parametrize("over_length", ["dead-letter", "split"])
+@pytest.mark.parametrize("over_length", ["dead-letter", "truncate", "split"])
 def test_in_another_process_it_is_the_same(pool, name, over_length):
     here = ends(made(name), PARTS, over_length)
     there = ends(made(name), PARTS, over_length, open_decoding=pool.open)
@@ -279,6 +280,8 @@ def test_parts_that_never_overlap_all_fit(monkeypatch):
     passes = Passes()
     ends(made("wav"), [part(index, 1) for index in range(33)], open_decoding=passes)
     assert len(passes.parts) == 1
+    ends(made("wav"), [part(index * 4.5, None) for index in range(7)], "truncate", open_decoding=(passes := Passes()))
+    assert len(passes.parts) == 1  # each ends at the cap of 4 s
     ends(made("wav"), [part(0, None), part(0.5, 1), part(1, 1)], open_decoding=(passes := Passes()))
     assert list(map(len, passes.parts)) == [2, 1]
 
