@@ -123,6 +123,8 @@ class _Track:
         is_last = self.end is not None and behind >= self.end
         samples = self._resampled(wanted, is_last=is_last)
         self.is_done = is_last or (self._most is not None and self._given >= self._most)
+        if self.is_done:
+            self._resampler = None  # others of the same block may need the memory
         yield Piece(self.index, samples, self.is_done)
 
     def finish(self) -> Piece:
@@ -133,6 +135,7 @@ class _Track:
     def rejected(self, rejected: Rejected) -> Piece:
         """The end of this part for a reason that may be other parts' as well."""
         self.is_done = True
+        self._resampler = None
         again = Rejected(
             rejected.stage,
             rejected.reason,
@@ -151,7 +154,16 @@ class _Track:
         else:
             if self._resampler is None:  # now, and not for each of a thousand parts that wait
                 self._resampler = soxr.ResampleStream(in_rate, out_rate, 1, dtype="float32", quality="HQ")
-            samples = self._resampler.resample_chunk(block, last=is_last)
+            # A second at a time: it keeps buffers for the longest block it ever got, 2 MB for 10 s.
+            starts = range(0, max(len(block), 1), in_rate)
+            samples = np.concatenate(
+                [
+                    self._resampler.resample_chunk(
+                        block[start : start + in_rate], last=is_last and start == starts[-1]
+                    )
+                    for start in starts
+                ]
+            )
             if is_last:
                 # soxr rounds the length to the nearest sample, librosa up: it pads the one that may be missing with
                 # silence.
@@ -179,6 +191,7 @@ class _SourceDecoding(Decoding):
         active: list[_Track] = []
         if not waiting:
             return
+        del tracks  # each is let go of when it is done
         begins = waiting[0].first
         if begins and not self._seek(waiting[0]):
             yield from self._end([], waiting, begins)

@@ -17,6 +17,8 @@ OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
 
 HELD_S = 1200.0
 """How much audio the parts of one pass may gather at once, in seconds: 77 MB at 16 kHz."""
+# Each has a resampler that takes 0.5 MB, in a decoder process that may have 64 MiB.
+_MOST_AT_ONCE = 64
 _MOST_PARTS = 20_000  # of one pass: a decoder process keeps them in mind, some 15 MB
 
 
@@ -83,8 +85,9 @@ def read_parts(
     - for each audio stream that is chosen (`Recording.stream`);
     - for parts of the mix and of single channels of one stream, in formats that FFmpeg reads, where the number of
       channels may change half-way;
-    - where parts that overlap would gather more than `HELD_S` of audio at once: those that do not fit are decoded
-      again rather than held. One part alone always fits. So are those beyond the first 20,000;
+    - where parts that overlap would gather more than `HELD_S` of audio at once, or are more than 64: those that do
+      not fit are decoded again rather than held. One part alone always fits;
+    - where there are more than 20,000 parts;
     - where the decoder fails, and parts behind that place can be reached by an exact seek.
 
     Args:
@@ -308,7 +311,7 @@ def _of_one_kind(readings: list[_Reading], decoding: Decoding) -> list[_Reading]
 
 
 def _that_fit(readings: list[_Reading], decoding: Decoding) -> list[_Reading]:
-    """Of parts sorted by offset, those that never gather more than `HELD_S` at once; at least the first one."""
+    """Of parts sorted by offset, those that one pass can read in bounded memory; at least the first one."""
     chosen: list[_Reading] = []
     open_: list[tuple[float, float]] = []  # where a part ends, and what it gathers, in seconds
     held_s = 0.0
@@ -316,7 +319,7 @@ def _that_fit(readings: list[_Reading], decoding: Decoding) -> list[_Reading]:
         while open_ and open_[0][0] <= reading.part.offset_s:
             held_s -= heappop(open_)[1]
         gathers_s = reading.gathers_s(decoding)
-        if open_ and held_s + gathers_s > HELD_S:
+        if open_ and (held_s + gathers_s > HELD_S or len(open_) == _MOST_AT_ONCE):
             continue
         if len(chosen) == _MOST_PARTS:
             break

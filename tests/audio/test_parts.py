@@ -260,8 +260,8 @@ def test_a_long_gap_is_skipped_and_what_follows_the_last_part_is_not_decoded():
     file = CountingFile(data)
     assert reasons(ends(file, [part(200, 3), part(5, 3)])) == [None, None]
     assert file.bytes_read < 0.15 * len(data)
-    file = CountingFile(make.encoded(make.mp3, 300, 16000))
-    assert reasons(ends(file, [part(100, 3), part(5, 3)])) == [None, None]
+    file = CountingFile(make.encoded(make.mp3, 120, 16000))
+    assert reasons(ends(file, [part(40, 3), part(5, 3)])) == [None, None]
     assert 0.3 < file.bytes_read / len(file.getvalue()) < 0.6
 
 
@@ -308,6 +308,14 @@ def test_memory_is_bounded_however_many_overlap():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     # 30 s, and what a pass needs whatever it reads: a block of 10 s in two shapes, its resampled form, the parts.
     assert int(done.stdout) < 4 * RATE * 30 + 8_000_000
+
+
+@pytest.mark.parametrize("duration_s", [0.01, 0.1, 12])
+def test_a_decoder_process_needs_little_memory_however_many_parts_there_are(duration_s):
+    parts = [part(index / 50, duration_s) for index in range(1000)]
+    with DecoderPool(DecoderLimits(memory_mib=64)) as pool:
+        found = ends(made("wav"), parts, "truncate", open_decoding=pool.open)
+    assert reasons(found) == [Reason.TOO_SHORT if duration_s < 0.03 else None] * 1000
 
 
 def test_the_parts_in_front_of_a_break_and_behind_it_are_unharmed():
