@@ -1,3 +1,4 @@
+import enum
 import errno
 import io
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from botocore.exceptions import ClientError
+from s3fs.errors import translate_boto_error
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
@@ -300,6 +303,19 @@ def client_error(status):
     return error
 
 
+def botocore_error(code, status):
+    """As s3fs raises it, from botocore's own exception."""
+    reply = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(ClientError(reply, "GetObject"))
+
+
+def azure_error(code, status):
+    """As azure.storage.blob has it: the code is a member of its enumeration of strings."""
+    error = type("HttpResponseError", (Exception,), {})("This operation is not permitted on an archived blob.")
+    error.status_code, error.error_code = status, enum.Enum("StorageErrorCode", {"FOUND": code}, type=str).FOUND
+    return error
+
+
 ClientPayloadError = type("ClientPayloadError", (Exception,), {})
 
 TRANSIENT = {
@@ -317,6 +333,13 @@ FINAL = {
     "denied": (lambda: PermissionError("a"), Reason.PERMISSION_DENIED),
     "gcs 403": (lambda: HttpError(403), Reason.PERMISSION_DENIED),
     "gcsfs 403": (lambda: OSError("Forbidden: bucket/a\nno access"), Reason.PERMISSION_DENIED),
+    "s3 archived": (lambda: botocore_error("InvalidObjectState", 403), Reason.ARCHIVED),
+    "s3 forbidden": (lambda: botocore_error("AccessDenied", 403), Reason.PERMISSION_DENIED),
+    "s3 replaced": (lambda: botocore_error("PreconditionFailed", 412), Reason.CHANGED),
+    "azure archived": (lambda: azure_error("BlobArchived", 409), Reason.ARCHIVED),
+    "azure restoring": (lambda: azure_error("BlobBeingRehydrated", 409), Reason.ARCHIVED),
+    "azure forbidden": (lambda: azure_error("AuthorizationPermissionMismatch", 403), Reason.PERMISSION_DENIED),
+    "gcsfs 412": (lambda: FileExistsError("https://storage.googleapis.com/a"), Reason.CHANGED),
     "s3 400": (lambda: client_error(400), Reason.UNREADABLE),
     "name too long": (lambda: OSError(errno.ENAMETOOLONG, "long"), Reason.UNREADABLE),
 }

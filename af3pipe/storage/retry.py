@@ -57,6 +57,8 @@ _INVALID = frozenset(
         "ClientAuthenticationError",
     }
 )
+# By the store's own code, since their statuses (403, 409) mean other things, too.
+_ARCHIVED = frozenset({"InvalidObjectState", "BlobArchived", "BlobBeingRehydrated"})
 # What a 401 of theirs is about is the account. One web server's says nothing of the next, and Hugging Face's hub
 # answers so for a repository that does not exist.
 _STORES_OF_ACCOUNTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
@@ -148,6 +150,8 @@ def explained(error: Exception, uri: str, stage: Stage, tried: str = "") -> Reje
     detail = {
         Reason.NOT_FOUND: f"There is no object {uri}.",
         Reason.PERMISSION_DENIED: f"{uri} may not be read: {cause(error)}.",
+        Reason.ARCHIVED: f"{uri} is archived and must be restored before it can be read: {cause(error)}.",
+        Reason.CHANGED: f"{uri} was replaced after it was listed: it no longer has the listed version.",
     }.get(reason, f"{uri} could not be read{tried}: {cause(error)}.")
     return Rejected(stage, reason, redact(detail))
 
@@ -185,10 +189,23 @@ def _reason(error: BaseException) -> Reason | None:
     """None for an error that says nothing about the object."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return Reason.NOT_FOUND
+    if _is_archived(error):
+        return Reason.ARCHIVED
+    if _is_replaced(error):
+        return Reason.CHANGED
     if _is_denied(error):
         return Reason.PERMISSION_DENIED
     is_refused = "ParamValidationError" in _class_names(error)  # botocore, of a name that no bucket can have
     return Reason.UNREADABLE if is_refused or isinstance(error, OSError) or _is_transient(error) else None
+
+
+def _is_archived(error: BaseException) -> bool:
+    return any(_code(found) in _ARCHIVED for found in _chain(error))
+
+
+def _is_replaced(error: BaseException) -> bool:
+    """Whether a read that was conditional on a version was refused. gcsfs raises FileExistsError for any 412."""
+    return status_of(error) == 412 or isinstance(error, FileExistsError)
 
 
 def _is_denied(error: BaseException) -> bool:
@@ -201,6 +218,8 @@ def _is_denied(error: BaseException) -> bool:
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)):
+        return False
+    if _is_archived(error):
         return False
     if _is_denied(error):
         return False
@@ -225,9 +244,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _code(error: BaseException) -> str:
-    """The store's own word for what is wrong, as botocore has it."""
+    """The store's own error code, as botocore and Azure's client have it."""
     response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+    if isinstance(response, dict):
+        return str(response.get("Error", {}).get("Code", ""))
+    code = getattr(error, "error_code", None) or ""  # of Azure's client, an enumeration of strings
+    return str(getattr(code, "value", code))
 
 
 def status_of(error: BaseException) -> int | None:

@@ -27,7 +27,7 @@ def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[s
         allow_prefixes: URLs that stand for all that is below them.
 
     Raises:
-        Rejected: permission_denied; says which row, which URL and what to do.
+        Rejected: not_allowed; says which row, which URL and what to do.
     """
     if not is_remote(source):
         return
@@ -39,7 +39,7 @@ def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[s
         return
     else:
         why = f"which is outside {own_prefix(source)}; if you trust it, allow it: --allow-prefix {own_prefix(url)}"
-    raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}")
+    raise Rejected(Stage.LIST, Reason.NOT_ALLOWED, f"{where} names {url}, {why}")
 
 
 def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> Non
         allow_prefixes: URLs, or folders of this machine, that stand for all that is below them.
 
     Raises:
-        Rejected: permission_denied; says which message, which URL and what to do.
+        Rejected: not_allowed; says which message, which URL and what to do.
     """
     if _may_lead_elsewhere(url):
         why = _ELSEWHERE
@@ -62,7 +62,7 @@ def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> Non
     else:
         allowed = ", ".join(allow_prefixes) or "nothing"
         why = f"and messages may name {allowed}; if you trust it, allow it: --allow-prefix {own_prefix(url)}"
-    raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}")
+    raise Rejected(Stage.LIST, Reason.NOT_ALLOWED, f"{where} names {url}, {why}")
 
 
 def is_remote(uri: str) -> bool:
