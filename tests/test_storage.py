@@ -17,7 +17,7 @@ from s3fs.errors import translate_boto_error
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
-from af3pipe.storage import listing, retry
+from af3pipe.storage import objects, retry
 
 NOBODY = 65534
 ODD_NAMES = [
@@ -114,7 +114,7 @@ class TestListing:
         uri = str(tmp_path / name)
         storage.write_atomic(uri, b"12345")
         [found] = storage.list_objects(uri)
-        assert found == storage.ObjectInfo(uri, 5, None, found.mtime)
+        assert found == storage.ObjectInfo(uri, 5, None, found.mtime, uri)
         assert uris(tmp_path) == [uri]
         assert storage.stat(uri) == found
         with storage.open_input(uri, size_bytes=5) as file:
@@ -199,8 +199,8 @@ class TestListing:
     ids=["s3", "gcs", "local", "naive", "nothing"],
 )
 def test_every_store_names_tag_and_time_its_own_way(info, etag, mtime):
-    found = listing.object_info(fsspec.filesystem("memory"), {"name": "/b/a.wav", "size": 1, "type": "file", **info})
-    assert found == storage.ObjectInfo("memory:///b/a.wav", 1, etag, mtime)
+    found = objects.object_info(fsspec.filesystem("memory"), {"name": "/b/a.wav", "size": 1, "type": "file", **info})
+    assert found == storage.ObjectInfo("memory:///b/a.wav", 1, etag, mtime, "memory:///b/a.wav")
 
 
 class TestReading:

@@ -46,7 +46,7 @@ class Reason(str, Enum):
 
     @property
     def retryable(self) -> bool:
-        """Whether every later run tries again: true for what the world or the machine did, not for what the input is."""
+        """Whether every later run tries again: true for what the world or the machine did, not the input itself."""
         return self in _RETRYABLE
 
 

@@ -13,7 +13,6 @@ import os
 import re
 import tarfile
 import threading
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, unquote
 
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.names import expanded
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.storage.reading import FIRST_BYTES, RetriedReads, open_raw
 from af3pipe.storage.stores import locate
@@ -109,12 +109,17 @@ def find(uri: str) -> Span | Cell | None:
     if member is None:
         return None
     if "://" not in uri:
-        return None if os.path.lexists(Path(uri).expanduser()) else member  # False of a name too long for a file
+        return None if is_file(uri) else member
     try:
         _check_exists(member.container)
     except Rejected as rejected:
         return None if rejected.reason is Reason.NOT_FOUND else member  # who may not ask may yet read
     return member
+
+
+def is_file(uri: str) -> bool:
+    """Returns whether a local file has this very name, `#` and all. A name too long for a file is none's."""
+    return "://" not in uri and os.path.lexists(expanded(uri))
 
 
 @functools.lru_cache(1024)
@@ -132,7 +137,8 @@ def stat(member: Span | Cell) -> "storage.ObjectInfo":
     info = storage.stat(member.container)
     etag = identity(info)
     size_bytes = member.size_bytes if isinstance(member, Span) else _cells.read(member, etag).size
-    return storage.ObjectInfo(member.uri, size_bytes, etag, info.mtime)
+    canonical = member._replace(container=info.canonical).uri
+    return storage.ObjectInfo(member.uri, size_bytes, etag, info.mtime, canonical)
 
 
 def open_member(member: Span | Cell) -> BinaryIO:
