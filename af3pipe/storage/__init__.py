@@ -32,6 +32,7 @@ from af3pipe.storage.secrets import redact, redact_values
 from af3pipe.storage.stores import info as _info
 from af3pipe.storage.stores import is_local as _is_local
 from af3pipe.storage.stores import locate as _locate
+from af3pipe.storage.versions import VersionedFile, version_check
 from af3pipe.storage.walk import Wanted, has_wildcard
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ObjectInfo",
     "StorageError",
     "StorageOptions",
+    "VersionedFile",
     "canonical",
     "check_options",
     "check_writable",
@@ -50,6 +52,7 @@ __all__ = [
     "list_objects",
     "name",
     "open_input",
+    "open_version",
     "parent",
     "read_bytes",
     "redact",
@@ -122,6 +125,35 @@ def stat(uri: str) -> ObjectInfo:
     return object_info(fs, _info(fs, path, uri, Stage.READ))
 
 
+def open_version(listed: ObjectInfo) -> VersionedFile:
+    """Opens an object as it was listed: `with storage.open_version(info) as file:`. It reads as `open_input` does.
+
+    In S3 and Google Cloud Storage every read is of the listed etag or generation. A local file's size and time are
+    compared when it is opened and when it is left, an object's of any other store when it is left. What was not
+    listed (None) is not compared.
+
+    Args:
+        listed: As `list_objects` or `stat` gave it: of a member of a container (`x.tar#offset=...`), with the etag of
+            its shard.
+
+    Raises:
+        Rejected: changed, where it is not what was listed: from opening, from each read, and from leaving the `with`
+            block. Read nothing into what was read then: `stat` it and open it again. Else as `open_input`.
+        CredentialsError: As `open_input`.
+    """
+    if (member := members.find(listed.uri)) is not None:
+        return members.open_member_version(member, listed)
+    fs, path = _locate(listed.uri)
+    raw = open_raw(fs, path, listed.uri, listed.size_bytes, listed.etag)
+    try:
+        check = version_check(fs, path, listed, raw)
+    except BaseException:
+        raw.close()
+        raise
+    block_bytes = BLOCK_BYTES if _is_local(fs) else FIRST_BYTES
+    return VersionedFile(RetriedReads(raw, listed.uri), block_bytes, check)
+
+
 def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
     """Opens an object for reading: seekable, every read tried up to five times.
 
@@ -133,7 +165,8 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
         size_bytes: Where the listing stated it; saves a request on most stores.
 
     Raises:
-        Rejected: not_found, permission_denied or unreadable; from every read, too.
+        Rejected: not_found, permission_denied, archived, unreadable, or unsupported_format for a name that its store
+            cannot have; from every read, too, and changed where S3 has another version by then.
         CredentialsError: The store does not know who asks; from every read, too.
     """
     if (member := members.find(uri)) is not None:

@@ -1,6 +1,7 @@
 """Describes an object as its store does, in the same words for every store."""
 
 from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 from af3pipe.storage import names
@@ -56,7 +57,9 @@ def _mtime(info: dict[str, Any]) -> str | None:
         value = datetime.fromtimestamp(value, timezone.utc)
     if isinstance(value, str):
         try:
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 knows no Z
+            # Of a web server, "Tue, 02 Jan 2024 03:04:05 GMT"; Python 3.10 knows no Z.
+            is_http = "," in value
+            value = parsedate_to_datetime(value) if is_http else datetime.fromisoformat(value.replace("Z", "+00:00"))
         except ValueError:
             return None
     if not isinstance(value, datetime):

@@ -152,7 +152,7 @@ def explained(error: Exception, uri: str, stage: Stage, tried: str = "") -> Reje
         Reason.PERMISSION_DENIED: f"{uri} may not be read: {cause(error)}.",
         Reason.UNSUPPORTED_FORMAT: f"{uri} is no name that an object can have: {cause(error)}. Correct it.",
         Reason.ARCHIVED: f"{uri} is archived and must be restored before it can be read: {cause(error)}.",
-        Reason.CHANGED: f"{uri} was replaced after it was listed: it no longer has the listed version.",
+        Reason.CHANGED: f"{uri} was replaced or modified after it was listed: it no longer has the listed version.",
     }.get(reason, f"{uri} could not be read{tried}: {cause(error)}.")
     return Rejected(stage, reason, redact(detail))
 
