@@ -335,3 +335,12 @@ def test_a_large_local_folder_is_whole(tmp_path):
     for number in range(2 * listing._PAGE):
         (tmp_path / f"{number}.wav").touch()
     assert len(list(storage.list_objects(str(tmp_path)))) == 2 * listing._PAGE
+
+
+def test_what_is_read_of_a_listed_object_is_its_listed_version(s3):
+    bucket = synthetic_s3.Bucket(20, 0, seconds=0.01)
+    fill(s3, bucket)
+    for info in storage.list_objects("s3://bucket"):
+        with storage.open_version(info) as file:
+            assert file.read() == bucket.body
+    assert s3.requests == {"list": 1, "get": 20, "head": 1}  # one to see that there is the bucket
