@@ -1,9 +1,9 @@
-"""What the job says of its stores: URL prefix to the options of that store's client, for the whole process."""
+"""Keeps the storage options of the job for this process: URL prefix to the options of that store's client."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import fsspec
+from af3pipe.storage.names import openable
 
 StorageOptions = Mapping[str, Mapping[str, Any]]
 
@@ -62,11 +62,5 @@ def all_options() -> list[dict[str, Any]]:
 
 def _parts(uri: str) -> tuple[str, str]:
     """Store and path, alike for all spellings of one place: `s3a://a` and `s3://a/`, `memory://a` and `memory:///a`."""
-    protocol, _, path = uri.partition("://")
-    if protocol in ("http", "https") or "::" in protocol:
-        return protocol, path.strip("/")
-    try:
-        known = fsspec.get_filesystem_class(protocol).protocol
-    except (ImportError, ValueError):  # said where the store is opened
-        known = protocol
-    return (known if isinstance(known, str) else known[0]), path.strip("/")
+    protocol, _, path = openable(uri).partition("://")
+    return protocol, path.strip("/")

@@ -29,6 +29,7 @@ from af3pipe.schemas import (
 )
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms.inputs.access import check_named
+from af3pipe.transforms.inputs.own_files import is_own_table, own_file
 from af3pipe.transforms.outcome import to_dead_letter
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
@@ -210,6 +211,8 @@ def _check_columns(uri: str, names: Sequence[str]) -> None:
 def _parquet_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
     # Or column chunks would be read whole.
     parquet = ParquetFile(file, buffer_size=1 << 20)
+    if is_own_table(parquet.schema_arrow):
+        raise own_file(uri)
     columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
     _check_columns(uri, columns)
     number = 0
@@ -251,7 +254,7 @@ def _recording(
             raise _bad(f"{where} names no audio; it needs one of the columns {', '.join(URI_COLUMNS)}")
         uri = storage.resolve(named, storage.parent(source))
         check_named(uri, source=source, where=where, allow_prefixes=allow_prefixes)
-        held = storage.ObjectInfo(uri, None, None, None)
+        held = storage.ObjectInfo(uri, None, None, None, storage.canonical(uri))
     offset_s = _seconds(columns.pop("offset", 0.0), "offset", where)
     duration = columns.pop("duration", None)
     duration_s = None if duration is None else _seconds(duration, "duration", where)

@@ -13,7 +13,7 @@ def is_allowed(url, source, *prefixes):
         check_named(url, source=source, where="line 7 of m", allow_prefixes=prefixes)
     except Rejected as rejected:
         return (rejected.reason, rejected.detail[: len(url) + 20]) != (
-            Reason.PERMISSION_DENIED,
+            Reason.NOT_ALLOWED,
             f"line 7 of m names {url}, ",
         )
     return True
