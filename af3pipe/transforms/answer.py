@@ -14,14 +14,17 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import Timestamp
 from apache_beam.utils.windowed_value import WindowedValue
 
+from af3pipe import storage
 from af3pipe.audio.recording import OverLength
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.schemas import (
     AudioObject,
+    DeadLetter,
     Existing,
     Reason,
     Recording,
     RecordingResult,
+    Rejected,
     Reply,
     Segment,
     Stage,
@@ -34,6 +37,7 @@ from af3pipe.transforms.ask import AskAudioFlamingo, AskedRequest, Asker, audio_
 from af3pipe.transforms.decode import DecodeAudio, Decoder
 from af3pipe.transforms.gather import PendingObject, Source
 from af3pipe.transforms.outcome import FATAL, to_dead_letter
+from af3pipe.transforms.plan import WorkKeys
 from af3pipe.transforms.result import rejected_result
 from af3pipe.transforms.stores import count_retries
 
@@ -47,11 +51,13 @@ class _Request(NamedTuple):
     """A segment's request at the engine.
 
     Attributes:
+        version: Of the object, as of `PendingObject`.
         wanted: For each recording of the source, what to request for it.
         tasks: Of all of them, each once.
     """
 
     pending: PendingObject
+    version: int
     source: Source
     segment: Segment
     wanted: tuple[Wanted, ...]
@@ -60,11 +66,16 @@ class _Request(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """What a decoding thread has come to: a source's segment or end, or with neither, the end of the object."""
+    """What a decoding thread has come to: a source's segment or rejection; with neither, the end of the object.
+
+    Attributes:
+        renewed: The recordings of all sources, where the object has changed and is decoded from its beginning.
+    """
 
     pending: PendingObject
     source: Source | None = None
     part: Segment | Exception | None = None
+    renewed: tuple[Recording, ...] | None = None
 
 
 _Event: TypeAlias = "_Decoded | _Request | BaseException"
@@ -135,18 +146,58 @@ class AnswerDoFn(beam.DoFn):
     def _decode(self, pending: PendingObject, events: "SimpleQueue[_Event]", room: threading.Semaphore) -> None:
         """Runs on a thread of the pool."""
         try:
-            recordings = [source.recording for source in pending.sources]
-            for index, part in self._decoder.parts_of(recordings):
-                while not room.acquire(timeout=1.0):
-                    if pending.is_cancelled:
-                        return
+            for event in self._decoded(pending):
+                if event.source is not None:
+                    while not room.acquire(timeout=1.0):
+                        if pending.is_cancelled:
+                            return
                 if pending.is_cancelled:
                     return
-                events.put(_Decoded(pending, pending.sources[index], part))
-                del part  # or it is held while the next one is decoded
-            events.put(_Decoded(pending))
+                events.put(event)
+                del event  # or it is held while the next one is decoded
         except BaseException as error:  # noqa: BLE001 - raised again on the bundle's thread
             events.put(error)
+
+    def _decoded(self, pending: PendingObject) -> Iterator[_Decoded]:
+        """Decodes an object; one that changes meanwhile once more, as it is then."""
+        gathered = [one for source in pending.sources for one in source.gathered]
+        recordings = [one.recording for one in gathered]
+        try:
+            yield from self._parts(pending, recordings)
+        except Rejected as rejected:
+            if rejected.reason is not Reason.CHANGED:
+                raise
+            changed = rejected
+        else:
+            return
+        try:
+            info = storage.stat(recordings[0].uri)
+            renewed = [self._renewed(one.recording, info, one.rejected) for one in gathered]
+            yield _Decoded(pending, renewed=tuple(renewed))
+            yield from self._parts(pending, renewed)
+        except Rejected as rejected:  # it changes all the time, or has gone
+            detail = f"{changed.detail} When it was read again: {rejected.detail}"
+            again = Rejected(rejected.stage, rejected.reason, detail)
+            yield _Decoded(pending, renewed=tuple(recordings))
+            for source in pending.sources:
+                yield _Decoded(pending, source, again)
+            yield _Decoded(pending)
+
+    def _parts(self, pending: PendingObject, recordings: Sequence[Recording]) -> Iterator[_Decoded]:
+        by_source = {recording.source_key: recording for recording in reversed(recordings)}
+        wanted = [by_source[source.recording.source_key] for source in pending.sources]
+        for index, part in self._decoder.parts_of(wanted):
+            yield _Decoded(pending, pending.sources[index], part)
+        yield _Decoded(pending)
+
+    def _renewed(self, recording: Recording, info: storage.ObjectInfo, letters: Sequence[DeadLetter]) -> Recording:
+        """A recording as its object is now; nothing of earlier runs is about that."""
+        renewed = recording._replace(
+            size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime, existing=Existing()
+        )
+        if recording.work_key is None:
+            return renewed
+        return WorkKeys(self._decoder, self._asker).add(renewed, letters)
 
     def _advance(self) -> Iterator[Any]:
         """Waits for the next thing to happen, and emits what came of it."""
@@ -173,8 +224,11 @@ class AnswerDoFn(beam.DoFn):
         return len(self._requests) >= most or self._audio_s + decoded.part.audio_s > most_s
 
     def _take(self, decoded: _Decoded) -> Iterator[Any]:
-        pending, source, part = decoded
-        if source is None:
+        pending, source, part, renewed = decoded
+        if renewed is not None:
+            metrics.count("objects_changed")
+            pending.restart(renewed)
+        elif source is None:
             pending.is_decoded = True
         else:
             self._room.release()
@@ -201,7 +255,7 @@ class AnswerDoFn(beam.DoFn):
         if not tasks:
             return
         future = self._asker.submit(segment, tasks)
-        request = _Request(pending, source, segment, tuple(wanted), tasks, future)
+        request = _Request(pending, pending.version, source, segment, tuple(wanted), tasks, future)
         self._requests.append(request)
         self._audio_s += segment.audio_s
         pending.requests += 1
@@ -211,6 +265,8 @@ class AnswerDoFn(beam.DoFn):
     def _gather(self, request: _Request) -> Iterator[Any]:
         """Takes the replies to a request; its failure is a dead letter of each recording that lacks an answer."""
         request.pending.requests -= 1
+        if request.version != request.pending.version:
+            return  # of an object that has changed since
         segment, tasks = request.segment, request.tasks
         recipients = list(zip(request.source.gathered, request.wanted, strict=True))
         try:

@@ -27,9 +27,14 @@ class Gathered:
     """What became of one recording so far."""
 
     def __init__(self, recording: Recording, letters: Sequence[DeadLetter], copies: Sequence[Answer]) -> None:
-        self.recording = recording
-        self.letters = list(letters)
+        self.rejected = tuple(letters)
         self._copies = {copy.answer_key: copy for copy in copies}
+        self.start(recording)
+
+    def start(self, recording: Recording) -> None:
+        """Begins, or begins again with another version of the recording."""
+        self.recording = recording
+        self.letters = list(self.rejected)
         self._answers: list[Answer] = []
         self._kept: list[Covered] = []
         self._parts: dict[str, list[Answer]] = defaultdict(list)
@@ -78,7 +83,16 @@ class Source(NamedTuple):
 
 
 class PendingObject:
-    """An object under way: its sources, how many requests have no reply yet, and whether all of it is decoded."""
+    """An object under way: its sources, and how far it is.
+
+    Attributes:
+        sources: The pieces of audio wanted of it.
+        rejected: Dead letters of recordings that were rejected before, by recording.
+        version: How often the object was found to have changed.
+        requests: How many have no reply yet.
+        is_decoded: Whether all of it is.
+        is_cancelled: Whether nobody waits for it any more.
+    """
 
     def __init__(self, found: AudioObject | Recording) -> None:
         letters: dict[str, list[DeadLetter]] = defaultdict(list)
@@ -94,10 +108,24 @@ class PendingObject:
             by_source[recording.source_key].append(Gathered(recording, letters.pop(own, ()), copies[own]))
         self.sources = [Source(tuple(gathered)) for gathered in by_source.values()]
         self.rejected = list(letters.values())
+        self.version = 0
         self.requests = 0
         self.is_decoded = False
         self.is_cancelled = False
 
+    def restart(self, recordings: Sequence[Recording]) -> None:
+        """Drops what was gathered: the object has changed, and is decoded again.
+
+        Args:
+            recordings: Those of the sources, one after the other, as the object is now.
+        """
+        self.version += 1
+        renewed = iter(recordings)
+        for source in self.sources:
+            for gathered in source.gathered:
+                gathered.start(next(renewed))
+
     @property
     def is_done(self) -> bool:
+        """Whether nothing of it is under way any more."""
         return self.is_decoded and not self.requests

@@ -2,14 +2,15 @@
 
 import functools
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.tables.layout import FORMAT_KEY, TABLE_SCHEMAS
 from af3pipe.transforms import metrics
 
-_FORMAT_KEY = b"af3pipe.format"
 _RECORD_FOLDERS = ("_runs", "_compactions")
 # Of files without the key: older ones, and those that something else wrote again. No manifest has all of one row.
 _TABLES = (
@@ -22,13 +23,31 @@ _log = logging.getLogger(__name__)
 
 def is_own_table(schema: Any) -> bool:
     """Returns whether an Arrow schema is that of a table of an output: by the footer's key, else by its columns."""
-    return _FORMAT_KEY in (schema.metadata or {}) or any(table.issubset(schema.names) for table in _TABLES)
+    return FORMAT_KEY in (schema.metadata or {}) or any(table.issubset(schema.names) for table in _TABLES)
 
 
 def is_own_record(uri: str) -> bool:
     """Returns whether a name is that of a run's or a compaction's record: what is in their folders, but audio."""
     is_audio = storage.name(uri).rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
     return storage.name(storage.parent(uri)) in _RECORD_FOLDERS and not is_audio
+
+
+def excluded(name: str, outputs: Sequence[str]) -> list[str]:
+    """Returns the folders of which nothing is an input.
+
+    Args:
+        name: An input: a file, a folder or a glob.
+        outputs: Folders of outputs. One below the input is left out as a whole; of one that the input is in, or is,
+            only what af3pipe writes.
+    """
+    begins = storage.canonical(re.split(r"[*?\[]", name, maxsplit=1)[0]).rstrip("/")
+    folders = []
+    for output in map(storage.canonical, outputs):
+        if output != begins and output.startswith(begins):
+            folders.append(output)
+        else:
+            folders += [storage.join(output, folder) for folder in (*TABLE_SCHEMAS, *_RECORD_FOLDERS)]
+    return folders
 
 
 def own_file(uri: str) -> Rejected:
