@@ -108,7 +108,7 @@ def take_retries() -> int:
 
 
 def tries(uri: str) -> tenacity.Retrying:
-    """Calls a function up to five times, with growing waits, while its error may be temporary; raises the last one."""
+    """Calls a function up to five times with growing waits while its error may be temporary; raises the last one."""
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_transient(error) and not _account_fault(error, uri)),
         wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20),
