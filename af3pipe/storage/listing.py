@@ -31,13 +31,13 @@ def list_wanted(fs: Any, wanted: Wanted, uri: str) -> Iterator[ObjectInfo]:
         return iter(Walk(first, lambda task: _other_pages(fs, wanted, uri, task)))
     bucket, _, stem = wanted.stem.partition("/")
 
-    def page(stem: str, by_folder: bool, token: str | None) -> _Told:
+    def page(stem: str, by_folder: bool, token: str | None) -> _Answer:
         return retried(lambda: flat(fs, bucket, stem, "/" if by_folder else "", token), uri, Stage.LIST)
 
     return iter(Walk(stem, lambda task: _bucket_pages(fs, wanted, bucket, task, page)))
 
 
-class _Told(NamedTuple):
+class _Answer(NamedTuple):
     """One answer of a store: objects, as fsspec describes them, and folders below, with a slash; and how to go on."""
 
     objects: list[dict[str, Any]]
@@ -45,48 +45,48 @@ class _Told(NamedTuple):
     token: str | None
 
 
-def _s3_page(fs: Any, bucket: str, stem: str, delimiter: str, token: str | None) -> _Told:
+def _s3_page(fs: Any, bucket: str, stem: str, delimiter: str, token: str | None) -> _Answer:
     more = {"ContinuationToken": token} if token else {}
-    told = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=stem, Delimiter=delimiter, **more)
-    objects = [{**found, "name": found["Key"], "size": found["Size"]} for found in told.get("Contents", ())]
-    folders = [found["Prefix"] for found in told.get("CommonPrefixes", ())]
-    return _Told(objects, folders, told["NextContinuationToken"] if told.get("IsTruncated") else None)
+    answer = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=stem, Delimiter=delimiter, **more)
+    objects = [{**found, "name": found["Key"], "size": found["Size"]} for found in answer.get("Contents", ())]
+    folders = [found["Prefix"] for found in answer.get("CommonPrefixes", ())]
+    return _Answer(objects, folders, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
 
 
-def _gcs_page(fs: Any, bucket: str, stem: str, delimiter: str, token: str | None) -> _Told:
+def _gcs_page(fs: Any, bucket: str, stem: str, delimiter: str, token: str | None) -> _Answer:
     asked = {"prefix": stem, "delimiter": delimiter, "pageToken": token, "maxResults": _PAGE}
-    told = fs.call("GET", "b/{}/o", bucket, json_out=True, **{key: value for key, value in asked.items() if value})
-    return _Told(told.get("items", []), told.get("prefixes", []), told.get("nextPageToken"))
+    answer = fs.call("GET", "b/{}/o", bucket, json_out=True, **{key: value for key, value in asked.items() if value})
+    return _Answer(answer.get("items", []), answer.get("prefixes", []), answer.get("nextPageToken"))
 
 
 # Their own calls, since s3fs and gcsfs hold a whole listing, and all they ever listed, in memory.
-_FLAT: dict[str, Callable[[Any, str, str, str, str | None], _Told]] = {"s3": _s3_page, "gs": _gcs_page}
+_FLAT: dict[str, Callable[[Any, str, str, str, str | None], _Answer]] = {"s3": _s3_page, "gs": _gcs_page}
 
 
 def _bucket_pages(
-    fs: Any, wanted: Wanted, bucket: str, stem: str, page: Callable[[str, bool, str | None], _Told]
+    fs: Any, wanted: Wanted, bucket: str, stem: str, page: Callable[[str, bool, str | None], _Answer]
 ) -> Iterator[Page[str]]:
     """All below `stem`: a small folder by one request; a large one by its folders, side by side where that pays."""
     by_folder = not wanted.is_deep(f"{bucket}/{stem}")
-    told = page(stem, by_folder, None)
-    if not by_folder and told.token is not None:
-        beyond = [found["name"][len(stem) :] for found in told.objects]
+    answer = page(stem, by_folder, None)
+    if not by_folder and answer.token is not None:
+        beyond = [found["name"][len(stem) :] for found in answer.objects]
         below = {name.partition("/")[0] for name in beyond if "/" in name}
         # A request for each of many small folders takes longer than one after the other for all of them.
         if len(below) * THREADS <= _PAGE:
             by_folder = True
-            told = page(stem, by_folder, None)
+            answer = page(stem, by_folder, None)
     seen: set[str] = set()
     while True:
-        named = [{**found, "name": f"{bucket}/{found['name']}"} for found in told.objects]
+        named = [{**found, "name": f"{bucket}/{found['name']}"} for found in answer.objects]
         files = [object_info(fs, found) for found in named if _is_meant(wanted, found["name"])]
         # Some servers name a folder on each page that its objects would be on.
-        folders = [name for name in told.folders if name not in seen and wanted.goes_into(f"{bucket}/{name[:-1]}")]
+        folders = [name for name in answer.folders if name not in seen and wanted.goes_into(f"{bucket}/{name[:-1]}")]
         seen.update(folders)
         yield files, folders
-        if told.token is None:
+        if answer.token is None:
             return
-        told = page(stem, by_folder, told.token)
+        answer = page(stem, by_folder, answer.token)
 
 
 def _is_meant(wanted: Wanted, name: str) -> bool:
@@ -96,15 +96,17 @@ def _is_meant(wanted: Wanted, name: str) -> bool:
 
 def _other_pages(fs: Any, wanted: Wanted, uri: str, folder: str) -> Iterator[Page[str]]:
     try:
-        told = retried(lambda: fs.ls(folder, detail=True), uri, Stage.LIST)
+        answer = retried(lambda: fs.ls(folder, detail=True), uri, Stage.LIST)
     except Rejected as rejected:
         if rejected.reason is not Reason.NOT_FOUND:  # it has gone meanwhile, or a glob names none
             raise
         return
     fs.dircache.pop(folder, None)  # or everything that was ever listed stays in memory
     if "http" in protocols(fs):  # a page may link to anything
-        told = [found for found in told if found["name"].startswith(folder)]
-    names = [found["name"] for found in told if found["type"] == "directory" and found["name"] != folder]
+        answer = [found for found in answer if found["name"].startswith(folder)]
+    names = [found["name"] for found in answer if found["type"] == "directory" and found["name"] != folder]
     folders = [name for name in names if wanted.goes_into(name.rstrip("/"))]
-    files = [object_info(fs, found) for found in told if found["type"] == "file" and _is_meant(wanted, found["name"])]
+    files = [
+        object_info(fs, found) for found in answer if found["type"] == "file" and _is_meant(wanted, found["name"])
+    ]
     yield files, folders

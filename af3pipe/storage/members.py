@@ -1,4 +1,4 @@
-"""Audio inside other objects, under a URI of its own: what `storage.open_input` and `storage.stat` open it by.
+"""Opens audio that is inside other objects, by URIs of its own, for `storage.open_input` and `storage.stat`.
 
     s3://b/shard-000.tar#offset=1536&size=99&name=clip%201.flac      bytes of a tar shard or an Arrow stream
     data/train-00000.parquet#row=17&column=audio&name=clip.flac      a cell of a Parquet file
@@ -91,7 +91,7 @@ def _unquoted(name: str | None) -> str:
 
 
 def parse(uri: str) -> Span | Cell | None:
-    """What a URI names inside another object; None for any other URI."""
+    """Returns the member of a container that a URI names; None for any other URI."""
     found: Span | Cell | None = None
     if match := _SPAN.fullmatch(uri):
         found = Span(match[1], int(match[2]), int(match[3]), _unquoted(match[4]))
@@ -101,7 +101,7 @@ def parse(uri: str) -> Span | Cell | None:
 
 
 def find(uri: str) -> Span | Cell | None:
-    """As `parse`, but None where the URI is the name of an object.
+    """Returns what `parse` does, but None where an object has this very name.
 
     A local file of this very name goes first. On a store, where to ask for each would double the requests, it does
     so only where there is no such shard; that is asked once per shard and process.
@@ -129,12 +129,12 @@ def _check_exists(container: str) -> None:
 
 
 def identity(container: "storage.ObjectInfo") -> str:  # storage imports this module, too
-    """The `etag` of all that is in a shard: the shard's, or its size and modification time where it has none."""
+    """Returns the `etag` of everything in a shard: the shard's, else its size and modification time."""
     return container.etag or f"{container.size_bytes}:{container.mtime}"
 
 
 def stat(member: Span | Cell) -> "storage.ObjectInfo":
-    """Size of the member; etag and time of its shard. Raises as `open_member`."""
+    """Returns the size of a member, and etag and time of its shard. Raises as `open_member`."""
     info = storage.stat(member.container)
     etag = identity(info)
     size_bytes = member.size_bytes if isinstance(member, Span) else _cells.read(member, info).size

@@ -35,7 +35,7 @@ def set_options(options: StorageOptions) -> None:
 
 
 def check_options(options: StorageOptions) -> None:
-    """Raises ValueError, naming the prefix, for what `set_options` would not take."""
+    """Checks what `set_options` takes. Raises ValueError, which names the prefix."""
     for prefix, chosen in options.items():
         if "://" not in prefix:
             raise ValueError(f"{prefix!r} is no URL; name a store, a bucket or a folder, for example s3://archive/")
@@ -44,7 +44,7 @@ def check_options(options: StorageOptions) -> None:
 
 
 def options_for(uri: str) -> Chosen | None:
-    """What was set for the longest prefix of `uri`; None where nothing was, and for a local path."""
+    """Returns what was set for the longest prefix of `uri`; None where nothing was, and for a local path."""
     if not _chosen or "://" not in uri:
         return None
     store, path = _parts(uri)
@@ -56,7 +56,7 @@ def options_for(uri: str) -> Chosen | None:
 
 
 def all_options() -> list[dict[str, Any]]:
-    """Everything that is set: where secrets may be."""
+    """Returns everything that is set: where secrets may be."""
     return [chosen.options for chosen in _chosen]
 
 

@@ -1,4 +1,4 @@
-"""Which errors of a store may pass, the tries they get, and what is said of those that do not."""
+"""Retries calls to a store whose errors may be temporary, and turns the other errors into sentences."""
 
 import errno
 import threading
@@ -103,12 +103,12 @@ _retries = _Retries()
 
 
 def take_retries() -> int:
-    """How often this process has tried a store again since the last call."""
+    """Returns how many retries this process has made since the last call."""
     return _retries.take()
 
 
 def tries(uri: str) -> tenacity.Retrying:
-    """Calls a function up to five times, waiting longer each time, while its error may pass; raises the last one."""
+    """Calls a function up to five times with growing waits while its error may be temporary; raises the last one."""
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_transient(error) and not _account_fault(error, uri)),
         wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20),
@@ -119,7 +119,7 @@ def tries(uri: str) -> tenacity.Retrying:
 
 
 def retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
-    """Runs `call`, again where its error may pass, and says what is wrong with `uri` where it does not.
+    """Runs `call`, again where its error may be temporary, and explains what is wrong with `uri` where it is not.
 
     Raises:
         Rejected: The object, folder or bucket is to blame.
@@ -138,7 +138,7 @@ def retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
 
 
 def explained(error: Exception, uri: str, stage: Stage, tried: str = "") -> Rejected | None:
-    """What `retried` raises for an error; None where it says nothing about `uri`.
+    """Returns what `retried` raises for an error; None where the error says nothing about `uri`.
 
     Raises:
         CredentialsError: It is about the account.
@@ -255,7 +255,7 @@ def _code(error: BaseException) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, however its client states it (aiohttp, gcsfs, botocore; or their wrapper)."""
+    """Returns the HTTP status behind an error, as aiohttp, gcsfs or botocore state it, or what wraps them."""
     for seen in _chain(error):
         for name in ("status", "code", "status_code"):
             value = getattr(seen, name, None)
@@ -270,13 +270,13 @@ def status_of(error: BaseException) -> int | None:
 
 
 def cause(error: BaseException) -> str:
-    """What an error says, in one line without a full stop and without secrets."""
+    """Returns an error's message, in one line, without a full stop and without secrets."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return redact(" ".join(str(text).split()).rstrip("."))
 
 
 def advice(error: BaseException) -> str:
-    """One sentence: what to do about output that could not be written."""
+    """Returns a sentence: what to do about output that could not be written."""
     if isinstance(error, ImportError):
         return "Install the client of that store: pip install 'af3pipe[gcs]' or 'af3pipe[s3]'."
     if _is_denied(error):
