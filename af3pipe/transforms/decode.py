@@ -178,6 +178,8 @@ class Decoder(SentByLauncher):
                     silent_below_dbfs=self._silent_below_dbfs,
                     open_decoding=self._open_decoding,
                 ):
+                    if isinstance(part, Rejected) and part.reason is Reason.CHANGED:
+                        raise part
                     if not isinstance(part, Segment) or part.is_last:
                         ended.add(index)
                     yield index, part
