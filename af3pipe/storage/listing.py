@@ -50,16 +50,22 @@ def has_wildcard(path: str) -> bool:
 class Wanted:
     """Which files of a store are meant: all below a folder, or those that a glob matches.
 
+    Args:
+        path: Of the folder, or the glob.
+        is_glob: Which of the two it is.
+        prefix: Of a folder, only the files whose path below it begins so.
+
     Attributes:
         stem: What all their names begin with: as much as need be listed.
     """
 
-    def __init__(self, path: str, *, is_glob: bool) -> None:
+    def __init__(self, path: str, *, is_glob: bool, prefix: str = "") -> None:
         self._parts = path.split("/")
         self._first_stars = len(self._parts)
         self._files: re.Pattern[str] | None = None
         if not is_glob:
-            self.stem = f"{path.rstrip('/')}/" if path else ""
+            self.stem = (f"{path.rstrip('/')}/" if path else "") + prefix
+            self._begins = self.stem if prefix else ""
             return
         self.stem = _WILD.split(path, maxsplit=1)[0]
         self._first_stars = self._parts.index("**") if "**" in self._parts else len(self._parts) + 1
@@ -69,7 +75,7 @@ class Wanted:
 
     def has_file(self, name: str) -> bool:
         """Whether a file of this name, in the store's words, is meant."""
-        return self._files is None or self._files.match(name) is not None
+        return name.startswith(self._begins) if self._files is None else self._files.match(name) is not None
 
     def is_deep(self, stem: str) -> bool:
         """Whether files may be meant however deep below it they are."""
@@ -77,7 +83,9 @@ class Wanted:
 
     def goes_into(self, folder: str) -> bool:
         """Whether there may be such files below a folder, named without a slash at its end."""
-        if self._files is None or (depth := folder.count("/") + 1) > self._first_stars:
+        if self._files is None:
+            return f"{folder}/".startswith(self._begins)
+        if (depth := folder.count("/") + 1) > self._first_stars:
             return True
         return depth < len(self._folders) and self._folders[depth].match(folder) is not None
 
