@@ -170,7 +170,7 @@ class Checks:
         recordings = _Rows(files, ["recordings"], "terminal_state")
         latest = recordings.keys.newest(KeySet(recordings.keys.recording).codes)
         self.states = self._check_recordings(recordings, latest)
-        self.rows: dict[str, int] = {}
+        self.rows = dict.fromkeys((*ANSWER_TABLES, "recordings", "dead_letters"), 0)
         counts: dict[str, dict[str, Counter[str]]] = {}
         example: dict[str, str] = {}
         for what, tables, category, column in (

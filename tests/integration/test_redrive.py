@@ -71,7 +71,7 @@ def reasons(output):
 
 def states(output):
     found = latest(str(output)).read("recordings").to_pylist()
-    return {row["uri"].rpartition("/")[2]: row["settled_state"] for row in found}
+    return {row["uri"].rpartition("/")[2]: row["terminal_state"] for row in found}
 
 
 def test_what_was_repaired_succeeds_and_the_rest_stays_as_it_is(again):
