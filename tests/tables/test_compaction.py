@@ -202,7 +202,7 @@ def test_a_compaction_that_is_taken_for_dead_and_lives_loses_nothing(output, tmp
 
 @pytest.mark.slow
 def test_whatever_call_they_are_stopped_at(output, tmp_path, monkeypatch):
-    grid(output, tmp_path, Turns(monkeypatch), step=13)
+    grid(output, tmp_path, Turns(monkeypatch), step=23)
 
 
 def lost_by_hand(output, monkeypatch):
