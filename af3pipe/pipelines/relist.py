@@ -67,7 +67,9 @@ def relist(
     listed = _list(inputs, chosen)
     columns = ["recording_id", "uri", "size_bytes", "etag", "mtime"]
     held = view.read("recordings", columns)
-    at = pc.index_in(listed["recording_id"], value_set=held["recording_id"].combine_chunks()).combine_chunks()
+    # An id that was given to two files is two recordings.
+    ids, held_ids = (pc.binary_join_element_wise(rows["recording_id"], rows["uri"], "\0") for rows in (listed, held))
+    at = pc.index_in(ids, value_set=held_ids.combine_chunks()).combine_chunks()
     both = listed.filter(at.is_valid())
     then = held.take(at.drop_null())
     differ = {name: pc.fill_null(pc.not_equal(both[name], then[name]), False) for name in columns[2:]}
@@ -77,7 +79,7 @@ def relist(
         listed=len(listed),
         never=_first(listed.filter(at.is_null())),
         changed=_first(both.filter(changed)),
-        gone=_first(held.filter(pa.array(~is_in(held["recording_id"], listed["recording_id"])))),
+        gone=_first(held.filter(pa.array(~is_in(held_ids, ids)))),
     )
 
 

@@ -12,7 +12,8 @@ from af3pipe import cli
 from af3pipe.pipelines.audit import audit
 from af3pipe.tables import write
 from af3pipe.tables.compact import compact, recover
-from af3pipe.tables.latest import latest, open_compactions
+from af3pipe.tables.compaction_record import open_compactions
+from af3pipe.tables.latest import latest
 from af3pipe.transforms.inputs.read import list_recordings
 from tests import fixtures_audio as make
 from tests import outputs
