@@ -26,7 +26,7 @@ _BY_NAME = {"metadata": METADATA, "mtime": st.none() | _MOMENTS}
 
 def rows(row_class):
     hints = get_type_hints(row_class)
-    fields = (_BY_NAME.get(name) or _values(hints[name]) for name in row_class._fields)
+    fields = (_BY_NAME[name] if name in _BY_NAME else _values(hints[name]) for name in row_class._fields)
     return st.tuples(*fields).map(row_class._make)
 
 
