@@ -45,7 +45,9 @@ def test_a_dead_letter_knows_its_recording_in_every_field():
 
 
 def test_the_input_of_format_1_has_metadata_as_pairs():
-    found = recording_of(json.dumps({"recording": {"recording_id": "7", "uri": "a", "metadata": [["speaker", "Ada"]]}}))
+    found = recording_of(
+        json.dumps({"recording": {"recording_id": "7", "uri": "a", "metadata": [["speaker", "Ada"]]}})
+    )
     assert found == Recording("7", "a", metadata='{"speaker": "Ada"}')
 
 
@@ -68,7 +70,9 @@ def test_secrets_in_metadata_are_masked_and_all_of_it_stays_json(name, secret):
     assert recording_of(letter.input).metadata == letter.metadata
 
 
-@given(st.dictionaries(st.text(max_size=9), st.text(st.sampled_from('password=?&"\\\'{}: ,x'), max_size=20), max_size=4))
+@given(
+    st.dictionaries(st.text(max_size=9), st.text(st.sampled_from("password=?&\"\\'{}: ,x"), max_size=20), max_size=4)
+)
 def test_whatever_is_masked_the_metadata_stays_json(columns):
     letter = to_dead_letter(GONE, Recording("id", "a", metadata=to_metadata(columns)), stage=Stage.READ)
     assert len(json.loads(letter.metadata)) <= len(columns)
