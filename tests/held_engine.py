@@ -1,7 +1,7 @@
 """An engine that replies when the test has it reply. Registered in `ENGINES` by the test."""
 
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from af3pipe.models.engine import EngineInfo, EngineStats
 from af3pipe.models.family import open_checkpoint
@@ -24,7 +24,7 @@ class Held(NamedTuple):
 class HeldEngine:
     """Keeps its requests in `held`, in the order in which they come; one that is answered stays there."""
 
-    held: list = []
+    held: ClassVar[list] = []
 
     def __init__(self, options):
         model = open_checkpoint(options.model)

@@ -37,7 +37,7 @@ _RECORDING_COLUMNS = (
 )
 _ANSWER_COLUMNS = (
     *("uri", "recording_id", "source_key", "answer_key", "task", "question_id", "start_s", "end_s", "segments"),
-    *("duration_s", *Levels._fields, "etag", "size_bytes", "mtime", "metadata"),
+    *("duration_s", *Levels._fields, "etag", "size_bytes", "mtime", "metadata", "created_at"),
 )
 _LETTER_COLUMNS = ("uri", "recording_id", "dead_letter_key", "run_id")
 
@@ -70,6 +70,7 @@ class ExistingAnswer(NamedTuple):
     metadata: str
     file: str
     row: int
+    created_at: int
 
 
 class ExistingLetter(NamedTuple):
@@ -131,7 +132,6 @@ def _unusable(uri: str, why: str) -> storage.StorageError:
 
 
 def _recording(row: Mapping[str, Any], _: str, __: int) -> ExistingRecording:
-    created: datetime = row["created_at"]
     return ExistingRecording(
         row["uri"],
         row["recording_id"],
@@ -145,7 +145,7 @@ def _recording(row: Mapping[str, Any], _: str, __: int) -> ExistingRecording:
         row["offset_s"] or 0.0,
         row["channel"] or "mix",
         row["stream"],
-        round(created.timestamp() * 1e6),
+        _microseconds(row["created_at"]),
     )
 
 
@@ -160,7 +160,14 @@ def _answer(row: Mapping[str, Any], uri: str, number: int) -> ExistingAnswer:
         row["etag"] or f"{row['size_bytes']}:{_iso(row['mtime'])}",
     )
     return ExistingAnswer(
-        row["uri"], row["recording_id"], row["source_key"], covered, _metadata(row["metadata"]), uri, number
+        row["uri"],
+        row["recording_id"],
+        row["source_key"],
+        covered,
+        _metadata(row["metadata"]),
+        uri,
+        number,
+        _microseconds(row["created_at"]),
     )
 
 
@@ -171,6 +178,10 @@ def _letter(row: Mapping[str, Any], _: str, __: int) -> ExistingLetter:
 def _metadata(value: Any) -> str:
     """As JSON text; format 1 has a map."""
     return value if isinstance(value, str) else to_metadata(dict(value or ()))
+
+
+def _microseconds(value: datetime) -> int:
+    return round(value.timestamp() * 1e6)
 
 
 def _iso(value: Any) -> str | None:
@@ -217,7 +228,6 @@ def _whole(columns: dict[str, Any]) -> Answer:
     for name, hint in hints.items():
         if str(hint).startswith("tuple"):
             found[name] = tuple(found[name] or ())
-    created: datetime = columns["created_at"]
     return Answer(
         **found
         | {
@@ -225,7 +235,7 @@ def _whole(columns: dict[str, Any]) -> Answer:
             "mtime": _iso(found["mtime"]),
             "segments": tuple(TimedText(**piece) for piece in found["segments"]),
             "metadata": _metadata(found["metadata"]),
-            "created_at": round(created.timestamp() * 1e6),
+            "created_at": _microseconds(columns["created_at"]),
         }
     )
 
@@ -257,7 +267,7 @@ class ExistingRows:
         """Whether an earlier run has done all that is requested of a recording, and would not end otherwise now.
 
         So it is when a row has the same work and metadata, all rows that it names are still there, and none of its
-        dead letters is one that the next attempt may not meet.
+        dead letters is one that the next attempt may not meet; and no newer row has other metadata.
 
         Args:
             recording: With its `work_key`.
@@ -265,14 +275,16 @@ class ExistingRows:
         """
         if not (recording.etag or recording.mtime):
             return False  # some web servers: nobody can tell whether it is what it was
+        own = [row for row in self.recordings if row.recording_id == recording.recording_id]
+        if not own or not is_same_metadata(own[0], recording.metadata):
+            return False
         answers = {found.covered.answer_key for found in self._own_answers(recording)}
         return any(
-            row.recording_id == recording.recording_id
-            and row.work_key == recording.work_key
-            and is_same_metadata(row.metadata, recording.metadata)
+            row.work_key == recording.work_key
+            and is_same_metadata(row, recording.metadata)
             and answers.issuperset(row.answer_keys)
             and self._letters_are_final(row, retry=retry)
-            for row in self.recordings
+            for row in own
         )
 
     def is_rejected(self, letters: Sequence[DeadLetter], *, retry: bool = False) -> bool:
@@ -315,10 +327,13 @@ class ExistingRows:
         )
 
     def _own_answers(self, recording: Recording) -> Iterator[ExistingAnswer]:
+        """Of each answer to the recording the newest row, which readers see, where that has its metadata."""
+        newest: dict[str, ExistingAnswer] = {}
         for found in self.answers:
-            is_own = found.recording_id == recording.recording_id
-            if is_own and is_same_metadata(found.metadata, recording.metadata):
-                yield found
+            if found.recording_id == recording.recording_id:
+                key = found.covered.answer_key
+                newest[key] = max(newest.get(key, found), found, key=lambda answer: answer.created_at)
+        yield from (found for found in newest.values() if is_same_metadata(found, recording.metadata))
 
 
 def _is_same_source(found: ExistingAnswer, recording: Recording) -> bool:
@@ -337,9 +352,9 @@ def copy_of(answer: Answer, recording: Recording, uri: str) -> Answer:
     )
 
 
-def is_same_metadata(there: str, here: str) -> bool:
-    """Whether two `metadata` columns say the same; format 1 wrote numbers as text."""
-    return there == here or there == _as_text(here)
+def is_same_metadata(there: ExistingRecording | ExistingAnswer, here: str) -> bool:
+    """Whether a row has this metadata; format 1, whose rows have no source_key, wrote numbers as text."""
+    return there.metadata == here or (there.source_key is None and there.metadata == _as_text(here))
 
 
 def _as_text(metadata: str) -> str:
