@@ -40,7 +40,7 @@ _RECORDING_COLUMNS = (
 )
 _ANSWER_COLUMNS = (
     *("uri", "recording_id", "source_key", "answer_key", "task", "question_id", "start_s", "end_s", "segments"),
-    *("duration_s", *Levels._fields, "etag", "size_bytes", "mtime", "metadata"),
+    *("duration_s", *Levels._fields, "etag", "size_bytes", "mtime", "metadata", "created_at"),
 )
 _LETTER_COLUMNS = ("uri", "recording_id", "dead_letter_key", "run_id")
 
@@ -86,6 +86,7 @@ class ExistingAnswer(NamedTuple):
     covered: Covered
     metadata: str
     place: Place
+    created_at: int
 
 
 class ExistingLetter(NamedTuple):
@@ -162,7 +163,8 @@ def _answer(row: Mapping[str, Any], place: Place) -> ExistingAnswer:
         row["etag"] or f"{row['size_bytes']}:{_iso(row['mtime'])}",
     )
     metadata = row["metadata"] or NO_METADATA
-    return ExistingAnswer(row["uri"], row["recording_id"], row["source_key"], covered, metadata, place)
+    created_at = _microseconds(row["created_at"])
+    return ExistingAnswer(row["uri"], row["recording_id"], row["source_key"], covered, metadata, place, created_at)
 
 
 def _letter(row: Mapping[str, Any], _: Place) -> ExistingLetter:
@@ -259,7 +261,7 @@ class ExistingRows:
         """The row of an earlier run that has done all that is requested of a recording, and would not end otherwise.
 
         So it is when a row has the same work and metadata, all rows that it names are still there, and none of its
-        dead letters is one that the next attempt may not meet.
+        dead letters is one that the next attempt may not meet; and no newer row has other metadata.
 
         Args:
             recording: With its `work_key`.
@@ -267,12 +269,14 @@ class ExistingRows:
         """
         if not (recording.etag or recording.mtime):
             return None  # some web servers: nobody can tell whether it is what it was
+        own = [row for row in self.recordings if row.recording_id == recording.recording_id]
+        if not own or not is_same_metadata(own[0], recording.metadata):
+            return None
         answers = {found.covered.answer_key for found in self._own_answers(recording)}
-        for row in self.recordings:
+        for row in own:
             if (
-                row.recording_id == recording.recording_id
-                and row.work_key == recording.work_key
-                and is_same_metadata(row.metadata, recording.metadata)
+                row.work_key == recording.work_key
+                and is_same_metadata(row, recording.metadata)
                 and answers.issuperset(row.answer_keys)
                 and self._letters_are_final(row, retry=retry)
             ):
@@ -323,10 +327,13 @@ class ExistingRows:
         )
 
     def _own_answers(self, recording: Recording) -> Iterator[ExistingAnswer]:
+        """Of each answer to the recording the newest row, which readers see, where that has its metadata."""
+        newest: dict[str, ExistingAnswer] = {}
         for found in self.answers:
-            is_own = found.recording_id == recording.recording_id
-            if is_own and is_same_metadata(found.metadata, recording.metadata):
-                yield found
+            if found.recording_id == recording.recording_id:
+                key = found.covered.answer_key
+                newest[key] = max(newest.get(key, found), found, key=lambda answer: answer.created_at)
+        yield from (found for found in newest.values() if is_same_metadata(found, recording.metadata))
 
 
 def _is_same_source(found: ExistingAnswer, recording: Recording) -> bool:
@@ -345,9 +352,9 @@ def copy_of(answer: Answer, recording: Recording, uri: str) -> Answer:
     )
 
 
-def is_same_metadata(there: str, here: str) -> bool:
-    """Whether two `metadata` columns say the same; format 1 wrote numbers as text."""
-    return there == here or there == _as_text(here)
+def is_same_metadata(there: ExistingRecording | ExistingAnswer, here: str) -> bool:
+    """Whether a row has this metadata; format 1, whose rows have no source_key, wrote numbers as text."""
+    return there.metadata == here or (there.source_key is None and there.metadata == _as_text(here))
 
 
 def _as_text(metadata: str) -> str:
