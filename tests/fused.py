@@ -16,8 +16,10 @@ from apache_beam.runners.worker.bundle_processor import DATA_INPUT_URN, DATA_OUT
 from apache_beam.transforms import resources
 from apache_beam.typehints.typehints import TypeConstraint
 
-from af3pipe.transforms.decode import DecodeDoFn
+from af3pipe.transforms.answer import AnswerDoFn
+from af3pipe.transforms.decode import _DecodeDoFn
 
+_DECODES = (AnswerDoFn, _DecodeDoFn)
 # What a runner does itself; all else is done in a worker.
 _RUNNERS_OWN = frozenset(
     {
@@ -134,7 +136,7 @@ class _Decoding(PipelineVisitor):
 
     def visit_transform(self, node):
         fn = getattr(node.transform, "fn", None)
-        if isinstance(fn, DecodeDoFn) or any(isinstance(part, DecodeDoFn) for part in vars(fn or self).values()):
+        if isinstance(fn, _DECODES) or any(isinstance(part, _DECODES) for part in vars(fn or self).values()):
             self.names.add(node.full_label)
 
 
