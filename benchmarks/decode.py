@@ -26,7 +26,8 @@ import numpy as np
 import soundfile
 
 from af3pipe import storage
-from af3pipe.audio.decode import Asked, decode
+from af3pipe.audio.decode import decode
+from af3pipe.audio.decoding import Asked
 from af3pipe.audio.guard import DecoderPool
 from benchmarks import decode_guard, decode_memory, machine
 from tests import fixtures_audio as make

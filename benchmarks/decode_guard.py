@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from af3pipe import storage
-from af3pipe.audio.decode import Asked, Decoding, OpenDecoding, open_decoding
+from af3pipe.audio.decode import open_decoding
+from af3pipe.audio.decoding import Asked, Decoding, OpenDecoding
 from af3pipe.audio.guard import DecoderPool
 from af3pipe.audio.recording import read_segments
 from af3pipe.models import open_checkpoint

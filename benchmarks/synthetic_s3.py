@@ -52,9 +52,10 @@ class Bucket:
         folder, _ = divmod(index, self._per_folder)
         return f"{index:09d}.wav" if self._per_folder == self.keys else f"{folder:06d}/{index:09d}.wav"
 
-    def has(self, key: str) -> bool:
+    def etag(self, key: str) -> str | None:
+        """As listings state it; None where there is no such key."""
         index = bisect_left(range(self.keys), key, key=self.key)
-        return index < self.keys and self.key(index) == key
+        return f"{index:032x}" if index < self.keys and self.key(index) == key else None
 
     def page(self, prefix: str, delimiter: str, start: int, most: int) -> bytes:
         """One answer to ListObjectsV2, beginning with the key of number `start`."""
@@ -121,11 +122,12 @@ class Server:
                 else b"<Error><Code>NoSuchBucket</Code><Message>no such bucket</Message></Error>"
             )
             return _http("404 Not Found", body)
+        etag = self._bucket.etag(key)
         if method == "HEAD":
             self.requests["head"] += 1
             if not key:
                 return _http("200 OK", b"")
-            return _http("200 OK", self._bucket.body, is_head=True) if self._bucket.has(key) else _http("404 No", b"")
+            return _http("404 No", b"") if etag is None else _http("200 OK", self._bucket.body, etag, is_head=True)
         if method != "GET":
             return _http("501 Not Implemented", b"")
         if not key:
@@ -136,26 +138,27 @@ class Server:
                 "200 OK", self._bucket.page(query.get("prefix", ""), query.get("delimiter", ""), start, most)
             )
         self.requests["get"] += 1
-        if not self._bucket.has(key):
+        if etag is None:
             return _http("404 Not Found", b"<Error><Code>NoSuchKey</Code><Message>no such key</Message></Error>")
-        return _ranged(self._bucket.body, head)
+        return _ranged(self._bucket.body, head, etag)
 
 
-def _ranged(body: bytes, head: str) -> bytes:
+def _ranged(body: bytes, head: str, etag: str) -> bytes:
     named = [line.partition("=")[2] for line in head.split("\r\n") if line.lower().startswith("range:")]
     if not named:
-        return _http("200 OK", body)
+        return _http("200 OK", body, etag)
     first, _, last = named[0].partition("-")
     start, end = int(first), min(int(last or len(body)) + 1, len(body))
     if start >= len(body):
         return _http("416 Range Not Satisfiable", b"<Error><Code>InvalidRange</Code></Error>")
-    return _http("206 Partial Content", body[start:end], f"Content-Range: bytes {start}-{end - 1}/{len(body)}\r\n")
+    content_range = f"Content-Range: bytes {start}-{end - 1}/{len(body)}\r\n"
+    return _http("206 Partial Content", body[start:end], etag, content_range)
 
 
-def _http(status: str, body: bytes, more: str = "", *, is_head: bool = False) -> bytes:
+def _http(status: str, body: bytes, etag: str = "0", more: str = "", *, is_head: bool = False) -> bytes:
     head = (
         f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nAccept-Ranges: bytes\r\n"
-        f'ETag: "0"\r\nLast-Modified: Tue, 02 Jan 2024 03:04:05 GMT\r\n{more}\r\n'
+        f'ETag: "{etag}"\r\nLast-Modified: Tue, 02 Jan 2024 03:04:05 GMT\r\n{more}\r\n'
     )
     return head.encode() + (b"" if is_head else body)
 

@@ -1,3 +1,4 @@
+import enum
 import errno
 import io
 import os
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from botocore.exceptions import ClientError
+from s3fs.errors import translate_boto_error
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
-from af3pipe.storage import listing, retry
+from af3pipe.storage import objects, retry
 
 NOBODY = 65534
 ODD_NAMES = [
@@ -111,7 +114,7 @@ class TestListing:
         uri = str(tmp_path / name)
         storage.write_atomic(uri, b"12345")
         [found] = storage.list_objects(uri)
-        assert found == storage.ObjectInfo(uri, 5, None, found.mtime)
+        assert found == storage.ObjectInfo(uri, 5, None, found.mtime, uri)
         assert uris(tmp_path) == [uri]
         assert storage.stat(uri) == found
         with storage.open_input(uri, size_bytes=5) as file:
@@ -196,8 +199,8 @@ class TestListing:
     ids=["s3", "gcs", "local", "naive", "nothing"],
 )
 def test_every_store_names_tag_and_time_its_own_way(info, etag, mtime):
-    found = listing.object_info(fsspec.filesystem("memory"), {"name": "/b/a.wav", "size": 1, "type": "file", **info})
-    assert found == storage.ObjectInfo("memory:///b/a.wav", 1, etag, mtime)
+    found = objects.object_info(fsspec.filesystem("memory"), {"name": "/b/a.wav", "size": 1, "type": "file", **info})
+    assert found == storage.ObjectInfo("memory:///b/a.wav", 1, etag, mtime, "memory:///b/a.wav")
 
 
 class TestReading:
@@ -300,6 +303,19 @@ def client_error(status):
     return error
 
 
+def botocore_error(code, status):
+    """As s3fs raises it, from botocore's own exception."""
+    reply = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(ClientError(reply, "GetObject"))
+
+
+def azure_error(code, status):
+    """As azure.storage.blob has it: the code is a member of its enumeration of strings."""
+    error = type("HttpResponseError", (Exception,), {})("This operation is not permitted on an archived blob.")
+    error.status_code, error.error_code = status, enum.Enum("StorageErrorCode", {"FOUND": code}, type=str).FOUND
+    return error
+
+
 ClientPayloadError = type("ClientPayloadError", (Exception,), {})
 
 TRANSIENT = {
@@ -317,6 +333,13 @@ FINAL = {
     "denied": (lambda: PermissionError("a"), Reason.PERMISSION_DENIED),
     "gcs 403": (lambda: HttpError(403), Reason.PERMISSION_DENIED),
     "gcsfs 403": (lambda: OSError("Forbidden: bucket/a\nno access"), Reason.PERMISSION_DENIED),
+    "s3 archived": (lambda: botocore_error("InvalidObjectState", 403), Reason.ARCHIVED),
+    "s3 forbidden": (lambda: botocore_error("AccessDenied", 403), Reason.PERMISSION_DENIED),
+    "s3 replaced": (lambda: botocore_error("PreconditionFailed", 412), Reason.CHANGED),
+    "azure archived": (lambda: azure_error("BlobArchived", 409), Reason.ARCHIVED),
+    "azure restoring": (lambda: azure_error("BlobBeingRehydrated", 409), Reason.ARCHIVED),
+    "azure forbidden": (lambda: azure_error("AuthorizationPermissionMismatch", 403), Reason.PERMISSION_DENIED),
+    "gcsfs 412": (lambda: FileExistsError("https://storage.googleapis.com/a"), Reason.CHANGED),
     "s3 400": (lambda: client_error(400), Reason.UNREADABLE),
     "name too long": (lambda: OSError(errno.ENAMETOOLONG, "long"), Reason.UNREADABLE),
 }

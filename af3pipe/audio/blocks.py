@@ -1,4 +1,4 @@
-"""An open file to mono blocks at the rate it is stored in: what the two decoders have in common."""
+"""Reads an open file as blocks of the channels wanted, at the rate it is stored in, whichever decoder opened it."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -7,13 +7,14 @@ from typing import Any, TypeAlias
 import av
 import av.container
 import numpy as np
-import numpy.typing as npt
 import soundfile
 from av.audio.frame import format_dtypes
 
+from af3pipe.audio.decoding import Samples
 from af3pipe.audio.probe import Source
 
-Samples: TypeAlias = npt.NDArray[np.float32]
+Channels: TypeAlias = tuple[int | None, ...]
+"""Indices of channels; None stands for the mean over all."""
 
 CODEC_FRAMES = 4096
 """Two HE-AAC frames: as much may be a codec's own delay and padding."""
@@ -25,19 +26,19 @@ class StreamChanged(Exception):
     """What was known when the file was opened holds no more: the sampling rate, the channels, the streams."""
 
 
-def mono_blocks(source: Source) -> Iterator[Samples]:
-    """Mono blocks of about 10 s at the stored rate, from where the decoder stands."""
+def channel_blocks(source: Source, channels: Channels) -> Iterator[Samples]:
+    """Blocks of about 10 s, shape (channels, n), at the stored rate, from where the decoder stands."""
     handle = source.handle
     length = _BLOCK_S * source.info.sample_rate
     if not isinstance(handle, av.container.InputContainer):
         for block in _soundfile_frames(handle, max(min(length, _BLOCK_SAMPLES // handle.channels), 1)):
-            yield _mono(np.ascontiguousarray(block.T), source.channel)
+            yield _selected(np.ascontiguousarray(block.T), channels)
         return
-    frames = _pyav_frames(handle, source)
+    frames = _pyav_frames(handle, source, channels)
     if source.info.codec == "aac" and source.stated_frames is not None:
-        samples = _without_padding(frames, source)
+        samples = _without_padding(frames, source, channels)
     else:
-        samples = (_mono(_floats(frame), source.channel) for frame in frames)
+        samples = (_selected(_floats(frame), channels) for frame in frames)
     yield from _gathered(samples, length)
 
 
@@ -61,8 +62,11 @@ def _place(handle: soundfile.SoundFile) -> int:
     return int(handle.tell()) if handle.seekable() else 0
 
 
-def _pyav_frames(container: av.container.InputContainer, source: Source) -> Iterator[av.AudioFrame]:
-    rate, channel = source.info.sample_rate, source.channel
+def _pyav_frames(
+    container: av.container.InputContainer, source: Source, channels: Channels
+) -> Iterator[av.AudioFrame]:
+    rate = source.info.sample_rate
+    channel = next((index for index in channels if index is not None), None)
     for frame in _frames_of_known_streams(container, source):
         if not isinstance(frame, av.AudioFrame):
             continue
@@ -81,7 +85,7 @@ def _frames_of_known_streams(container: av.container.InputContainer, source: Sou
         raise StreamChanged("a stream begins in the middle of the file") from error
 
 
-def _without_padding(frames: Iterator[av.AudioFrame], source: Source) -> Iterator[Samples]:
+def _without_padding(frames: Iterator[av.AudioFrame], source: Source, channels: Channels) -> Iterator[Samples]:
     """Drops what an AAC encoder added to fill its last frame, so that 600.0 s of M4A stay 600.0 s.
 
     More than that is no padding but a header that lies, and all of it is kept.
@@ -90,13 +94,13 @@ def _without_padding(frames: Iterator[av.AudioFrame], source: Source) -> Iterato
     count = 0
     beyond: list[Samples] = []
     for frame in frames:
-        samples = _mono(_floats(frame), source.channel)
-        kept = samples[: max(_sounding(frame, stated - count), 0)]
-        count += len(samples)
-        if len(kept):
-            yield kept
-        if len(kept) < len(samples):
-            beyond.append(samples[len(kept) :])
+        samples = _selected(_floats(frame), channels)
+        kept = min(max(_sounding(frame, stated - count), 0), samples.shape[1])
+        count += samples.shape[1]
+        if kept:
+            yield samples[:, :kept]
+        if kept < samples.shape[1]:
+            beyond.append(samples[:, kept:])
         if count > stated + CODEC_FRAMES:
             yield from beyond
             beyond = []
@@ -121,14 +125,14 @@ def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
     try:
         for frame in frames:
             held.append(frame)
-            count += len(frame)
+            count += frame.shape[1]
             if count >= length:
-                yield np.concatenate(held)
+                yield np.concatenate(held, axis=1)
                 held, count = [], 0
     except (av.FFmpegError, StreamChanged) as error:
         failure = error  # the frames before it are good, and tell where it happened
     if held:
-        yield np.concatenate(held)
+        yield np.concatenate(held, axis=1)
     if failure is not None:
         raise failure
 
@@ -151,8 +155,14 @@ def _floats(frame: av.AudioFrame) -> Samples:
     return floats
 
 
+def _selected(frames: Samples, channels: Channels) -> Samples:
+    """The channels wanted of (channels, n); the mean in float32 as librosa.to_mono takes it."""
+    if len(channels) == 1:
+        return _mono(frames, channels[0])[np.newaxis]
+    return np.stack([_mono(frames, channel) for channel in channels])
+
+
 def _mono(frames: Samples, channel: int | None) -> Samples:
-    """One channel of (channels, n), or their mean, in float32 as librosa.to_mono takes it."""
     if channel is not None:
         return np.ascontiguousarray(frames[channel])
     mixed: Samples = frames[0] if len(frames) == 1 else frames.mean(axis=0, dtype=np.float32)

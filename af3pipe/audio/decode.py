@@ -1,12 +1,15 @@
-"""File to mono float32 blocks at the model's rate, streamed.
+"""Decodes a file to mono float32 blocks at the model's rate: any number of its parts in one pass.
 
-A chain of small generators: decoder -> length check -> requested range -> finite check -> resampler. The samples
-equal `librosa.load(path, sr=sample_rate, mono=True)` within 1e-5 (tests/audio/test_decode.py).
+The decoder gives blocks of the channels wanted at the stored rate; each part cuts its range out of them, checks that
+it is finite, and resamples it from its own first frame on. So the samples of a part equal
+`librosa.load(path, sr=sample_rate, mono=True, offset=..., duration=...)` within 1e-5, whatever else is decoded in the
+same pass (tests/audio/test_decode.py, tests/audio/test_parts.py).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import BinaryIO, NamedTuple, TypeAlias
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
 
 import av
 import av.container
@@ -14,10 +17,12 @@ import numpy as np
 import soundfile
 import soxr
 
-from af3pipe.audio.blocks import CODEC_FRAMES, Samples, StreamChanged, mono_blocks
+from af3pipe.audio.blocks import CODEC_FRAMES, Channels, StreamChanged, channel_blocks
+from af3pipe.audio.decoding import Asked, Decoding, Part, Piece, Samples, channel_index, resampled_length
+from af3pipe.audio.decoding import OpenDecoding as OpenDecoding  # also known by this name
 from af3pipe.audio.headers import ogg_breaks_off
 from af3pipe.audio.probe import Source, open_source, raise_out_of_memory
-from af3pipe.schemas import MIX, AudioInfo, Reason, Rejected, Stage
+from af3pipe.schemas import MIX, Reason, Rejected
 
 # How much less than its header states a recording may hold. Encoders count their own delay and the padding of the
 # last frame in or out: up to two AAC frames, or three of MP3 at 44.1 kHz, which is what 0.1 s covers; at low rates
@@ -29,21 +34,10 @@ _SEEKABLE = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC
 _SEEKABLE_CODECS = frozenset(
     {"flac", "pcm_s8", "pcm_u8", "pcm_16", "pcm_24", "pcm_32", "float", "double", "ulaw", "alaw"}
 )
-
-
-class Asked(NamedTuple):
-    """What is to be decoded of a file; see `decode` for each."""
-
-    sample_rate: int
-    offset_s: float = 0.0
-    duration_s: float | None = None
-    extension: str = ""
-    channel: str | int = MIX
-    stream: int | None = None
-
-
-OpenDecoding: TypeAlias = "Callable[[BinaryIO, Asked], AbstractContextManager[Decoding]]"
-"""What opens a file for decoding: `open_decoding`, or `guard.DecoderPool.open`."""
+# Between two parts. Less is decoded in some 50 ms, about what a store takes to answer one request; a seek in FLAC is
+# several.
+_WORTH_A_SEEK_S = 30.0
+_NOTHING = np.zeros(0, np.float32)
 
 
 def decode(
@@ -56,15 +50,15 @@ def decode(
     channel: str | int = MIX,
     stream: int | None = None,
 ) -> Iterator[Samples]:
-    """Decodes a recording front to back, in bounded memory.
+    """Decodes a recording, or one part of it, front to back, in bounded memory.
 
     Args:
         file: Seekable; left open. An exception of its own `read` is raised here, unchanged.
         sample_rate: Of the samples wanted, in Hz.
-        offset_s: Where to begin, in seconds; rounded to the nearest frame as stored.
-        duration_s: How much to take, in seconds; None takes all. What the file does not have is not missed.
+        offset_s: See `decoding.Part`, as for `duration_s` and `channel`.
+        duration_s: How much to take, in seconds; None takes all.
         extension: Of the file's name; see `probe`.
-        channel: `mix`, the mean over all; `left`, `right` (of two or more); or an index from 0.
+        channel: `mix`, `left`, `right`, or an index from 0.
         stream: See `probe`.
 
     Yields:
@@ -75,113 +69,224 @@ def decode(
             position), decode_short for a file that ends before the length its header states, too_short for an
             offset beyond the end.
     """
-    asked = Asked(sample_rate, offset_s, duration_s, extension, channel, stream)
-    with open_decoding(file, asked) as decoding:
-        yield from decoding.blocks()
+    with open_decoding(file, Asked(sample_rate, extension, stream)) as decoding:
+        yield from decoding.blocks(Part(offset_s, duration_s, channel))
 
 
 @contextmanager
-def open_decoding(file: BinaryIO, asked: Asked) -> "Iterator[Decoding]":
-    """Opens what `decode` decodes, in this process; `guard.DecoderPool.open` does the same in another one."""
-    with open_source(file, extension=asked.extension, channel=asked.channel, stream=asked.stream) as source:
-        yield _SourceDecoding(source, asked)
+def open_decoding(file: BinaryIO, asked: Asked) -> Iterator[Decoding]:
+    """Opens a file for decoding in this process; `guard.DecoderPool.open` does the same in another one."""
+    with open_source(file, extension=asked.extension, stream=asked.stream) as source:
+        yield _SourceDecoding(source, asked.sample_rate)
 
 
-class Decoding:
-    """One pass over one open recording, and how far it has come.
+class _Track:
+    """One part on its way through a pass: cuts its range out of the blocks, and resamples it.
 
     Attributes:
-        info: What the header says.
-        stated_frames: See `probe.Source`.
-        sample_rate: Of the samples given, in Hz.
-        frames_read: Decoded so far, in frames as stored, counted from the start of the object.
-        samples: Given so far, at `sample_rate`.
-        ended: Whether the object's end was reached.
+        first: Its first frame, of frames as stored; `end` is the one behind its last, or None.
+        taken: Frames that went into the resampler.
+        is_done: Whether all of it was given.
     """
 
-    def __init__(self, info: AudioInfo, stated_frames: int | None, asked: Asked) -> None:
-        if asked.offset_s < 0:
-            raise ValueError(f"offset_s is {asked.offset_s}; it counts from the start of the object, so 0 or more")
-        self.info = info
-        self.stated_frames = stated_frames
-        self.sample_rate = asked.sample_rate
-        self.rate = info.sample_rate
-        self.offset_s = asked.offset_s
-        self.first_frame = round(asked.offset_s * self.rate)
-        self.frames_wanted = None if asked.duration_s is None else max(round(asked.duration_s * self.rate), 0)
-        self.frames_read = 0
-        self.samples = 0
-        self.ended = False
+    def __init__(self, index: int, part: Part, decoding: Decoding) -> None:
+        if part.offset_s < 0:
+            raise ValueError(f"offset_s is {part.offset_s}; it counts from the start of the object, so 0 or more")
+        self.index = index
+        self.first, self.end = part.frames(decoding.rate)
+        self.channel = channel_index(part.channel, decoding.info)
+        self.offset_s = part.offset_s
+        self.taken = 0
+        self.is_done = False
+        self._most = part.most_samples
+        self._given = 0
+        self._decoding = decoding
+        self._resampler: soxr.ResampleStream | None = None
 
-    def blocks(self) -> Iterator[Samples]:
-        """The samples asked for, at the rate asked for; see `decode`.
+    def take(self, block: Samples, start: int, *, is_finite: bool) -> Iterator[Piece]:
+        """What a block of this part's channel gives of it.
 
-        A block holds only until the next one is asked for: it may lie in memory shared with another process.
+        Args:
+            block: Shape (n,), at the stored rate.
+            start: Of its first sample, in frames from the start of the object.
+            is_finite: Whether the whole block is known to be.
         """
-        raise NotImplementedError
+        behind = start + len(block)
+        wanted = block[max(self.first - start, 0) : None if self.end is None else self.end - start]
+        if not is_finite and not (finite := np.isfinite(wanted)).all():
+            good = int(finite.argmin())
+            first_s = (max(self.first, start) + good) / self._decoding.rate
+            yield Piece(self.index, self._resampled(wanted[:good]))
+            detail = f"The sample at {first_s:.3f} s is NaN or infinite."
+            yield self.rejected(self._decoding.rejected(Reason.DECODE_ERROR, detail, first_s))
+            return
+        is_last = self.end is not None and behind >= self.end
+        samples = self._resampled(wanted, is_last=is_last)
+        self.is_done = is_last or (self._most is not None and self._given >= self._most)
+        if self.is_done:
+            self._resampler = None  # others of the same block may need the memory
+        yield Piece(self.index, samples, self.is_done)
 
-    @property
-    def position_s(self) -> float:
-        """End of what was decoded, in seconds from the start of the object."""
-        return self.frames_read / self.rate
+    def finish(self) -> Piece:
+        """What is left where the object ends."""
+        self.is_done = True
+        return Piece(self.index, self._resampled(_NOTHING, is_last=True), is_end=True)
 
-    @property
-    def stated_samples(self) -> int | None:
-        """Samples in the range asked for, by the header."""
-        if self.stated_frames is None:
-            return None
-        frames = max(self.stated_frames - self.first_frame, 0)
-        frames = frames if self.frames_wanted is None else min(frames, self.frames_wanted)
-        return _resampled_length(frames, self.rate, self.sample_rate)
+    def rejected(self, rejected: Rejected) -> Piece:
+        """The end of this part for a reason that may be other parts' as well."""
+        self.is_done = True
+        self._resampler = None
+        again = Rejected(
+            rejected.stage,
+            rejected.reason,
+            rejected.detail,
+            decoder=rejected.decoder,
+            position_s=rejected.position_s,
+        )
+        again.__cause__ = rejected.__cause__
+        return Piece(self.index, _NOTHING, is_end=True, rejected=again)
 
-    def rejected(self, reason: Reason, detail: str) -> Rejected:
-        """The error of this pass, with its decoder and position."""
-        return Rejected(Stage.DECODE, reason, detail, decoder=self.info.decoder, position_s=self.position_s)
+    def _resampled(self, block: Samples, *, is_last: bool = False) -> Samples:
+        in_rate, out_rate = self._decoding.rate, self._decoding.sample_rate
+        self.taken += len(block)
+        if in_rate == out_rate or not self.taken:
+            samples = block
+        else:
+            if self._resampler is None:  # now, and not for each of a thousand parts that wait
+                self._resampler = soxr.ResampleStream(in_rate, out_rate, 1, dtype="float32", quality="HQ")
+            # A second at a time: it keeps buffers for the longest block it ever got, 2 MB for 10 s.
+            starts = range(0, max(len(block), 1), in_rate)
+            samples = np.concatenate(
+                [
+                    self._resampler.resample_chunk(
+                        block[start : start + in_rate], last=is_last and start == starts[-1]
+                    )
+                    for start in starts
+                ]
+            )
+            if is_last:
+                # soxr rounds the length to the nearest sample, librosa up: it pads the one that may be missing with
+                # silence.
+                missing = max(resampled_length(self.taken, in_rate, out_rate) - self._given, 0)
+                samples = np.pad(samples[:missing], (0, max(missing - len(samples), 0)))
+        self._given += len(samples)
+        return samples
 
 
 class _SourceDecoding(Decoding):
     """Decodes in this process."""
 
-    def __init__(self, source: Source, asked: Asked) -> None:
-        super().__init__(source.info, source.stated_frames, asked)
+    def __init__(self, source: Source, sample_rate: int) -> None:
+        super().__init__(source.info, source.stated_frames, sample_rate)
         self.source = source
+        self._failure: Rejected | None = None
+        self._broke_off = False  # by an error, though it may be one behind all of the sound
 
-    def blocks(self) -> Iterator[Samples]:
-        for block in _resampled(self._finite(self._range()), self.rate, self.sample_rate):
-            self.samples += len(block)
-            yield block
+    def pieces(self, parts: Sequence[Part]) -> Iterator[Piece | None]:
+        tracks = [_Track(index, part, self) for index, part in enumerate(parts)]
+        for track in tracks:
+            if track.end is not None and track.end <= track.first:
+                yield track.finish()
+        waiting = deque(sorted((track for track in tracks if not track.is_done), key=lambda track: track.first))
+        active: list[_Track] = []
+        if not waiting:
+            return
+        del tracks  # each is let go of when it is done
+        begins = waiting[0].first
+        if begins and not self._seek(waiting[0]):
+            yield from self._end([], waiting, begins)
+            return
+        channels = tuple({track.channel: None for track in waiting})
+        for block in self._native(channels):
+            start = self.frames_read - block.shape[1]
+            is_finite = bool(np.isfinite(block).all())
+            while waiting and waiting[0].first < self.frames_read:
+                active.append(waiting.popleft())
+            for track in active:
+                yield from track.take(block[channels.index(track.channel)], start, is_finite=is_finite)
+            active = [track for track in active if not track.is_done]
+            if not active:
+                if not waiting:
+                    return
+                is_far = waiting[0].first - self.frames_read > _WORTH_A_SEEK_S * self.rate
+                if is_far and not self._seek(waiting[0]):
+                    begins = waiting[0].first
+                    break
+            yield None
+        yield from self._end(active, waiting, begins)
 
-    def _native(self) -> Iterator[Samples]:
-        """Mono blocks at the stored rate, from `frames_read` on."""
+    def _end(self, active: list[_Track], waiting: "deque[_Track]", begins: int) -> Iterator[Piece]:
+        """Ends the parts that are not done where the object ends, or where the decoder failed.
+
+        Args:
+            active: Those that have begun.
+            waiting: Those that have not.
+            begins: Where this pass had to begin, in frames: what begins behind it may still be reached by a seek.
+        """
+        for track in [*active, *waiting]:
+            if self._broke_off and not track.taken and track.first > begins and _seeks_exactly(self.source):
+                continue
+            if self._failure is not None:
+                yield track.rejected(self._failure)
+            elif track.first and self.frames_read <= track.first:
+                lasts = f"the object lasts {self.position_s:.3f} s"
+                detail = f"It was to begin at {track.offset_s:.3f} s, but {lasts}."
+                yield track.rejected(self.rejected(Reason.TOO_SHORT, detail))
+            else:
+                yield track.finish()
+
+    def _native(self, channels: Channels) -> Iterator[Samples]:
+        """Blocks at the stored rate, shape (channels, n), from `frames_read` on; a failure is kept, not raised."""
         try:
-            for block in mono_blocks(self.source):
+            for block in channel_blocks(self.source, channels):
                 # First: what came back from a store that failed may look like the end, or like broken data.
                 self.source.reader.raise_error()
-                self.frames_read += len(block)
+                self.frames_read += block.shape[1]
                 yield block
         except (soundfile.LibsndfileError, av.FFmpegError, StreamChanged) as error:
             self.source.reader.raise_error()
             raise_out_of_memory(error)
-            self._explain(error)
+            self._broke_off = True
+            self._failure = self._explain(error)
+            if self._failure is not None:
+                self._failure.__cause__ = error
+                return
         self.source.reader.raise_error()
         self.ended = True
         if self._is_short():
-            raise self._short()
-        if self._is_cut_off():
-            raise self._cut_off()
+            self._failure = self._short()
+        elif self._is_cut_off():
+            self._failure = self._cut_off()
 
-    def _explain(self, error: Exception) -> None:
-        """Returns where an error is nothing but junk behind a complete recording."""
+    def _seek(self, track: _Track) -> bool:
+        """Goes to where a part begins, in formats where that is exact; elsewhere it is decoded up to there."""
+        handle = self.source.handle
+        if not isinstance(handle, soundfile.SoundFile) or not _seeks_exactly(self.source):
+            return True
+        try:
+            self.frames_read = int(handle.seek(min(track.first, handle.frames)))
+        except soundfile.LibsndfileError as error:
+            self.source.reader.raise_error()
+            raise_out_of_memory(error)
+            detail = f"The {self.info.codec} decoder cannot go to {track.offset_s:.3f} s: {error.error_string}"
+            self._broke_off = True
+            self._failure = self.rejected(Reason.DECODE_ERROR, detail)
+            self._failure.__cause__ = error
+            return False
+        return True
+
+    def _explain(self, error: Exception) -> Rejected | None:
+        """The rejection that a decoder's error means; None for nothing but junk behind a complete recording."""
         if isinstance(self.source.handle, soundfile.SoundFile):
             # The block that failed holds good frames, too; libsndfile knows how many.
             self.frames_read = max(self.frames_read, int(self.source.handle.tell()))
         if self.stated_frames is not None and not self._is_short():
-            return
+            return None
         if self._nothing_follows():
-            raise (self._cut_off() if self.stated_frames is None else self._short()) from error
+            return self._cut_off() if self.stated_frames is None else self._short()
         cause = getattr(error, "strerror", None) or str(error).removeprefix("Error : ").strip(" .") or repr(error)
         detail = f"The {self.source.info.codec} decoder failed after {self.position_s:.1f} s: {cause}."
-        raise self.rejected(Reason.DECODE_ERROR, detail) from error
+        return self.rejected(Reason.DECODE_ERROR, detail)
 
     def _nothing_follows(self) -> bool:
         """Whether a decoder that failed had come to the end of the file: what it missed is not there."""
@@ -216,76 +321,7 @@ class _SourceDecoding(Decoding):
             Reason.DECODE_SHORT, f"The file breaks off after {self.position_s:.1f} s, in the middle of a {what}."
         )
 
-    def _range(self) -> Iterator[Samples]:
-        """Cuts the frames asked for out of what is decoded, and stops decoding behind them."""
-        self._seek()
-        end = None if self.frames_wanted is None else self.first_frame + self.frames_wanted
-        if end is not None and end <= self.first_frame:
-            return
-        start = self.frames_read
-        for block in self._native():
-            wanted = block[max(self.first_frame - start, 0) : None if end is None else end - start]
-            start += len(block)
-            if len(wanted):
-                yield wanted
-            if end is not None and start >= end:
-                return
-        if self.first_frame and self.frames_read <= self.first_frame:
-            detail = f"It was to begin at {self.offset_s:.3f} s, but the object lasts {self.position_s:.3f} s."
-            raise self.rejected(Reason.TOO_SHORT, detail)
-
-    def _seek(self) -> None:
-        handle = self.source.handle
-        if self.first_frame and isinstance(handle, soundfile.SoundFile) and _seeks_exactly(self.source):
-            try:
-                self.frames_read = int(handle.seek(min(self.first_frame, handle.frames)))
-            except soundfile.LibsndfileError as error:
-                self.source.reader.raise_error()
-                raise_out_of_memory(error)
-                detail = f"The {self.info.codec} decoder cannot go to {self.offset_s:.3f} s: {error.error_string}"
-                raise self.rejected(Reason.DECODE_ERROR, detail) from error
-
-    def _finite(self, blocks: Iterator[Samples]) -> Iterator[Samples]:
-        position = self.first_frame
-        for block in blocks:
-            finite = np.isfinite(block)
-            if not finite.all():
-                broken = ~finite
-                count = int(broken.sum())
-                first_s = (position + int(broken.argmax())) / self.rate
-                detail = (
-                    f"{count} of {len(block)} samples decoded together are NaN or infinite, "
-                    f"the first at {first_s:.3f} s."
-                )
-                raise self.rejected(Reason.DECODE_ERROR, detail)
-            position += len(block)
-            yield block
-
 
 def _seeks_exactly(source: Source) -> bool:
     stored_as = getattr(source.handle, "format", None)
     return stored_as in _SEEKABLE and source.info.codec in _SEEKABLE_CODECS
-
-
-def _resampled_length(frames: int, in_rate: int, out_rate: int) -> int:
-    """Rounded up, as librosa does; in integers, so that the cap is never missed by a rounding error."""
-    return -(-frames * out_rate // in_rate)
-
-
-def _resampled(blocks: Iterator[Samples], in_rate: int, out_rate: int) -> Iterator[Samples]:
-    if in_rate == out_rate:
-        yield from blocks
-        return
-    stream = soxr.ResampleStream(in_rate, out_rate, 1, dtype="float32", quality="HQ")
-    taken = given = 0
-    for block in blocks:
-        out = stream.resample_chunk(block)
-        taken += len(block)
-        given += len(out)
-        if len(out):
-            yield out
-    tail = stream.resample_chunk(np.zeros(0, np.float32), last=True)
-    # soxr rounds the length to the nearest sample, librosa up: it pads the one that may be missing with silence.
-    missing = max(_resampled_length(taken, in_rate, out_rate) - given, 0)
-    if missing:
-        yield np.pad(tail[:missing], (0, missing - len(tail[:missing])))

@@ -1,10 +1,10 @@
-"""Decoding where a crash or a hang costs one recording and not the worker: in processes of its own.
+"""Decodes in processes of their own, so that a crash or a hang costs one file and not the worker.
 
 Native decoders parse what anybody may have uploaded. A `DecoderPool` runs them in a few processes. Each decodes one
 recording at a time, is kept for the next, and is replaced when it dies, hangs or wants too much memory. The parent
 reads the file, so that the store, its retries and its errors stay here, and gets the samples through shared memory;
-`guarded` is the other side. Needs file descriptors that a child inherits: on Windows, `decode.open_decoding` decodes
-in process.
+`guarded` is the other side. Needs file descriptors that a child inherits: on Windows, `decoding.open_in_process`
+decodes in the worker's own.
 """
 
 import logging
@@ -12,13 +12,12 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
-from af3pipe.audio.blocks import Samples
-from af3pipe.audio.decode import Asked, Decoding
 from af3pipe.audio.decoder_process import DecoderProcess, Died, GuardError
+from af3pipe.audio.decoding import Asked, Decoding, Part, Piece, Samples
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.schemas import AudioInfo, Reason, Rejected, Stage
 
@@ -82,11 +81,13 @@ class DecoderPool:
     def open(self, file: BinaryIO, asked: Asked) -> Iterator[Decoding]:
         """Opens a file as `decode.open_decoding` does.
 
-        A process that had other recordings before may have been broken by one of them, and one that was killed may
-        have been killed for the memory that others took: there the recording is decoded again in a new one.
+        A process that had other files before may have been broken by one of them, and one that was killed may have
+        been killed for the memory that others took: there the file is decoded again in a new one, and what was given
+        before is passed over.
 
         Raises:
-            Rejected: As `decode.decode`, and decoder_crashed, decode_timeout and out_of_memory.
+            Rejected: As `decode.open_decoding`, and decoder_crashed, decode_timeout and out_of_memory; from `pieces`
+                as well.
             DecoderError: Something unexpected was raised there.
             GuardError: No process can be started.
         """
@@ -145,32 +146,39 @@ class _GuardedDecoding(Decoding):
 
     def __init__(self, session: "_Session", asked: Asked) -> None:
         opened = session.ask("open")
-        super().__init__(AudioInfo(*opened["info"]), opened["stated_frames"], asked)
+        super().__init__(AudioInfo(*opened["info"]), opened["stated_frames"], asked.sample_rate)
         self._session = session
 
-    def blocks(self) -> Iterator[Samples]:
+    def pieces(self, parts: Sequence[Part]) -> Iterator[Piece | None]:
+        self._session.parts = parts
+        kind = "decode"
         while True:
-            told = self._session.ask("next", decoding=self)
+            told = self._session.ask(kind, decoding=self)
             self.frames_read, self.ended = told["frames_read"], told["ended"]
             if told["kind"] == "end":
                 self._session.end()
                 return
-            self.samples += told["count"]
-            yield self._session.samples(told["count"])
+            samples, start = self._session.samples(), 0
+            for part, count, is_end, rejected in told["pieces"]:
+                yield Piece(part, samples[start : start + count], is_end, rejected and _rejected(rejected))
+                start += count
+            yield None
+            kind = "next"
 
 
 class _Session:
-    """One recording in one process; in a second one, where the first may have been broken before."""
+    """One file in one process; in a second one, where the first may have been broken before."""
 
     def __init__(self, pool: DecoderPool, file: BinaryIO, asked: Asked) -> None:
+        self.parts: Sequence[Part] = ()
         self._pool = pool
         self._file = file
         self._asked = asked
         self._process: DecoderProcess | None = None
-        self._blocks = 0
+        self._messages = 0
 
     def ask(self, kind: str, decoding: Decoding | None = None) -> dict[str, Any]:
-        """The reply to `open` or `next`. Raises as `DecoderPool.open`; then the session is over."""
+        """The reply to `open`, `decode` or `next`. Raises as `DecoderPool.open`; then the session is over."""
         if self._process is None and kind != "open":
             raise RuntimeError("the recording is closed, or was decoded already; open it again")
         process = self._process or self._take()
@@ -184,30 +192,31 @@ class _Session:
                 reply = self._again(kind)
             except Died as died_again:
                 raise self._rejected(died_again, decoding) from None
-        if reply["kind"] not in ("opened", "block", "end"):
+        if reply["kind"] not in ("opened", "pieces", "end"):
             self.end()
             _raise(reply)
-        self._blocks += reply["kind"] == "block"
+        self._messages += reply["kind"] == "pieces"
         return reply
 
     def _again(self, kind: str) -> dict[str, Any]:
         process = self._take(new=True)
         reply = self._ask(process, "open")
-        if kind == "open":
+        if kind == "open" or reply["kind"] != "opened":
             return reply
-        # Decoding gives the same blocks every time; those that were given already are passed over.
-        for _ in range(self._blocks + 1):
-            if reply["kind"] not in ("opened", "block"):
+        # Decoding gives the same messages every time; those that were given already are passed over.
+        reply = self._ask(process, "decode")
+        for _ in range(self._messages):
+            if reply["kind"] != "pieces":
                 break
             reply = self._ask(process, "next")
         return reply
 
-    def samples(self, count: int) -> Samples:
-        """The block that the last reply was about, where it lies: until the next command."""
+    def samples(self) -> Samples:
+        """Where the samples of the last reply lie, until the next command; shape (n,), of which n it says."""
         assert self._process is not None
-        block: Samples = self._process.memory.output[:count]
-        block.flags.writeable = False
-        return block
+        samples: Samples = self._process.memory.output[:]
+        samples.flags.writeable = False
+        return samples
 
     def close(self) -> None:
         """Ends the recording, wherever it is."""
@@ -232,7 +241,7 @@ class _Session:
 
     def _ask(self, process: DecoderProcess, kind: str) -> dict[str, Any]:
         try:
-            fields = self._opening() if kind == "open" else {}
+            fields = self._opening() if kind == "open" else {"parts": self.parts} if kind == "decode" else {}
             return process.ask(kind, fields, self._file)
         except BaseException:
             # Of the store, or an interrupt, or the process is dead: it is in the middle of something.
@@ -257,9 +266,12 @@ class _Session:
 
 def _raise(reply: dict[str, Any]) -> None:
     if reply["kind"] == "rejected":
-        del reply["kind"]
-        raise Rejected(**{**reply, "stage": Stage(reply["stage"]), "reason": Reason(reply["reason"])})
+        raise _rejected({name: value for name, value in reply.items() if name != "kind"})
     raise DecoderError(reply["error"]) from _Traceback(reply["traceback"])
+
+
+def _rejected(fields: dict[str, Any]) -> Rejected:
+    return Rejected(**{**fields, "stage": Stage(fields["stage"]), "reason": Reason(fields["reason"])})
 
 
 _shared: dict[DecoderLimits, tuple[DecoderPool, int]] = {}

@@ -1,4 +1,4 @@
-"""The inside of a decoder process: serves one parent, decodes one recording at a time. See `guard`.
+"""Runs inside a decoder process: serves one parent, decodes one file at a time. See `guard`.
 
 The parent leads; every command has one reply, and before it the process may ask for bytes of the file:
 
@@ -7,19 +7,25 @@ The parent leads; every command has one reply, and before it the process may ask
                               <-    read {offset, size}       any number of times, for any command
     bytes {count} or failed   ->
                               <-    opened {info, stated_frames}
-    next                      ->
-                              <-    block {count, ...}        or end {...}, once the file is closed
+    decode {parts}            ->
+                              <-    pieces {pieces, frames_read, ended}
+    next                      ->                              as often as there are more
+                              <-    pieces {...}              or end {...}, once the file is closed
     close                     ->                              where it is not yet
                               <-    closed
 
-Instead of a reply there may be `rejected`, `out_of_memory` or `error`, which end the recording. Messages are JSON, so
-that nothing a broken decoder left behind is ever unpickled; bytes and samples lie in memory that both sides share.
+A `pieces` message has what about 10 s of the file gave to its parts, maybe nothing, so that a step is short whatever
+is asked for; what does not fit into the shared memory comes with the next one. A piece is [part, count of samples,
+whether the part ends, null or why it was rejected], and the samples of all of them lie one behind the other.
+
+Instead of a reply there may be `rejected`, `store_failed`, `out_of_memory` or `error`, which end the file. Messages
+are JSON, so that nothing a broken decoder left behind is ever unpickled; bytes and samples lie in memory that both
+sides share.
 """
 
 import importlib
 import io
 import json
-import math
 import mmap
 import os
 import signal
@@ -33,7 +39,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from af3pipe.audio.decode import Asked, Decoding, OpenDecoding
+from af3pipe.audio.decoding import Asked, Decoding, OpenDecoding, Part, Piece, Samples
 from af3pipe.schemas import Rejected
 
 INPUT_BYTES = 1 << 20
@@ -55,7 +61,7 @@ class Link:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
-        self._lines = b""
+        self._lines = bytearray()
         self._descriptors: list[int] = []
 
     def send(self, kind: str, *, descriptor: int | None = None, **fields: Any) -> None:
@@ -76,14 +82,16 @@ class Link:
         """
         if timeout_s != self._end.gettimeout():
             self._end.settimeout(None if timeout_s is None else max(timeout_s, 0.001))
-        while b"\n" not in self._lines:
+        searched = 0
+        while (end := self._lines.find(b"\n", searched)) < 0:
+            searched = len(self._lines)
             part, descriptors, _, _ = socket.recv_fds(self._end, 1 << 16, 1)
             if not part:
                 raise EOFError("the other side of the link is gone")
             self._lines += part
             self._descriptors += descriptors
-        line, _, self._lines = self._lines.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
+        message: dict[str, Any] = json.loads(self._lines[:end])
+        del self._lines[: end + 1]
         if "descriptor" in message:
             message["descriptor"] = self._descriptors.pop(0)
         return message
@@ -218,7 +226,7 @@ def _limit_memory(memory_bytes: int) -> None:
 
 
 def serve(link_fd: int, memory_fd: int, decoder: str, limits: DecoderLimits) -> None:
-    """Decodes what the parent sends, until it closes its end.
+    """Decodes the files that the parent sends, until it closes its end.
 
     Args:
         link_fd: This process's end of the socket pair.
@@ -259,7 +267,7 @@ def _serve_recording(
     try:
         with opening as decoding:
             link.send("opened", info=decoding.info, stated_frames=decoding.stated_frames)
-            return _serve_blocks(link, memory, limits, decoding)
+            return _serve_pieces(link, memory, limits, decoding)
     except Rejected as rejected:
         return {"kind": "rejected", **_fields(rejected)}
     except _StoreFailed:
@@ -270,26 +278,44 @@ def _serve_recording(
         return {"kind": "error", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
 
-def _serve_blocks(link: Link, memory: Memory, limits: DecoderLimits, decoding: Decoding) -> dict[str, Any]:
-    blocks = _in_pieces(decoding)
+def _serve_pieces(link: Link, memory: Memory, limits: DecoderLimits, decoding: Decoding) -> dict[str, Any]:
+    messages: Iterator[list[Any]] = iter(())
     while True:
         _set_alarm(0)
         command = link.receive()
         _set_alarm(limits.timeout_s)
         if command["kind"] == "close":
             return {"kind": "closed"}
-        block = next(blocks, None)
+        if command["kind"] == "decode":
+            messages = _in_messages(decoding.pieces([Part(*part) for part in command["parts"]]), memory.output)
+        pieces = next(messages, None)
         state = {"frames_read": decoding.frames_read, "ended": decoding.ended}
-        if block is None:
+        if pieces is None:
             return {"kind": "end", **state}
-        memory.output[: len(block)] = block
-        link.send("block", count=len(block), **state)
+        link.send("pieces", pieces=pieces, **state)
 
 
-def _in_pieces(decoding: Decoding) -> Iterator[Any]:
-    for block in decoding.blocks():
-        for piece in range(math.ceil(len(block) / OUTPUT_FRAMES)):
-            yield block[piece * OUTPUT_FRAMES : (piece + 1) * OUTPUT_FRAMES]
+def _in_messages(pieces: Iterator[Piece | None], output: Samples) -> Iterator[list[Any]]:
+    """The pieces of one message after the other; their samples are in `output` until the next is taken."""
+    message: list[Any] = []
+    count = 0
+    for piece in pieces:
+        if piece is None:
+            yield message
+            message, count = [], 0
+            continue
+        samples = piece.samples
+        while len(samples) > len(output) - count:
+            fits = len(output) - count
+            output[count:] = samples[:fits]
+            yield [*message, (piece.part, fits, False, None)]
+            samples, message, count = samples[fits:], [], 0
+        output[count : count + len(samples)] = samples
+        count += len(samples)
+        rejected = None if piece.rejected is None else _fields(piece.rejected)
+        message.append((piece.part, len(samples), piece.is_end, rejected))
+    if message:
+        yield message
 
 
 def _fields(rejected: Rejected) -> dict[str, Any]:

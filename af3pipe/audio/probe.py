@@ -9,11 +9,10 @@ as bare samples it took 47 for MPEG audio. Of GSM in WAV it decodes the byte tha
 docs/formats.md says of each format which of the two reads it, and whether its length is known from the header.
 """
 
-import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import av
 import av.container
@@ -28,7 +27,8 @@ from af3pipe.audio.headers import (
     is_no_audio,
     xing_states_length,
 )
-from af3pipe.schemas import MIX, AudioInfo, Reason, Rejected, Stage, channel_text
+from af3pipe.audio.reader import Reader
+from af3pipe.schemas import AudioInfo, Reason, Rejected, Stage
 
 # Content may be a playlist or a concat script, which FFmpeg would follow to other files and to the network.
 # No protocol has this name, so nothing but the file object itself is ever opened.
@@ -52,78 +52,6 @@ _STATES_LENGTH = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg", "
 _T = TypeVar("_T")
 
 
-class Reader:
-    """The file as the decoders see it: it remembers the first exception instead of raising it.
-
-    libsndfile calls `read` through cffi, which prints an exception and takes it for the end of the file: a store
-    that fails would look like a short recording. So the error is kept, and raised again by `raise_error`.
-
-    Attributes:
-        size_bytes: Of what the decoders see: the whole file, until `begin_at`.
-        at_end: Whether a decoder has asked for bytes beyond the end.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._position = 0
-        self._error: BaseException | None = None
-        self._file_bytes = file.seek(0, io.SEEK_END)
-        self.at_end = False
-        self.begin_at(b"", 0)
-
-    def begin_at(self, head: bytes, start: int) -> None:
-        """Shows `head` and what the file holds from `start` on, in place of the whole file."""
-        self._head = head
-        self._shift = start - len(head)
-        self.size_bytes = max(self._file_bytes - self._shift, len(head))
-
-    def read(self, size: int = -1) -> bytes:
-        """Returns `size` bytes, fewer only at the end of the file or once it has failed."""
-        if self._error is not None:
-            return b""
-        if self._position >= self.size_bytes:  # maybe far beyond: broken headers point to where no file can seek
-            self.at_end = self.at_end or size != 0
-            return b""
-        missing = size if size >= 0 else self.size_bytes - self._position
-        parts = [self._head[self._position : self._position + missing]]
-        missing -= len(parts[0])
-        try:
-            position = max(self._position, len(self._head)) + self._shift
-            if missing and self._file.tell() != position:
-                self._file.seek(position)
-            while missing and (part := self._file.read(missing)):
-                parts.append(part)
-                missing -= len(part)
-        except BaseException as error:  # noqa: BLE001  (raised again by raise_error, on this side of the decoder)
-            self._error = error
-            return b""
-        self.at_end = self.at_end or missing > 0
-        data = b"".join(parts)
-        self._position += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        """As `read`; libsndfile asks this way, 8 KiB at a time."""
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a position in bytes, as `io.IOBase.seek` does; the file itself moves with the next read."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size_bytes}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def tell(self) -> int:
-        """The position in bytes."""
-        return self._position
-
-    def raise_error(self) -> None:
-        """Raises what the file raised, if it did."""
-        if self._error is not None:
-            raise self._error
-
-
 class Source(NamedTuple):
     """An open recording, before the first sample is read. Belongs to one thread at a time.
 
@@ -134,7 +62,6 @@ class Source(NamedTuple):
         handle: The decoder.
         reader: The file below it.
         stream: The stream to decode; None where the decoder knows but one.
-        channel: Index of the channel to decode; None for the mean over all.
     """
 
     info: AudioInfo
@@ -142,7 +69,6 @@ class Source(NamedTuple):
     handle: "soundfile.SoundFile | av.container.InputContainer"
     reader: Reader
     stream: av.AudioStream | None = None
-    channel: int | None = None
 
 
 def probe(file: BinaryIO, *, extension: str = "", stream: int | None = None) -> AudioInfo:
@@ -162,18 +88,15 @@ def probe(file: BinaryIO, *, extension: str = "", stream: int | None = None) -> 
 
 
 @contextmanager
-def open_source(
-    file: BinaryIO, *, extension: str = "", channel: str | int = MIX, stream: int | None = None
-) -> Iterator[Source]:
+def open_source(file: BinaryIO, *, extension: str = "", stream: int | None = None) -> Iterator[Source]:
     """Opens `file` with the decoder that reads it whole; closes the decoder, not the file. Raises as `probe` does."""
-    wanted = channel_text(channel)
     reader = Reader(file)
     if reader.size_bytes == 0:
         raise Rejected(Stage.PROBE, Reason.EMPTY_FILE, "The object has 0 bytes.")
     source = _open(reader, extension.lower().removeprefix("."), stream)
     try:
         _check_rate(source.info)
-        yield source._replace(channel=_channel_index(wanted, source.info))
+        yield source
     finally:
         source.handle.close()
 
@@ -251,18 +174,6 @@ def _check_rate(info: AudioInfo) -> None:
             f"recordings have {_LOWEST_RATE:,} to {_HIGHEST_RATE:,}."
         )
         raise Rejected(Stage.PROBE, Reason.UNSUPPORTED_FORMAT, detail, decoder=info.decoder)
-
-
-def _channel_index(channel: str, info: AudioInfo) -> int | None:
-    """None for the mean over all channels."""
-    if channel == MIX:
-        return None
-    index = {"left": 0, "right": 1}.get(channel)
-    if (info.channels < 2) if index is not None else (int(channel) >= info.channels):
-        has = "1 channel, number 0" if info.channels == 1 else f"{info.channels} channels, 0 to {info.channels - 1}"
-        detail = f"Channel {channel} was asked for, but the audio has {has}; choose --channel mix or one of these."
-        raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder=info.decoder)
-    return int(channel) if index is None else index
 
 
 def _cause(error: Exception) -> str:

@@ -1,17 +1,25 @@
-"""A recording to the segments that the over-length policy allows."""
+"""Decodes recordings, and any number of parts of one object in one pass, into segments that the model can take."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from heapq import heappop, heappush
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias
+from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
-from af3pipe.audio.decode import Asked, Decoding, OpenDecoding, open_decoding
+from af3pipe.audio import lengths
+from af3pipe.audio.decoding import Asked, Decoding, OpenDecoding, Part, Piece, channel_index, open_in_process
 from af3pipe.audio.levels import SILENT_BELOW_DBFS, measure
-from af3pipe.audio.mp4 import stated_by_large_index
-from af3pipe.audio.probe import Reader
-from af3pipe.audio.segments import AudioLimits, Cut, cut, is_over_length
-from af3pipe.schemas import Levels, Reason, Recording, Rejected, Segment, Stage
+from af3pipe.audio.segments import AudioLimits, Cut, Cutter, decided_samples
+from af3pipe.schemas import MIX, Recording, Rejected, Segment, channel_text
 
 OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
+
+HELD_S = 1200.0
+"""How much audio the parts of one pass may gather at once, in seconds: 77 MB at 16 kHz."""
+# Each has a resampler that takes 0.5 MB, in a decoder process that may have 64 MiB.
+_MOST_AT_ONCE = 64
+_MOST_PARTS = 20_000  # of one pass: a decoder process keeps them in mind, some 15 MB
 
 
 def read_segments(
@@ -22,118 +30,300 @@ def read_segments(
     over_length: OverLength,
     split_tolerance_s: float = 0.0,
     silent_below_dbfs: float = SILENT_BELOW_DBFS,
-    open_decoding: OpenDecoding = open_decoding,
+    open_decoding: OpenDecoding = open_in_process,
 ) -> Iterator[Segment]:
-    """Decodes a recording, or the range of it that is asked for, into the segments the policy allows.
+    """Decodes a recording, or the range of it that is asked for, into segments: `read_parts` for one part.
+
+    Raises:
+        Rejected: As `read_parts` gives it.
+    """
+    with closing(
+        read_parts(
+            file,
+            [recording],
+            limits=limits,
+            over_length=over_length,
+            split_tolerance_s=split_tolerance_s,
+            silent_below_dbfs=silent_below_dbfs,
+            open_decoding=open_decoding,
+        )
+    ) as outcomes:
+        for _, outcome in outcomes:
+            if isinstance(outcome, Rejected):
+                raise outcome
+            yield outcome
+            del outcome  # or it is held while the next one is gathered
+
+
+def read_parts(
+    file: BinaryIO,
+    parts: Sequence[Recording],
+    *,
+    limits: AudioLimits,
+    over_length: OverLength,
+    split_tolerance_s: float = 0.0,
+    silent_below_dbfs: float = SILENT_BELOW_DBFS,
+    open_decoding: OpenDecoding = open_in_process,
+) -> Generator[tuple[int, Segment | Rejected], None, None]:
+    """Decodes all parts of one object into the segments that the policy allows, in one pass over the file.
+
+    Parts may overlap, be equal, and come in any order. Each gives the segments and the rejection that it gives alone,
+    whatever other parts there are. Only parts that a dying decoder process leaves undone are rejected together.
 
     Over-length is known from the header before the body is read, or at the cap where the header lies or states
     nothing. `dead-letter` rejects it, `truncate` gives one segment of exactly the cap, `split` gives consecutive
     ones, each of which ends at the quietest point of the last `split_tolerance_s` before the cap (0: at the cap).
-    At the cap exactly, give or take `limits.min_samples`, a recording is not over-length.
+    At the cap exactly, give or take `limits.min_samples`, a part is not over-length.
 
     The last segment's `info.duration_s` is what decoding found the object to last. Where decoding stopped before
     the object's end it is what the header states, or at least what was decoded, so that a truncated segment is seen
     to end before it; for a range that was asked for it may be None.
 
+    The file is read front to back. Gaps between parts are skipped where the format allows exact seeks (PCM, FLAC).
+    There are more passes than one
+
+    - for each audio stream that is chosen (`Recording.stream`);
+    - for parts of the mix and of single channels of one stream, in formats that FFmpeg reads, where the number of
+      channels may change half-way;
+    - where parts that overlap would gather more than `HELD_S` of audio at once, or are more than 64: those that do
+      not fit are decoded again rather than held. One part alone always fits;
+    - where there are more than 20,000 parts;
+    - where the decoder fails, and parts behind that place can be reached by an exact seek.
+
+    Args:
+        file: Seekable; left open. What its `read` raises, other than Rejected, is raised here, unchanged.
+        parts: All of the same object.
+        limits: The model's.
+        over_length: What becomes of parts longer than the cap.
+        split_tolerance_s: How much earlier than at the cap `split` may cut, in seconds.
+        silent_below_dbfs: A segment whose peak is at or below this is silent.
+        open_decoding: Where it is decoded: in this process, or in another one by `guard.DecoderPool.open`.
+
+    Yields:
+        The index of a part, and its next segment or its end. Segments of one part come in order of time, as soon as
+        they are complete. Each part ends exactly once: by a segment with `is_last`, or by a Rejected.
+
     Raises:
-        Rejected: As `decode`; too_long under `dead-letter`; too_short for less than `limits.min_samples`.
+        ValueError: An offset or a duration is not finite, an offset is negative, or a channel has no such name.
+        Exception: What opening and reading raise other than Rejected: GuardError, DecoderError, errors of the file.
+            It concerns all parts that have not ended.
     """
-    if over_length == "dead-letter":
-        _check_large_index(file, recording, limits)
-    with open_decoding(file, _asked(recording, limits)) as decoding:
-        if over_length == "dead-letter":
-            _check_stated_length(decoding, limits)
-        index = 0
-        cut_at = f"silence:{split_tolerance_s}" if split_tolerance_s else "cap"
-        tolerance_s = min(split_tolerance_s, limits.max_s) if over_length == "split" else 0.0
-        for piece in cut(decoding.blocks(), limits, tolerance_samples=round(tolerance_s * limits.sample_rate)):
-            if over_length == "dead-letter" and not piece.is_last:
-                raise _too_long_decoded(decoding, limits)
-            levels = measure(piece.samples, silent_below_dbfs=silent_below_dbfs)
-            truncated = over_length == "truncate"
-            yield _segment(recording, decoding, piece, index, levels, truncated=truncated, cut_at=cut_at)
-            if over_length == "truncate":
+    policy = _Policy(limits, over_length, split_tolerance_s, silent_below_dbfs)
+    streams: dict[int | None, dict[Part, _Reading]] = {}
+    for index, recording in enumerate(parts):
+        part = _part(recording, policy)
+        same = streams.setdefault(recording.stream, {})
+        same.setdefault(part, _Reading(part, policy)).takers.append((index, recording))
+    for stream, found in streams.items():
+        # Plain numbers: they go to another process, and NumPy's do not.
+        number = None if stream is None else int(stream)
+        asked = Asked(limits.sample_rate, Path(parts[0].uri).suffix, number)
+        readings = sorted(found.values(), key=lambda reading: reading.part.offset_s)
+        yield from _read_stream(file, asked, readings, policy, open_decoding)
+
+
+class _Policy(NamedTuple):
+    limits: AudioLimits
+    over_length: OverLength
+    split_tolerance_s: float
+    silent_below_dbfs: float
+
+    @property
+    def rejects_long(self) -> bool:
+        return self.over_length == "dead-letter"
+
+
+def _part(recording: Recording, policy: _Policy) -> Part:
+    offset_s, duration_s = float(recording.offset_s), recording.duration_s
+    if not 0 <= offset_s < math.inf or not (duration_s is None or math.isfinite(duration_s)):
+        raise ValueError(
+            f"offset_s is {offset_s} and duration_s {duration_s}; both must be finite, the offset 0 or more, since "
+            "it counts from the start of the object"
+        )
+    most = None if policy.over_length == "split" else decided_samples(policy.limits)
+    channel = channel_text(recording.channel)
+    return Part(offset_s, None if duration_s is None else float(duration_s), channel, most)
+
+
+class _Reading:
+    """A part that is being read, for all recordings that are this same part.
+
+    Attributes:
+        takers: Index among the parts, and recording, of each.
+        has_ended: Whether its last segment or its rejection was given.
+    """
+
+    def __init__(self, part: Part, policy: _Policy) -> None:
+        self.part = part
+        self.takers: list[tuple[int, Recording]] = []
+        self.has_ended = False
+        self._policy = policy
+        self._cutter: Cutter | None = None
+        self._segments = 0
+        self._samples = 0
+
+    def gathers_s(self, decoding: Decoding) -> float:
+        """How much audio it holds at most while it is read, in seconds."""
+        limits = self._policy.limits
+        stated = decoding.stated_samples(self.part)
+        wanted_s = self.part.duration_s if stated is None else stated / limits.sample_rate
+        return limits.max_s if wanted_s is None else min(max(wanted_s, 0.0), limits.max_s)
+
+    def ends_s(self) -> float:
+        """Where in the object it is done with, in seconds; infinite where that is at the end."""
+        most, duration_s = self.part.most_samples, self.part.duration_s
+        until_s = math.inf if duration_s is None else self.part.offset_s + duration_s
+        return until_s if most is None else min(until_s, self._end_s(most))
+
+    def take(self, piece: Piece, decoding: Decoding) -> Iterator[tuple[int, Segment | Rejected]]:
+        """The outcomes that its next samples make; none once it has ended, where what was decoded goes on."""
+        if self.has_ended:
+            return
+        if self._cutter is None:
+            tolerance_s = min(self._policy.split_tolerance_s, self._policy.limits.max_s)
+            tolerance = round(tolerance_s * self._policy.limits.sample_rate)
+            is_split = self._policy.over_length == "split"
+            expected = decoding.stated_samples(self.part)
+            self._cutter = Cutter(
+                self._policy.limits, tolerance_samples=tolerance if is_split else 0, expected=expected
+            )
+        self._samples += len(piece.samples)
+        for cut in self._cutter.push(piece.samples):
+            yield from self._give(cut, decoding)
+            del cut  # or it is held while the next one is gathered
+            if self.has_ended:
                 return
-            index += 1
-            del piece  # or it is held while the next one is gathered; enumerate() would hold it, too
-        if not index:
-            raise _too_short(decoding, limits)
+        if not piece.is_end:
+            return
+        if piece.rejected is not None:
+            yield from self.reject(piece.rejected)
+        elif (last := self._cutter.end()) is not None:
+            yield from self._give(last, decoding)
+        else:
+            limits = self._policy.limits
+            yield from self.reject(lengths.too_short(decoding, limits, self._samples, self._end_s(self._samples)))
+
+    def reject(self, rejected: Rejected) -> Iterator[tuple[int, Rejected]]:
+        """Ends all recordings that are this part."""
+        self._end()
+        for index, _ in self.takers:
+            yield index, rejected
+
+    def _give(self, cut: Cut, decoding: Decoding) -> Iterator[tuple[int, Segment | Rejected]]:
+        policy = self._policy
+        decided_s = self._end_s(decided_samples(policy.limits))  # so much is there at least, where more follows
+        if policy.rejects_long and not cut.is_last:
+            yield from self.reject(lengths.too_long(decoding, policy.limits, decided_s))
+            return
+        is_truncated = policy.over_length == "truncate"
+        info = decoding.info
+        if decoding.ended and cut.is_last:
+            info = info._replace(duration_s=decoding.position_s)
+        elif is_truncated and not cut.is_last:
+            info = info._replace(duration_s=max(info.duration_s or 0.0, decided_s))
+        if cut.is_last or is_truncated:
+            self._end()
+        index, self._segments = self._segments, self._segments + 1
+        levels = measure(cut.samples, silent_below_dbfs=policy.silent_below_dbfs)
+        tolerance_s = policy.split_tolerance_s
+        for taker, recording in self.takers:
+            yield (
+                taker,
+                Segment(
+                    recording=recording,
+                    info=info,
+                    segment_index=index,
+                    start_s=self._end_s(cut.start),
+                    end_s=self._end_s(cut.start + len(cut.samples)),
+                    is_last=self.has_ended,
+                    sample_rate=decoding.sample_rate,
+                    samples=cut.samples,
+                    levels=levels,
+                    cut_at=f"silence:{tolerance_s}" if tolerance_s else "cap",
+                ),
+            )
+
+    def _end(self) -> None:
+        self.has_ended = True
+        self._cutter = None  # with what it gathered beyond
+
+    def _end_s(self, samples: int) -> float:
+        """Where so many samples of it end, in seconds from the start of the object."""
+        return self.part.offset_s + samples / self._policy.limits.sample_rate
 
 
-def _asked(recording: Recording, limits: AudioLimits) -> Asked:
-    extension = Path(recording.uri).suffix
-    # Plain numbers: they go to another process, and NumPy's do not.
-    duration_s = None if recording.duration_s is None else float(recording.duration_s)
-    stream = None if recording.stream is None else int(recording.stream)
-    return Asked(limits.sample_rate, float(recording.offset_s), duration_s, extension, recording.channel, stream)
+def _read_stream(
+    file: BinaryIO, asked: Asked, readings: list[_Reading], policy: _Policy, open_decoding: OpenDecoding
+) -> Iterator[tuple[int, Segment | Rejected]]:
+    """All parts of one audio stream, sorted by offset, in as many passes as they need."""
+    try:
+        if policy.rejects_long and (whole_s := lengths.read_large_index(file, asked.stream)) is not None:
+            for reading in readings:
+                try:
+                    lengths.check_large_index(whole_s, reading.part, policy.limits)
+                except Rejected as rejected:
+                    yield from reading.reject(rejected)
+        while readings := [reading for reading in readings if not reading.has_ended]:
+            with open_decoding(file, asked) as decoding:
+                yield from _read_pass(decoding, readings, policy)
+            if not any(reading.has_ended for reading in readings):
+                raise RuntimeError("a pass over the file ended none of its parts; another one would not either")
+    except Rejected as rejected:
+        for reading in readings:
+            if not reading.has_ended:
+                yield from reading.reject(rejected)
 
 
-def _check_large_index(file: BinaryIO, recording: Recording, limits: AudioLimits) -> None:
-    """Rejects a long MP4 before the decoder reads all of its index; `_check_stated_length` has the last word."""
-    reader = Reader(file)
-    whole_s = stated_by_large_index(reader, reader.size_bytes, recording.stream)
-    reader.raise_error()
-    if whole_s is None:
+def _read_pass(
+    decoding: Decoding, readings: list[_Reading], policy: _Policy
+) -> Iterator[tuple[int, Segment | Rejected]]:
+    possible = []
+    for reading in readings:
+        try:
+            channel_index(reading.part.channel, decoding.info)
+            if policy.rejects_long:
+                lengths.check_stated(decoding, reading.part, policy.limits)
+        except Rejected as rejected:
+            yield from reading.reject(rejected)
+        else:
+            possible.append(reading)
+    chosen = _that_fit(_of_one_kind(possible, decoding), decoding)
+    if not chosen:
         return
-    available_s = max(whole_s - recording.offset_s, 0.0)
-    wanted_s = available_s if recording.duration_s is None else min(available_s, recording.duration_s)
-    _check_length(round(wanted_s * limits.sample_rate), whole_s, limits, "pyav")
+    missing = len(chosen)
+    pieces = decoding.pieces([reading.part for reading in chosen])
+    for piece in pieces:
+        if piece is None:
+            continue
+        reading = chosen[piece.part]
+        yield from reading.take(piece, decoding)
+        missing -= piece.is_end
+        if not missing:
+            return
 
 
-def _check_stated_length(decoding: Decoding, limits: AudioLimits) -> None:
-    if decoding.stated_samples is not None:
-        whole_s = (decoding.stated_frames or 0) / decoding.rate
-        _check_length(decoding.stated_samples, whole_s, limits, decoding.info.decoder)
+def _of_one_kind(readings: list[_Reading], decoding: Decoding) -> list[_Reading]:
+    """The mix or single channels: where a stream's channels may change, that is the end of the latter only."""
+    if decoding.info.decoder == "soundfile" or not readings:
+        return readings
+    of_mix = readings[0].part.channel == MIX
+    return [reading for reading in readings if (reading.part.channel == MIX) == of_mix]
 
 
-def _check_length(wanted: int, whole_s: float, limits: AudioLimits, decoder: str) -> None:
-    if not is_over_length(wanted, limits):
-        return
-    wanted_s = wanted / limits.sample_rate
-    lasts = f"The recording lasts {whole_s:.1f} s by its header"
-    if whole_s - wanted_s > 0.5 / limits.sample_rate:
-        lasts = f"{wanted_s:.1f} s are asked for of a recording that lasts {whole_s:.1f} s"
-    advice = f"the model takes {limits.max_s:g} s; choose --over-length truncate or split."
-    raise Rejected(Stage.PROBE, Reason.TOO_LONG, f"{lasts}; {advice}", decoder=decoder)
-
-
-def _too_long_decoded(decoding: Decoding, limits: AudioLimits) -> Rejected:
-    stated = decoding.info.duration_s
-    header = "states no length" if stated is None else f"states {stated:.1f} s"
-    detail = (
-        f"The header {header}, but more than {limits.max_s:g} s were decoded, which is all the model takes; "
-        "choose --over-length truncate or split."
-    )
-    return decoding.rejected(Reason.TOO_LONG, detail)
-
-
-def _too_short(decoding: Decoding, limits: AudioLimits) -> Rejected:
-    rate = limits.sample_rate
-    detail = (
-        f"{decoding.samples} samples at {rate} Hz ({decoding.samples / rate:.3f} s) were decoded; "
-        f"the model needs {limits.min_samples} ({limits.min_samples / rate:.3f} s)."
-    )
-    return decoding.rejected(Reason.TOO_SHORT, detail)
-
-
-def _segment(
-    recording: Recording, decoding: Decoding, piece: Cut, index: int, levels: Levels, *, truncated: bool, cut_at: str
-) -> Segment:
-    info = decoding.info
-    if decoding.ended and piece.is_last:
-        info = info._replace(duration_s=decoding.position_s)
-    elif truncated and not piece.is_last:
-        info = info._replace(duration_s=max(info.duration_s or 0.0, decoding.position_s))
-    start_s = recording.offset_s + piece.start / decoding.sample_rate
-    return Segment(
-        recording=recording,
-        info=info,
-        segment_index=index,
-        start_s=start_s,
-        end_s=recording.offset_s + (piece.start + len(piece.samples)) / decoding.sample_rate,
-        is_last=piece.is_last or truncated,
-        sample_rate=decoding.sample_rate,
-        samples=piece.samples,
-        levels=levels,
-        cut_at=cut_at,
-    )
+def _that_fit(readings: list[_Reading], decoding: Decoding) -> list[_Reading]:
+    """Of parts sorted by offset, those that one pass can read in bounded memory; at least the first one."""
+    chosen: list[_Reading] = []
+    open_: list[tuple[float, float]] = []  # where a part ends, and what it gathers, in seconds
+    held_s = 0.0
+    for reading in readings:
+        while open_ and open_[0][0] <= reading.part.offset_s:
+            held_s -= heappop(open_)[1]
+        gathers_s = reading.gathers_s(decoding)
+        if open_ and (held_s + gathers_s > HELD_S or len(open_) == _MOST_AT_ONCE):
+            continue
+        if len(chosen) == _MOST_PARTS:
+            break
+        heappush(open_, (reading.ends_s(), gathers_s))
+        held_s += gathers_s
+        chosen.append(reading)
+    return chosen

@@ -1,4 +1,4 @@
-"""Where a recording is cut: blocks of PCM to segments, in whole samples."""
+"""Cuts blocks of PCM into segments, in whole samples."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -44,14 +44,17 @@ class Cut(NamedTuple):
     is_last: bool
 
 
+def decided_samples(limits: AudioLimits) -> int:
+    """How many samples show that another segment follows the first."""
+    return limits.max_samples + limits.min_samples
+
+
 def is_over_length(total: int, limits: AudioLimits) -> bool:
     """Whether `total` samples need more than one segment."""
-    return total >= limits.max_samples + limits.min_samples
+    return total >= decided_samples(limits)
 
 
-def cut(
-    blocks: Iterator[npt.NDArray[np.float32]], limits: AudioLimits, *, tolerance_samples: int = 0
-) -> Iterator[Cut]:
+class Cutter:
     """Regroups blocks of PCM into consecutive segments that join without a gap, in linear time.
 
     A segment ends at the cap, or at the quietest point (`levels.quietest_point`) of the tolerance before it, so
@@ -59,38 +62,58 @@ def cut(
 
     A remainder shorter than `min_samples` (under 0.03 s) gives not a single audio token. It is no segment of its
     own, and it cannot lengthen the last one past the cap: it belongs to none, and the recording counts as covered
-    without it. Yields nothing where all blocks together are that short.
+    without it. There is no segment at all where all blocks together are that short.
 
     A segment is held back until it is known whether another follows, so that `is_last` is right. It is gathered in
     place, so at most one segment and one block are in memory here; a caller who keeps segments adds those.
 
     Args:
-        blocks: float32 mono, each of shape (n,), any lengths.
         limits: The cap, and the shortest that can be answered.
         tolerance_samples: How much earlier than at the cap a segment may end; half the cap at most counts.
+        expected: How many samples will come, where that is known; saves memory, and may be wrong.
     """
-    decided = limits.max_samples + limits.min_samples  # so many, and another segment follows
-    gathered = np.empty(decided, np.float32)
-    count = start = 0
-    for block in blocks:
+
+    def __init__(self, limits: AudioLimits, *, tolerance_samples: int = 0, expected: int | None = None) -> None:
+        self._limits = limits
+        self._tolerance = tolerance_samples
+        self._decided = decided_samples(limits)
+        self._expected = expected
+        self._gathered = np.empty(0, np.float32)
+        self._count = 0
+        self._start = 0
+
+    def push(self, block: npt.NDArray[np.float32]) -> Iterator[Cut]:
+        """Takes the next samples, float32 mono, shape (n,); gives the segments after which others follow."""
         while len(block):
-            taken = min(len(block), decided - count)
-            gathered[count : count + taken] = block[:taken]
-            count, block = count + taken, block[taken:]
-            if count < decided:
+            taken = min(len(block), self._decided - self._count)
+            self._make_room(self._count + taken)
+            self._gathered[self._count : self._count + taken] = block[:taken]
+            self._count, block = self._count + taken, block[taken:]
+            if self._count < self._decided:
                 continue
-            end = _end(gathered, limits, tolerance_samples)
-            piece, rest = Cut(start, gathered[:end], is_last=False), gathered[end:].copy()
-            gathered = rest  # lets go of the segment, as does the next line but one
+            end = _end(self._gathered, self._limits, self._tolerance)
+            piece, rest = Cut(self._start, self._gathered[:end], is_last=False), self._gathered[end:].copy()
+            # Lets go of the segment, which the caller may do, too, before a buffer for the next one is made.
+            self._gathered, self._count, self._start = rest, len(rest), self._start + end
             yield piece
             del piece
-            gathered = np.empty(decided, np.float32)
-            start, count = start + end, len(rest)
-            gathered[:count] = rest
-    if count >= limits.min_samples:
-        samples = gathered[: min(count, limits.max_samples)]
+
+    def end(self) -> Cut | None:
+        """The last segment, once all samples were pushed."""
+        gathered, count, self._gathered = self._gathered, self._count, np.empty(0, np.float32)
+        if count < self._limits.min_samples:
+            return None
+        samples = gathered[: min(count, self._limits.max_samples)]
         # A short one does not keep all of the buffer alive; a copy of a long one would take more than it saves.
-        yield Cut(start, samples.copy() if 8 * count < decided else samples, is_last=True)
+        return Cut(self._start, samples.copy() if 8 * count < len(gathered) else samples, is_last=True)
+
+    def _make_room(self, count: int) -> None:
+        if count <= len(self._gathered):
+            return
+        expected = self._decided if self._expected is None else self._expected - self._start
+        larger = np.empty(min(max(count, expected, 2 * len(self._gathered)), self._decided), np.float32)
+        larger[: self._count] = self._gathered[: self._count]
+        self._gathered = larger
 
 
 def _end(gathered: npt.NDArray[np.float32], limits: AudioLimits, tolerance_samples: int) -> int:

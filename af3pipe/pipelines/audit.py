@@ -33,6 +33,7 @@ def audit(output: str, inputs: Sequence[str] = ()) -> Audit:
                 channel=job.get("channel", MIX),
                 stream=job.get("stream"),
                 allow_prefixes=job.get("allow_prefixes", ()),
+                exclude=[output],
             )
         except InputError as error:
             raise AuditError(str(error)) from error

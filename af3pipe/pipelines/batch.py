@@ -245,7 +245,7 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
     how = graph.asking(job)
     counted: Counter[str] = Counter()
     chunks = []
-    with Plan() as plan, ExitStack() as held:
+    with Plan(job.partition_by) as plan, ExitStack() as held:
         if again is not None:
             plan.add_found(again)
         for name in dict.fromkeys(job.inputs if again is None else ()):

@@ -87,7 +87,9 @@ def asking(job: JobConfig, *, keep_engine: bool = False) -> Asking:
 
 def found_by(job: JobConfig, name: str) -> Iterator[Recording | DeadLetter]:
     """What the job finds under a name."""
-    return list_recordings(name, channel=job.channel, stream=job.stream, allow_prefixes=job.allow_prefixes)
+    return list_recordings(
+        name, channel=job.channel, stream=job.stream, allow_prefixes=job.allow_prefixes, exclude=[job.output]
+    )
 
 
 def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
@@ -98,6 +100,7 @@ def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
         channel=job.channel,
         stream=job.stream,
         allow_prefixes=job.allow_prefixes,
+        exclude=[job.output],
         storage_options=job.storage_options,
     )
     existing = None
@@ -199,7 +202,7 @@ def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tu
     ]
     found = [Outcome(one.good, one.dead_letters) for one in notified]
     if folders:
-        watch = WatchRecordings(folders, every_s=job.watch.every, **how)
+        watch = WatchRecordings(folders, every_s=job.watch.every, exclude=[job.output], **how)
         found.append(pipeline | "WatchRecordings" >> watch)
     waiting = [one.waiting for one in notified] | "AllWaiting" >> beam.Flatten() if notified else None
     if len(found) == 1:

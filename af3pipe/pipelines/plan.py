@@ -6,10 +6,12 @@ written when it is done.
 """
 
 import itertools
+import json
+import logging
 import pickle
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +25,15 @@ from af3pipe.schemas import AudioObject, DeadLetter, Recording, RecordingResult,
 from af3pipe.tables.existing import ExistingRecording, ExistingRow, ExistingRows, read_existing
 from af3pipe.tables.keys import KeySet, Mask, hashes_of
 from af3pipe.tables.latest import table_files
+from af3pipe.tables.layout import partition_folder
 from af3pipe.transforms.inputs.identity import check_id, has_own_id
 from af3pipe.transforms.outcome import public_uri
 from af3pipe.transforms.plan import STAT_THREADS, WorkKeys, plan_object, stat_object
 from af3pipe.transforms.resume import is_gone
 
+MOST_PARTITIONS = 1000
 _BATCH = 1000
+_log = logging.getLogger(__name__)
 _ATTEMPTS = 3
 _HASHED_AT_ONCE = 100_000
 
@@ -36,13 +41,18 @@ _HASHED_AT_ONCE = 100_000
 class Plan:
     """Use as a context: what it holds is on disk until it is closed.
 
+    Args:
+        partition_by: Of the run: it warns where the recordings have very many partitions.
+
     Attributes:
         found: Recordings, each once, rejected ones too; known once it is made.
         skipped: How many of them an earlier run has done.
         to_do: How many of them are in the chunks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, partition_by: Sequence[str] = ()) -> None:
+        self._partition_by = [name for name in partition_by if name not in ("date", "run")]
+        self._partitions: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="af3pipe-plan-")
         self._db = sqlite3.connect(Path(self._folder.name, "plan.sqlite"), isolation_level=None)
         self._db.executescript(
@@ -158,6 +168,7 @@ class Plan:
                         self.found += len(planned.found)
                         self.skipped += len(planned.skipped)
                         if planned.work is not None:
+                            self._count_partitions(planned.work)
                             number = len(planned.found) - len(planned.skipped)
                             self.to_do += number
                             row = number, pickle.dumps(planned.work)
@@ -189,6 +200,20 @@ class Plan:
                 chunk, recordings = [], 0
         if chunk:
             yield chunk
+
+    def _count_partitions(self, work: AudioObject) -> None:
+        """Warns, before the model's work, of more folders than a reader of the tables would like."""
+        if not self._partition_by or len(self._partitions) > MOST_PARTITIONS:
+            return
+        folders = (partition_folder(self._partition_by, "", json.loads(row.metadata)) for row in work.recordings)
+        self._partitions.update(folders)
+        if len(self._partitions) > MOST_PARTITIONS:
+            _log.warning(
+                "partition_by %s makes more than %d folders in each table, each with files of its own: readers will "
+                "be slow; choose a column with fewer values",
+                ", ".join(self._partition_by),
+                MOST_PARTITIONS,
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

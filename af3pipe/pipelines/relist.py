@@ -39,7 +39,13 @@ _LISTED_SCHEMA = pa.schema(
 
 
 def relist(
-    view: Latest, inputs: Sequence[str], *, channel: str, stream: int | None, allow_prefixes: Sequence[str] = ()
+    view: Latest,
+    inputs: Sequence[str],
+    *,
+    channel: str,
+    stream: int | None,
+    allow_prefixes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Compared:
     """Lists inputs anew, and holds each recording against its newest row.
 
@@ -48,14 +54,16 @@ def relist(
     Args:
         view: Of the output.
         inputs: As a run takes them.
-        channel: As the run heard them. So are `stream` and `allow_prefixes`.
+        channel: As the run heard them. So are `stream`, `allow_prefixes` and `exclude`.
         stream: See `channel`.
         allow_prefixes: See `channel`.
+        exclude: See `channel`.
 
     Raises:
         InputError: An input does not exist or cannot be read.
     """
-    listed = _list(inputs, {"channel": channel, "stream": stream, "allow_prefixes": allow_prefixes})
+    chosen = {"channel": channel, "stream": stream, "allow_prefixes": allow_prefixes, "exclude": exclude}
+    listed = _list(inputs, chosen)
     columns = ["recording_id", "uri", "size_bytes", "etag", "mtime"]
     held = view.read("recordings", columns)
     at = pc.index_in(listed["recording_id"], value_set=held["recording_id"].combine_chunks()).combine_chunks()

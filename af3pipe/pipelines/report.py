@@ -30,6 +30,16 @@ class RunReport(NamedTuple):
             return f"no request was drawn to be asked again, and yet {answers} answers are written"
         return self.verified.problem if self.verified else None
 
+    @property
+    def refused(self) -> str | None:
+        """Why the run may have had the wrong credentials, in a sentence; None where nothing says so."""
+        if not self.metrics.get("workers_refused"):
+            return None
+        return (
+            "the first 100 recordings that a worker read were all refused (permission_denied): check the "
+            "credentials, and run the same again, which tries them again"
+        )
+
 
 def job_values(job: JobConfig) -> Mapping[str, Any]:
     """The job's keys as records have them: without secrets."""

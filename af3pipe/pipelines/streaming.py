@@ -176,7 +176,13 @@ def _tell_left(job: JobConfig) -> None:
     if not folders:
         return
     try:
-        found = relist(Latest(job.output, table_files(job.output)), folders, channel=job.channel, stream=job.stream)
+        found = relist(
+            Latest(job.output, table_files(job.output)),
+            folders,
+            channel=job.channel,
+            stream=job.stream,
+            exclude=[job.output],
+        )
     except (InputError, storage.StorageError, NotATable) as error:
         _log.warning("what is left to ask cannot be told: %s", error)
         return

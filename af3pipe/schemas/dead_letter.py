@@ -25,6 +25,9 @@ class Reason(str, Enum):
 
     NOT_FOUND = "not_found"
     PERMISSION_DENIED = "permission_denied"
+    NOT_ALLOWED = "not_allowed"
+    ARCHIVED = "archived"
+    CHANGED = "changed"
     UNREADABLE = "unreadable"
     EMPTY_FILE = "empty_file"
     UNSUPPORTED_FORMAT = "unsupported_format"
@@ -43,13 +46,19 @@ class Reason(str, Enum):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same input may succeed another time, without anybody changing it."""
+        """Whether every later run tries again: true for what the world or the machine did, not the input itself."""
         return self in _RETRYABLE
 
 
 _RETRYABLE = frozenset(
     {
+        # What the world did: somebody may grant access, restore or upload the object, or the network may recover.
+        Reason.NOT_FOUND,
+        Reason.PERMISSION_DENIED,
+        Reason.ARCHIVED,
+        Reason.CHANGED,
         Reason.UNREADABLE,
+        # What this machine did.
         Reason.DECODE_TIMEOUT,
         Reason.DECODER_CRASHED,
         Reason.OUT_OF_MEMORY,
@@ -102,7 +111,7 @@ class DeadLetter(NamedTuple):
 
     Attributes:
         detail: One sentence: what was wrong.
-        retryable: Whether the same input may succeed another time.
+        retryable: Whether every later run tries again; see `Reason.retryable`.
         position_s: How far into the recording, in seconds.
         attempts: How often it was tried in this run.
         traceback: Of an unexpected exception; None for input that was rejected knowingly.

@@ -1,4 +1,4 @@
-"""URIs to bytes and back, on any store that fsspec knows: list, stat, open with retries, write atomically.
+"""Reads, lists and writes objects on any store that fsspec knows, with retries, and writes them atomically.
 
 A local file's URI is its plain absolute path; every other one is a full URL. Nothing is decoded or unquoted, so
 names with spaces, umlauts, `#`, `?` or `[` are what the store calls them.
@@ -7,13 +7,15 @@ names with spaces, umlauts, `#`, `?` or `[` are what the store calls them.
 import io
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from af3pipe.schemas import Reason, Rejected, Stage
-from af3pipe.storage import members
-from af3pipe.storage.listing import ObjectInfo, Wanted, has_wildcard, list_wanted, object_info
+from af3pipe.storage import members, names
+from af3pipe.storage.listing import list_wanted
+from af3pipe.storage.names import join, name, parent, resolve
+from af3pipe.storage.objects import ObjectInfo, object_info
 from af3pipe.storage.options import StorageOptions, check_options, set_options
 from af3pipe.storage.reading import BLOCK_BYTES, FIRST_BYTES, RetriedReads, is_bucket, open_raw
 from af3pipe.storage.retry import (
@@ -30,6 +32,8 @@ from af3pipe.storage.secrets import redact, redact_values
 from af3pipe.storage.stores import info as _info
 from af3pipe.storage.stores import is_local as _is_local
 from af3pipe.storage.stores import locate as _locate
+from af3pipe.storage.versions import VersionedFile, version_check
+from af3pipe.storage.walk import Wanted, has_wildcard
 
 __all__ = [
     "AUDIO_EXTENSIONS",
@@ -37,6 +41,7 @@ __all__ = [
     "ObjectInfo",
     "StorageError",
     "StorageOptions",
+    "VersionedFile",
     "canonical",
     "check_options",
     "check_writable",
@@ -47,6 +52,7 @@ __all__ = [
     "list_objects",
     "name",
     "open_input",
+    "open_version",
     "parent",
     "read_bytes",
     "redact",
@@ -69,42 +75,83 @@ AUDIO_EXTENSIONS = frozenset(_EXTENSIONS.split())
 """Lower-case extensions, without the dot, by which audio and video are told from the rest of a folder."""
 
 
-def list_objects(pattern: str) -> Iterator[ObjectInfo]:
-    """Lists what `pattern` names, in no order, while the store still tells it.
+def list_objects(pattern: str, exclude: Sequence[str] = ()) -> Iterator[ObjectInfo]:
+    """Lists what `pattern` names, in no order, while the store is still answering.
 
-    Folders are listed side by side, and only a few thousand objects are held at a time. Whoever stops early stops
-    the listing. Links to folders are followed, unless they lead back to a folder that they are in.
+    Folders are listed side by side, and only a few thousand objects are held at a time. Closing the iterator stops
+    the listing. Links to local folders are followed, and each folder is listed once, whatever links lead to it.
 
     Args:
         pattern: A file; a folder, searched through for names with one of `AUDIO_EXTENSIONS`; or a glob (`*`, `?`,
             `[ab]`, `**`), which matches files of any name. What exists under this very name is no glob.
+        exclude: Folders, local or URLs, that nothing is listed of or below, such as an output below the input. A file
+            that `pattern` itself names is given all the same.
 
     Raises:
-        Rejected: not_found for a file, a folder or a bucket that does not exist, permission_denied, or unreadable;
-            after what was told so far, where it happens in the middle. A glob that matches nothing yields nothing.
+        Rejected: not_found for a file, a folder or a bucket that does not exist, permission_denied, unreadable, or
+            unsupported_format for a name that its store cannot have; after what was listed so far, where it happens
+            in the middle. A glob that matches nothing yields nothing.
         CredentialsError: The store does not know who asks.
     """
-    fs, path = _locate(pattern)
+    fs, path = _locate(pattern, Stage.LIST)
+    excluded = _excluded(fs, pattern, exclude)
     try:
         found = _info(fs, path, pattern, Stage.LIST)
     except Rejected as rejected:
         if rejected.reason is not Reason.NOT_FOUND or not has_wildcard(path):
             raise
-        yield from list_wanted(fs, Wanted(path, is_glob=True), pattern)
+        yield from list_wanted(fs, Wanted(path, is_glob=True, exclude=excluded), pattern)
         return
     if found["type"] != "directory":
         yield object_info(fs, found)
         return
-    below = list_wanted(fs, Wanted(path, is_glob=False), pattern)
+    below = list_wanted(fs, Wanted(path, is_glob=False, exclude=excluded), pattern)
     yield from (info for info in below if _extension(info.uri) in AUDIO_EXTENSIONS)
 
 
+def _excluded(fs: Any, pattern: str, exclude: Sequence[str]) -> list[str]:
+    """The excluded folders that are in this store, in its words."""
+    if _is_local(fs):
+        return [names.canonical(folder) for folder in exclude if names.is_local(folder)]
+    kind = names.scheme(pattern)
+    return [str(fs._strip_protocol(names.canonical(folder))) for folder in exclude if names.scheme(folder) == kind]
+
+
 def stat(uri: str) -> ObjectInfo:
-    """What the store says of one object. Raises Rejected: not_found, permission_denied or unreadable."""
+    """Asks the store about one object. Raises Rejected as `open_input`."""
     if (member := members.find(uri)) is not None:
         return members.stat(member)
     fs, path = _locate(uri)
     return object_info(fs, _info(fs, path, uri, Stage.READ))
+
+
+def open_version(listed: ObjectInfo) -> VersionedFile:
+    """Opens an object as it was listed: `with storage.open_version(info) as file:`. It reads as `open_input` does.
+
+    In S3 and Google Cloud Storage every read is of the listed etag or generation. A local file's size and time are
+    compared when it is opened and when it is left, an object's of any other store when it is left. What was not
+    listed (None) is not compared.
+
+    Args:
+        listed: As `list_objects` or `stat` gave it: of a member of a container (`x.tar#offset=...`), with the etag of
+            its shard.
+
+    Raises:
+        Rejected: changed, where it is not what was listed: from opening, from each read, and from leaving the `with`
+            block. Read nothing into what was read then: `stat` it and open it again. Else as `open_input`.
+        CredentialsError: As `open_input`.
+    """
+    if (member := members.find(listed.uri)) is not None:
+        return members.open_member_version(member, listed)
+    fs, path = _locate(listed.uri)
+    raw = open_raw(fs, path, listed.uri, listed.size_bytes, listed.etag)
+    try:
+        check = version_check(fs, path, listed, raw)
+    except BaseException:
+        raw.close()
+        raise
+    block_bytes = BLOCK_BYTES if _is_local(fs) else FIRST_BYTES
+    return VersionedFile(RetriedReads(raw, listed.uri), block_bytes, check)
 
 
 def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
@@ -118,7 +165,8 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
         size_bytes: Where the listing stated it; saves a request on most stores.
 
     Raises:
-        Rejected: not_found, permission_denied or unreadable; from every read, too.
+        Rejected: not_found, permission_denied, archived, unreadable, or unsupported_format for a name that its store
+            cannot have; from every read, too, and changed where S3 has another version by then.
         CredentialsError: The store does not know who asks; from every read, too.
     """
     if (member := members.find(uri)) is not None:
@@ -207,33 +255,15 @@ def check_writable(folder: str) -> None:
         raise StorageError(redact(f"The folder {folder} is not writable: {cause(first)}. {advice(first)}")) from error
 
 
-def join(base: str, *parts: str) -> str:
-    """Joins a URL or a local path with names below it: `join("s3://bucket/out/", "captions")`."""
-    stem = base if base.endswith("://") else base.rstrip("/") + "/"
-    return stem + "/".join(part.strip("/") for part in parts)
-
-
-def name(uri: str) -> str:
-    """What stands behind the last slash."""
-    return uri.rstrip("/").rpartition("/")[2]
-
-
-def parent(uri: str) -> str:
-    """The folder of an object: `s3://bucket/lists` for `s3://bucket/lists/a.csv`; of a bare name, the current one."""
-    return uri.rstrip("/").rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
-
-
-def resolve(named: str, folder: str) -> str:
-    """`named` where it is a URL or an absolute path, else what it names below `folder`."""
-    if "://" in named or ("://" in folder and not named.startswith(("/", "~"))):
-        return named if "://" in named else join(folder, named.removeprefix("./"))
-    return str(Path(folder, Path(named).expanduser()).absolute())
-
-
 def canonical(uri: str) -> str:
-    """A URI as listings spell it: a local path absolute, a URL without aliases and slashes at its end."""
-    fs, path = _locate(uri)
-    return str(path if _is_local(fs) else fs.unstrip_protocol(path)).rstrip("/")
+    """Returns the one spelling of a URI that identifies an object; of a member (`x.tar#offset=...`), its container's.
+
+    See `names.canonical` for what is alike. About 20 us for a local path, 3 us for a URL; listings give it as
+    `ObjectInfo.canonical` at no cost.
+    """
+    if "#" in uri and (member := members.parse(uri)) is not None and not members.is_file(uri):
+        return member._replace(container=names.canonical(member.container)).uri
+    return names.canonical(uri)
 
 
 def _extension(uri: str) -> str:

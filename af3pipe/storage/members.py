@@ -1,4 +1,4 @@
-"""Audio inside other objects, under a URI of its own: what `storage.open_input` and `storage.stat` open it by.
+"""Opens audio that is inside other objects, by URIs of its own, for `storage.open_input` and `storage.stat`.
 
     s3://b/shard-000.tar#offset=1536&size=99&name=clip%201.flac      bytes of a tar shard or an Arrow stream
     data/train-00000.parquet#row=17&column=audio&name=clip.flac      a cell of a Parquet file
@@ -13,7 +13,6 @@ import os
 import re
 import tarfile
 import threading
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, unquote
 
@@ -21,9 +20,11 @@ import pyarrow as pa
 
 from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.names import expanded
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.storage.reading import FIRST_BYTES, RetriedReads, open_raw
 from af3pipe.storage.stores import locate
+from af3pipe.storage.versions import VersionedFile, version_check
 
 _SPAN = re.compile(r"(.+\.(?:tar|arrow))#offset=(\d{1,19})&size=(\d{1,19})(?:&name=([^/#&]+))?", re.I | re.S)
 _CELL = re.compile(r"(.+\.parquet)#row=(\d{1,19})&column=([^/#&]+)(?:&name=([^/#&]+))?", re.I | re.S)
@@ -90,7 +91,7 @@ def _unquoted(name: str | None) -> str:
 
 
 def parse(uri: str) -> Span | Cell | None:
-    """What a URI names inside another object; None for any other URI."""
+    """Returns the member of a container that a URI names; None for any other URI."""
     found: Span | Cell | None = None
     if match := _SPAN.fullmatch(uri):
         found = Span(match[1], int(match[2]), int(match[3]), _unquoted(match[4]))
@@ -100,7 +101,7 @@ def parse(uri: str) -> Span | Cell | None:
 
 
 def find(uri: str) -> Span | Cell | None:
-    """As `parse`, but None where the URI is the name of an object.
+    """Returns what `parse` does, but None where an object has this very name.
 
     A local file of this very name goes first. On a store, where to ask for each would double the requests, it does
     so only where there is no such shard; that is asked once per shard and process.
@@ -109,12 +110,17 @@ def find(uri: str) -> Span | Cell | None:
     if member is None:
         return None
     if "://" not in uri:
-        return None if os.path.lexists(Path(uri).expanduser()) else member  # False of a name too long for a file
+        return None if is_file(uri) else member
     try:
         _check_exists(member.container)
     except Rejected as rejected:
         return None if rejected.reason is Reason.NOT_FOUND else member  # who may not ask may yet read
     return member
+
+
+def is_file(uri: str) -> bool:
+    """Returns whether a local file has this very name, `#` and all. A name too long for a file is none's."""
+    return "://" not in uri and os.path.lexists(expanded(uri))
 
 
 @functools.lru_cache(1024)
@@ -123,16 +129,17 @@ def _check_exists(container: str) -> None:
 
 
 def identity(container: "storage.ObjectInfo") -> str:  # storage imports this module, too
-    """The `etag` of all that is in a shard: the shard's, or its size and modification time where it has none."""
+    """Returns the `etag` of everything in a shard: the shard's, else its size and modification time."""
     return container.etag or f"{container.size_bytes}:{container.mtime}"
 
 
 def stat(member: Span | Cell) -> "storage.ObjectInfo":
-    """Size of the member; etag and time of its shard. Raises as `open_member`."""
+    """Returns the size of a member, and etag and time of its shard. Raises as `open_member`."""
     info = storage.stat(member.container)
     etag = identity(info)
-    size_bytes = member.size_bytes if isinstance(member, Span) else _cells.read(member, etag).size
-    return storage.ObjectInfo(member.uri, size_bytes, etag, info.mtime)
+    size_bytes = member.size_bytes if isinstance(member, Span) else _cells.read(member, info).size
+    canonical = member._replace(container=info.canonical).uri
+    return storage.ObjectInfo(member.uri, size_bytes, etag, info.mtime, canonical)
 
 
 def open_member(member: Span | Cell) -> BinaryIO:
@@ -143,25 +150,43 @@ def open_member(member: Span | Cell) -> BinaryIO:
     """
     if isinstance(member, Cell):
         return io.BytesIO(_cells.read(member).to_pybytes())
+    return _open_span(member, storage.ObjectInfo(member.container, None, None, None))
+
+
+def open_member_version(member: Span | Cell, listed: "storage.ObjectInfo") -> VersionedFile:
+    """Opens a member of the shard that was listed. Raises as `open_member` and `storage.open_version`."""
+    if isinstance(member, Span):
+        return _open_span(member, shard_of(listed, member.container))
+    cell = _cells.read(member, shard_of(listed, member.container) if listed.etag else None)
+    return VersionedFile(cast(io.RawIOBase, io.BytesIO(cell.to_pybytes())), FIRST_BYTES, lambda: None)
+
+
+def shard_of(listed: "storage.ObjectInfo", container: str) -> "storage.ObjectInfo":
+    """Returns what is known of a shard from one of its members: `identity` is undone."""
+    etag, size_bytes = listed.etag, None
+    if etag is not None and (size := etag.removesuffix(f":{listed.mtime}")) != etag:
+        etag, size_bytes = None, int(size) if size.isdigit() else None
+    return storage.ObjectInfo(container, size_bytes, etag, listed.mtime)
+
+
+def _open_span(member: Span, shard: "storage.ObjectInfo") -> VersionedFile:
     is_tar = member.container.lower().endswith(".tar")
     # A member's header is the block before it, and comes with the same request.
-    file = _open_range(member, _TAR_BLOCK_BYTES if is_tar and member.offset >= _TAR_BLOCK_BYTES else 0)
-    if not is_tar:
-        return file
-    try:
-        _check_tar_header(file.read(_TAR_BLOCK_BYTES), member)
-    except BaseException:
-        file.close()
-        raise
-    return cast(BinaryIO, io.BufferedReader(_Part(file, _TAR_BLOCK_BYTES, member.size_bytes)))
-
-
-def _open_range(member: Span, before: int) -> BinaryIO:
-    """The member, with some bytes before it. Nothing is read ahead beyond its end."""
+    before = _TAR_BLOCK_BYTES if is_tar and member.offset >= _TAR_BLOCK_BYTES else 0
     fs, path = locate(member.container)
-    raw = open_raw(fs, path, member.container, member.offset + member.size_bytes)
-    part = _Part(raw, member.offset - before, member.size_bytes + before)
-    return cast(BinaryIO, io.BufferedReader(RetriedReads(part, member.container), FIRST_BYTES))
+    # Nothing is read ahead beyond its end.
+    raw = open_raw(fs, path, member.container, member.offset + member.size_bytes, shard.etag)
+    try:
+        check = version_check(fs, path, shard, raw)
+        part = _Part(raw, member.offset - before, member.size_bytes + before)
+        file = VersionedFile(RetriedReads(part, member.container), FIRST_BYTES, check)
+        if not is_tar:
+            return file
+        _check_tar_header(file.read(_TAR_BLOCK_BYTES), member)
+        return VersionedFile(_Part(file, _TAR_BLOCK_BYTES, member.size_bytes), io.DEFAULT_BUFFER_SIZE, check)
+    except BaseException:
+        raw.close()
+        raise
 
 
 def _check_tar_header(block: bytes, member: Span) -> None:
@@ -241,18 +266,19 @@ class _Cells:
         self._lock = threading.Lock()
         self._reading = threading.Lock()
 
-    def read(self, cell: Cell, etag: str | None = None) -> Any:
-        """A cell's bytes as a `pa.Buffer`; with an etag, only of the file as it is under that.
+    def read(self, cell: Cell, shard: "storage.ObjectInfo | None" = None) -> Any:
+        """Returns a cell's bytes as a `pa.Buffer`; where the file is given as it was listed, only of that version.
 
         Raises:
-            Rejected: not_found, decode_error; and as reading the file.
+            Rejected: not_found, decode_error; with a shard, changed; and as reading the file.
         """
+        etag = identity(shard) if shard else None
         run = self._held(cell, etag)
         if run is None:
             with self._reading:
                 run = self._held(cell, etag)  # by now another thread may have read it
                 if run is None:
-                    run = _read_run(cell, etag)
+                    run = _read_run(cell, shard)
                     self._hold(run)
         found = run.cells[cell.row - run.first]
         if found is None:
@@ -282,10 +308,10 @@ class _Cells:
 _cells = _Cells()
 
 
-def _read_run(cell: Cell, etag: str | None) -> _Run:
+def _read_run(cell: Cell, shard: "storage.ObjectInfo | None") -> _Run:
     try:
-        with storage.open_input(cell.container) as file:
-            return _run(ParquetFile(file, buffer_size=1 << 20), cell, etag)
+        with storage.open_version(shard) if shard else storage.open_input(cell.container) as file:
+            return _run(ParquetFile(file, buffer_size=1 << 20), cell, identity(shard) if shard else None)
     except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError to pyarrow
         detail = f"Row {cell.row} of {cell.container} cannot be read: {error}."
         raise Rejected(Stage.READ, Reason.DECODE_ERROR, detail) from error

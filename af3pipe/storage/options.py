@@ -1,9 +1,9 @@
-"""What the job says of its stores: URL prefix to the options of that store's client, for the whole process."""
+"""Keeps the storage options of the job for this process: URL prefix to the options of that store's client."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import fsspec
+from af3pipe.storage.names import openable
 
 StorageOptions = Mapping[str, Mapping[str, Any]]
 
@@ -35,7 +35,7 @@ def set_options(options: StorageOptions) -> None:
 
 
 def check_options(options: StorageOptions) -> None:
-    """Raises ValueError, naming the prefix, for what `set_options` would not take."""
+    """Checks what `set_options` takes. Raises ValueError, which names the prefix."""
     for prefix, chosen in options.items():
         if "://" not in prefix:
             raise ValueError(f"{prefix!r} is no URL; name a store, a bucket or a folder, for example s3://archive/")
@@ -44,7 +44,7 @@ def check_options(options: StorageOptions) -> None:
 
 
 def options_for(uri: str) -> Chosen | None:
-    """What was set for the longest prefix of `uri`; None where nothing was, and for a local path."""
+    """Returns what was set for the longest prefix of `uri`; None where nothing was, and for a local path."""
     if not _chosen or "://" not in uri:
         return None
     store, path = _parts(uri)
@@ -56,17 +56,11 @@ def options_for(uri: str) -> Chosen | None:
 
 
 def all_options() -> list[dict[str, Any]]:
-    """Everything that is set: where secrets may be."""
+    """Returns everything that is set: where secrets may be."""
     return [chosen.options for chosen in _chosen]
 
 
 def _parts(uri: str) -> tuple[str, str]:
     """Store and path, alike for all spellings of one place: `s3a://a` and `s3://a/`, `memory://a` and `memory:///a`."""
-    protocol, _, path = uri.partition("://")
-    if protocol in ("http", "https") or "::" in protocol:
-        return protocol, path.strip("/")
-    try:
-        known = fsspec.get_filesystem_class(protocol).protocol
-    except (ImportError, ValueError):  # said where the store is opened
-        known = protocol
-    return (known if isinstance(known, str) else known[0]), path.strip("/")
+    protocol, _, path = openable(uri).partition("://")
+    return protocol, path.strip("/")

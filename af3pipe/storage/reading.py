@@ -1,4 +1,4 @@
-"""Reads that go on where the store failed, and that know where the end is."""
+"""Reads objects by ranges, each tried again where the store failed, and knows where the end is."""
 
 import errno
 import io
@@ -7,7 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from af3pipe.schemas import Stage
+from fsspec.asyn import sync
+
+from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.objects import object_info
 from af3pipe.storage.retry import retried
 from af3pipe.storage.stores import info, is_local, not_missing, protocols
 
@@ -15,29 +18,61 @@ BLOCK_BYTES = 1 << 20
 FIRST_BYTES = 1 << 16
 _MOST_AHEAD_BYTES = 1 << 22
 _STREAMS_IN_MEMORY_BYTES = 64 << 20
-_BUCKETS = frozenset({"s3", "gs"})
 
 
-def open_raw(fs: Any, path: str, uri: str, size_bytes: int | None) -> Any:
-    """A handle that can be sought and read, unbuffered, as the store's client has it. Raises as `retried`."""
+def open_raw(fs: Any, path: str, uri: str, size_bytes: int | None, version: str | None = None) -> Any:
+    """Opens a handle that can be sought and read, unbuffered, as the store's client has it.
+
+    Args:
+        fs: The file system.
+        path: Of the object, in its words.
+        uri: Names the object to the user.
+        size_bytes: Where it is known; saves a request.
+        version: The etag or generation that is to be read, in buckets. All reads from S3 are of one in any case.
+
+    Raises:
+        Rejected: As `retried`; from reads, changed, too.
+    """
     if is_local(fs):
         return retried(lambda: Path(path).open("rb", buffering=0), uri, Stage.READ)
-    if is_bucket(fs):
-        return _Ranges(fs, path, size_bytes or int(info(fs, path, uri, Stage.READ)["size"]))
-    return retried(lambda: not_missing(fs, lambda: _open(fs, path, size_bytes)), uri, Stage.READ)
+    if not is_bucket(fs):
+        return retried(lambda: not_missing(fs, lambda: _open(fs, path, size_bytes)), uri, Stage.READ)
+    if not size_bytes:
+        found = object_info(fs, info(fs, path, uri, Stage.READ), "")
+        if version not in (None, found.etag):
+            raise changed(uri)
+        size_bytes, version = found.size_bytes or 0, found.etag
+    return _S3Ranges(fs, path, uri, size_bytes, version) if is_s3(fs) else _Ranges(fs, path, uri, size_bytes, version)
 
 
 def is_bucket(fs: Any) -> bool:
-    """Whether it is a store that is best read by ranges, by its own client's plainest call."""
-    return bool(_BUCKETS.intersection(protocols(fs)))
+    """Returns whether a store is best read by ranges, by its own client's plainest call."""
+    return is_s3(fs) or "gs" in protocols(fs)
+
+
+def is_s3(fs: Any) -> bool:
+    """Returns whether a store is Amazon S3, or one like it."""
+    return "s3" in protocols(fs)
+
+
+def is_generation(version: str | None) -> bool:
+    """Returns whether it is a version of Google Cloud Storage's. Some servers of its kind have etags only."""
+    return version is not None and version.isdigit()
+
+
+def changed(uri: str, detail: str = "it no longer has the listed version") -> Rejected:  # see `retry.explained`
+    """Returns the error for an object that is not, or not any more, the one that was listed."""
+    return Rejected(Stage.READ, Reason.CHANGED, f"{uri} was replaced or modified after it was listed: {detail}.")
 
 
 class _Ranges:
     """An object of known size, each read of which is one request. The clients' own files ask for the size again."""
 
-    def __init__(self, fs: Any, path: str, size: int) -> None:
+    def __init__(self, fs: Any, path: str, uri: str, size: int, version: str | None) -> None:
         self._fs = fs
         self._path = path
+        self._uri = uri
+        self._version = version
         self.size = size
         self._position = 0
 
@@ -56,12 +91,45 @@ class _Ranges:
         end = min(self._position + size, self.size)
         if end <= self._position:
             return b""
-        data = bytes(self._fs.cat_file(self._path, start=self._position, end=end))
+        data = self._get(self._position, end)
         self._position += len(data)
         return data
 
+    def _get(self, start: int, end: int) -> bytes:
+        generation = {"generation": self._version} if is_generation(self._version) else {}
+        try:
+            return bytes(self._fs.cat_file(self._path, start=start, end=end, **generation))
+        except FileNotFoundError as error:  # where the bucket keeps no versions, the one that was replaced is gone
+            if not generation:
+                raise
+            raise changed(self._uri) from error
+
     def close(self) -> None:
         pass
+
+
+class _S3Ranges(_Ranges):
+    """S3's. s3fs has no way to ask for an etag: its own reads mix what was there before and after a change."""
+
+    def _get(self, start: int, end: int) -> bytes:
+        etag, data = sync(self._fs.loop, self._ask, start, end)
+        if self._version not in (None, etag):  # not every server knows If-Match
+            raise changed(self._uri)
+        self._version = etag
+        return bytes(data)
+
+    async def _ask(self, start: int, end: int) -> tuple[str | None, bytes]:
+        bucket, key, version_id = self._fs.split_path(self._path)
+        more = {"VersionId": version_id} if version_id else {}
+        if self._version is not None:
+            more["IfMatch"] = f'"{self._version}"'
+        reply = await self._fs._call_s3(
+            "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **more
+        )
+        try:
+            return reply.get("ETag", "").strip('"') or None, await reply["Body"].read()
+        finally:
+            reply["Body"].close()
 
 
 def _open(fs: Any, path: str, size_bytes: int | None) -> Any:
@@ -85,7 +153,7 @@ def _cut_off(found: int, size_bytes: int) -> OSError:
 
 
 class RetriedReads(io.RawIOBase):
-    """A file whose reads are tried again, each from where it began, and which reads ahead."""
+    """A file that tries its reads again, each from where it began, and reads ahead."""
 
     def __init__(self, handle: Any, uri: str) -> None:
         self._handle = handle

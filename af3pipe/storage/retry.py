@@ -1,4 +1,4 @@
-"""Which errors of a store may pass, the tries they get, and what is said of those that do not."""
+"""Retries calls to a store whose errors may be temporary, and turns the other errors into sentences."""
 
 import errno
 import threading
@@ -8,6 +8,7 @@ from typing import TypeVar
 import tenacity
 
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage.names import scheme
 from af3pipe.storage.options import options_for
 from af3pipe.storage.secrets import redact
 
@@ -57,17 +58,18 @@ _INVALID = frozenset(
         "ClientAuthenticationError",
     }
 )
+# By the store's own code, since their statuses (403, 409) mean other things, too.
+_ARCHIVED = frozenset({"InvalidObjectState", "BlobArchived", "BlobBeingRehydrated"})
 # What a 401 of theirs is about is the account. One web server's says nothing of the next, and Hugging Face's hub
 # answers so for a repository that does not exist.
-_STORES_OF_ACCOUNTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
+_STORES_OF_ACCOUNTS = frozenset({"s3", "gs", "abfs"})
 _REMEDIES = {
     "s3": "run `aws sso login`, or renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, "
     "and start again",
     "gs": "run `gcloud auth application-default login`, or renew the file that GOOGLE_APPLICATION_CREDENTIALS names, "
     "and start again",
-    "az": "run `az login`, or renew what storage_options give, and start again",
+    "abfs": "run `az login`, or renew what storage_options give, and start again",
 }
-_ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 _T = TypeVar("_T")
 
@@ -101,12 +103,12 @@ _retries = _Retries()
 
 
 def take_retries() -> int:
-    """How often this process has tried a store again since the last call."""
+    """Returns how many retries this process has made since the last call."""
     return _retries.take()
 
 
 def tries(uri: str) -> tenacity.Retrying:
-    """Calls a function up to five times, waiting longer each time, while its error may pass; raises the last one."""
+    """Calls a function up to five times with growing waits while its error may be temporary; raises the last one."""
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_transient(error) and not _account_fault(error, uri)),
         wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20),
@@ -117,7 +119,7 @@ def tries(uri: str) -> tenacity.Retrying:
 
 
 def retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
-    """Runs `call`, again where its error may pass, and says what is wrong with `uri` where it does not.
+    """Runs `call`, again where its error may be temporary, and explains what is wrong with `uri` where it is not.
 
     Raises:
         Rejected: The object, folder or bucket is to blame.
@@ -136,7 +138,7 @@ def retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
 
 
 def explained(error: Exception, uri: str, stage: Stage, tried: str = "") -> Rejected | None:
-    """What `retried` raises for an error; None where it says nothing about `uri`.
+    """Returns what `retried` raises for an error; None where the error says nothing about `uri`.
 
     Raises:
         CredentialsError: It is about the account.
@@ -148,6 +150,9 @@ def explained(error: Exception, uri: str, stage: Stage, tried: str = "") -> Reje
     detail = {
         Reason.NOT_FOUND: f"There is no object {uri}.",
         Reason.PERMISSION_DENIED: f"{uri} may not be read: {cause(error)}.",
+        Reason.UNSUPPORTED_FORMAT: f"{uri} is no name that an object can have: {cause(error)}. Correct it.",
+        Reason.ARCHIVED: f"{uri} is archived and must be restored before it can be read: {cause(error)}.",
+        Reason.CHANGED: f"{uri} was replaced or modified after it was listed: it no longer has the listed version.",
     }.get(reason, f"{uri} could not be read{tried}: {cause(error)}.")
     return Rejected(stage, reason, redact(detail))
 
@@ -157,8 +162,7 @@ def check_credentials(error: BaseException, uri: str) -> None:
     fault = _account_fault(error, uri)
     if fault is None:
         return
-    protocol = uri.partition("://")[0]
-    remedy = _REMEDIES.get(_ALIASES.get(protocol, protocol), "renew them and start again")
+    remedy = _REMEDIES.get(scheme(uri), "renew them and start again")
     chosen = options_for(uri)
     given = f" Look at storage_options, too: {chosen.prefix} has its own." if chosen else ""
     detail = redact(f"{uri} cannot be used: {fault} ({cause(error)}): {remedy}.{given}")
@@ -174,7 +178,7 @@ def _account_fault(error: BaseException, uri: str) -> str | None:
             return "the credentials have expired"
         if names & _INVALID:
             return "the credentials are not valid"
-    if status_of(error) == 401 and uri.partition("://")[0] in _STORES_OF_ACCOUNTS:
+    if status_of(error) == 401 and scheme(uri) in _STORES_OF_ACCOUNTS:
         chosen = options_for(uri)
         # Who says that they are nobody is told so of each object that is not public.
         return None if chosen and chosen.options.get("token") == "anon" else "the credentials are absent or not valid"
@@ -185,10 +189,25 @@ def _reason(error: BaseException) -> Reason | None:
     """None for an error that says nothing about the object."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return Reason.NOT_FOUND
+    if _is_archived(error):
+        return Reason.ARCHIVED
+    if _is_replaced(error):
+        return Reason.CHANGED
     if _is_denied(error):
         return Reason.PERMISSION_DENIED
+    if isinstance(error, ValueError):  # NUL, half of a surrogate pair, no IPv6 address, an unknown scheme
+        return Reason.UNSUPPORTED_FORMAT
     is_refused = "ParamValidationError" in _class_names(error)  # botocore, of a name that no bucket can have
     return Reason.UNREADABLE if is_refused or isinstance(error, OSError) or _is_transient(error) else None
+
+
+def _is_archived(error: BaseException) -> bool:
+    return any(_code(found) in _ARCHIVED for found in _chain(error))
+
+
+def _is_replaced(error: BaseException) -> bool:
+    """Whether a read that was conditional on a version was refused. gcsfs raises FileExistsError for any 412."""
+    return status_of(error) == 412 or isinstance(error, FileExistsError)
 
 
 def _is_denied(error: BaseException) -> bool:
@@ -201,6 +220,8 @@ def _is_denied(error: BaseException) -> bool:
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)):
+        return False
+    if _is_archived(error):
         return False
     if _is_denied(error):
         return False
@@ -225,13 +246,16 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _code(error: BaseException) -> str:
-    """The store's own word for what is wrong, as botocore has it."""
+    """The store's own error code, as botocore and Azure's client have it."""
     response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+    if isinstance(response, dict):
+        return str(response.get("Error", {}).get("Code", ""))
+    code = getattr(error, "error_code", None) or ""  # of Azure's client, an enumeration of strings
+    return str(getattr(code, "value", code))
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, however its client states it (aiohttp, gcsfs, botocore; or their wrapper)."""
+    """Returns the HTTP status behind an error, as aiohttp, gcsfs or botocore state it, or what wraps them."""
     for seen in _chain(error):
         for name in ("status", "code", "status_code"):
             value = getattr(seen, name, None)
@@ -246,13 +270,13 @@ def status_of(error: BaseException) -> int | None:
 
 
 def cause(error: BaseException) -> str:
-    """What an error says, in one line without a full stop and without secrets."""
+    """Returns an error's message, in one line, without a full stop and without secrets."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return redact(" ".join(str(text).split()).rstrip("."))
 
 
 def advice(error: BaseException) -> str:
-    """One sentence: what to do about output that could not be written."""
+    """Returns a sentence: what to do about output that could not be written."""
     if isinstance(error, ImportError):
         return "Install the client of that store: pip install 'af3pipe[gcs]' or 'af3pipe[s3]'."
     if _is_denied(error):

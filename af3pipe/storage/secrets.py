@@ -1,4 +1,4 @@
-"""What must never be read in a log, a dead letter or a run's record: passwords, keys, tokens, signatures."""
+"""Masks passwords, keys, tokens and signatures in what is logged or written."""
 
 import os
 import re
@@ -40,7 +40,7 @@ _XML = re.compile(r"<(?P<tag>AWSAccessKeyId|SignatureProvided|Token-0|StringToSi
 
 
 def redact(text: str) -> str:
-    """`text` with `***` for what is secret in it, whatever is around it.
+    """Returns `text` with `***` for what is secret in it, whatever is around it.
 
     Masked are users and passwords in URLs, signatures and tokens among their parameters, and the very values of the
     secrets that this process knows: in the environment, and among the storage options.
@@ -55,7 +55,7 @@ def redact(text: str) -> str:
 
 
 def redact_values(value: Any, name: str = "") -> Any:
-    """JSON-like values as they may be recorded: whatever is named like a secret is masked, and all text redacted."""
+    """Returns JSON-like values as they may be recorded: what is named like a secret is masked, all text redacted."""
     if value is not None and not isinstance(value, bool) and is_secret_name(name):
         return value if isinstance(value, str) and value in _NO_SECRETS else _MASK
     if isinstance(value, Mapping):
@@ -66,7 +66,7 @@ def redact_values(value: Any, name: str = "") -> Any:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a value under this name is a secret: `secret`, `token`, `AWS_SECRET_ACCESS_KEY`, `api_key`, ..."""
+    """Returns whether a value of this name is a secret: `secret`, `token`, `AWS_SECRET_ACCESS_KEY`, `api_key`, ..."""
     return bool(_SECRET_NAME.search(name))
 
 

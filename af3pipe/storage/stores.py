@@ -1,17 +1,18 @@
-"""URLs to file systems: with the job's own options, and with clients that neither hang nor retry behind our back."""
+"""Opens the fsspec file system of a URL: with the job's options, and a client that does not hang or retry itself."""
 
 import functools
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_storage_options
 
 from af3pipe.schemas import Stage
+from af3pipe.storage import names
 from af3pipe.storage.options import Chosen, options_for
-from af3pipe.storage.retry import StorageError, cause, check_credentials, retried, status_of
+from af3pipe.storage.retry import StorageError, cause, check_credentials, explained, retried, status_of
 from af3pipe.storage.secrets import redact
 
 _T = TypeVar("_T")
@@ -21,19 +22,29 @@ _READ_S = 30
 """Longest that a store may say nothing while it is read; what it had to say is asked for again then."""
 
 # Clients that drop what they do not know in silence.
-_SILENT = frozenset({"gs", "gcs", "hf", "az", "abfs", "memory", "file"})
+_SILENT = frozenset({"gs", "hf", "az", "abfs", "memory", "file"})
 _ALL_CLIENTS_KNOW = frozenset({"use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache"})
 
 
-def locate(uri: str) -> tuple[Any, str]:
-    """The file system of a URI, and what it calls the object.
+def locate(uri: str, stage: Stage = Stage.READ) -> tuple[Any, str]:
+    """Returns the file system of a URI, and what it calls the object.
 
     Raises:
+        Rejected: unsupported_format; no store that is known can have an object of this name.
         StorageError: The store's client does not take the options that were set for it.
     """
     # Without "://" it is a path, whatever else is in it: fsspec would take "::" for a chain of stores.
-    if "://" not in uri:
-        return LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        if names.is_local(uri):
+            return LocalFileSystem(), names.local_path(uri)
+        for link in uri.split("::"):
+            infer_storage_options(link)  # raises for what is no URL
+        return _open_store(names.openable(uri))
+    except ValueError as error:
+        raise explained(error, uri, stage) or error from error
+
+
+def _open_store(uri: str) -> tuple[Any, str]:
     chosen = options_for(uri)
     defaults = _client_defaults(uri.partition("://")[0], chosen)
     if chosen is None:
@@ -57,17 +68,17 @@ def locate(uri: str) -> tuple[Any, str]:
 
 
 def protocols(fs: Any) -> tuple[str, ...]:
-    """All names of a file system: `("s3", "s3a")`."""
+    """Returns all names of a file system: `("s3", "s3a")`."""
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def is_local(fs: Any) -> bool:
-    """Whether its files are this machine's own."""
+    """Returns whether a file system's files are this machine's own."""
     return "file" in protocols(fs)
 
 
 def info(fs: Any, path: str, uri: str, stage: Stage) -> dict[str, Any]:
-    """What the store says of one path, with retries. Raises as `retried`."""
+    """Asks the store about one path, with retries. Raises as `retried`."""
 
     def ask() -> dict[str, Any]:
         try:
@@ -80,7 +91,7 @@ def info(fs: Any, path: str, uri: str, stage: Stage) -> dict[str, Any]:
 
 
 def not_missing(fs: Any, call: Callable[[], _T]) -> _T:
-    """What `call` gives. Whatever keeps fsspec's web client from an object, it says that there is none."""
+    """Calls `call`; raises the cause where fsspec's web client calls any failure a missing object."""
     try:
         return call()
     except FileNotFoundError as error:
@@ -107,11 +118,11 @@ def _ask_s3_again(fs: Any, path: str, uri: str, error: OSError) -> None:
 def _client_defaults(protocol: str, chosen: Chosen | None) -> dict[str, Any]:
     """Options by which a silent server is left in time, without those that the job gives itself."""
     given = chosen.options if chosen else {}
-    if protocol in ("s3", "s3a"):
+    if protocol == "s3":
         # botocore's four retries times s3fs's five times our own would be 125 tries.
         own = {"connect_timeout": _CONNECT_S, "read_timeout": _READ_S, "retries": {"total_max_attempts": 1}}
         return {"config_kwargs": {**own, **given.get("config_kwargs", {})}}
-    if protocol in ("gs", "gcs") and "requests_timeout" not in given:
+    if protocol == "gs" and "requests_timeout" not in given:
         return {"requests_timeout": _aiohttp_timeout()}
     if protocol in ("http", "https"):
         return {"client_kwargs": {"timeout": _aiohttp_timeout(), **given.get("client_kwargs", {})}}

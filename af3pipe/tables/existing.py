@@ -34,6 +34,7 @@ _BATCH_ROWS = 16_384
 _RECORDING_COLUMNS = (
     *("uri", "recording_id", "source_key", "work_key", "terminal_state", "settled_state", "answer_keys"),
     *("dead_letter_keys", "reasons", "metadata", "offset_s", "channel", "stream", "created_at"),
+    *("duration_s", "covered_s", *Levels._fields),
 )
 _ANSWER_COLUMNS = (
     *("uri", "recording_id", "source_key", "answer_key", "task", "question_id", "start_s", "end_s", "segments"),
@@ -57,6 +58,12 @@ class ExistingRecording(NamedTuple):
     offset_s: float
     channel: str
     stream: int | None
+    duration_s: float | None
+    covered_s: float
+    peak_dbfs: float | None
+    rms_dbfs: float | None
+    clipped_share: float | None
+    silent: bool | None
     created_at: int
 
 
@@ -145,6 +152,12 @@ def _recording(row: Mapping[str, Any], _: str, __: int) -> ExistingRecording:
         row["offset_s"] or 0.0,
         row["channel"] or "mix",
         row["stream"],
+        row["duration_s"],
+        row["covered_s"] or 0.0,
+        row["peak_dbfs"],
+        row["rms_dbfs"],
+        row["clipped_share"],
+        row["silent"],
         round(created.timestamp() * 1e6),
     )
 
@@ -253,8 +266,8 @@ class ExistingRows:
                 runs[row.dead_letter_key] = min(row.run_id, runs.get(row.dead_letter_key, row.run_id))
         self.recordings.sort(key=lambda row: row.created_at, reverse=True)
 
-    def is_done(self, recording: Recording, *, retry: bool = False) -> bool:
-        """Whether an earlier run has done all that is requested of a recording, and would not end otherwise now.
+    def done(self, recording: Recording, *, retry: bool = False) -> ExistingRecording | None:
+        """The row of an earlier run that has done all that is requested of a recording, and would not end otherwise.
 
         So it is when a row has the same work and metadata, all rows that it names are still there, and none of its
         dead letters is one that the next attempt may not meet.
@@ -264,16 +277,22 @@ class ExistingRows:
             retry: Whether a recording with dead letters is never done.
         """
         if not (recording.etag or recording.mtime):
-            return False  # some web servers: nobody can tell whether it is what it was
+            return None  # some web servers: nobody can tell whether it is what it was
         answers = {found.covered.answer_key for found in self._own_answers(recording)}
-        return any(
-            row.recording_id == recording.recording_id
-            and row.work_key == recording.work_key
-            and is_same_metadata(row.metadata, recording.metadata)
-            and answers.issuperset(row.answer_keys)
-            and self._letters_are_final(row, retry=retry)
-            for row in self.recordings
-        )
+        for row in self.recordings:
+            if (
+                row.recording_id == recording.recording_id
+                and row.work_key == recording.work_key
+                and is_same_metadata(row.metadata, recording.metadata)
+                and answers.issuperset(row.answer_keys)
+                and self._letters_are_final(row, retry=retry)
+            ):
+                return row
+        return None
+
+    def is_latest(self, row: ExistingRecording) -> bool:
+        """Whether a row is the newest of its recording: the one that the latest view has."""
+        return row is next(found for found in self.recordings if found.recording_id == row.recording_id)
 
     def is_rejected(self, letters: Sequence[DeadLetter], *, retry: bool = False) -> bool:
         """Whether an earlier run has rejected a recording for the same reasons, which the next attempt meets, too."""

@@ -1,7 +1,7 @@
 """Answers recordings: from audio objects to their results, in one DoFn that decodes, asks and gathers."""
 
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
@@ -14,17 +14,17 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import Timestamp
 from apache_beam.utils.windowed_value import WindowedValue
 
+from af3pipe import storage
 from af3pipe.audio.recording import OverLength
 from af3pipe.models.family import DEFAULT_MODEL
-from af3pipe.models.tasks import stitch
 from af3pipe.schemas import (
-    Answer,
     AudioObject,
-    Covered,
     DeadLetter,
     Existing,
+    Reason,
     Recording,
     RecordingResult,
+    Rejected,
     Reply,
     Segment,
     Stage,
@@ -32,107 +32,33 @@ from af3pipe.schemas import (
     task_key,
 )
 from af3pipe.transforms import metrics
-from af3pipe.transforms.answer_rows import Wanted, is_part, wanted_of
+from af3pipe.transforms.answer_rows import Wanted, wanted_of
 from af3pipe.transforms.ask import AskAudioFlamingo, AskedRequest, Asker, audio_checksum
-from af3pipe.transforms.decode import DecodeAudio, Decoder, recordings_of
-from af3pipe.transforms.outcome import FATAL, now_us, to_dead_letter
-from af3pipe.transforms.result import make_result, rejected_result
+from af3pipe.transforms.decode import DecodeAudio, Decoder
+from af3pipe.transforms.gather import PendingObject, Source
+from af3pipe.transforms.outcome import FATAL, to_dead_letter
+from af3pipe.transforms.plan import WorkKeys
+from af3pipe.transforms.result import rejected_result
 from af3pipe.transforms.stores import count_retries
 
 ASKED = "asked"
 """Tag of the `AskedRequest`s that `VerifyAnswers` takes a sample of."""
-
-
-class _Gathered:
-    """What became of one recording so far."""
-
-    def __init__(self, recording: Recording, letters: Sequence[DeadLetter], copies: Sequence[Answer]) -> None:
-        self.recording = recording
-        self.letters = list(letters)
-        self._copies = {copy.answer_key: copy for copy in copies}
-        self._answers: list[Answer] = []
-        self._kept: list[Covered] = []
-        self._parts: dict[str, list[Answer]] = defaultdict(list)
-
-    def keep(self, covered: Covered) -> None:
-        """Takes an answer that an earlier run has written."""
-        copy = self._copies.get(covered.answer_key)
-        if copy is None:
-            self._kept.append(covered)
-        else:
-            self._answers.append(copy._replace(created_at=now_us()))
-        metrics.count("answers_kept")
-
-    def add(self, segment: Segment, task: Task, row: Answer | DeadLetter) -> None:
-        """Takes what became of a task of a segment."""
-        if isinstance(row, DeadLetter):
-            self.letters.append(row)
-        elif is_part(segment, task):
-            self._parts[task_key(task.name, task.question_id)].append(row)
-        else:
-            self._answers.append(row)
-
-    def result(self, requested: frozenset[str]) -> RecordingResult:
-        """Raises Unaccounted."""
-        existing = {found.answer_key: found for found in self.recording.existing.answers}
-        for parts in self._parts.values():
-            merged = stitch(sorted(parts, key=lambda part: part.segment_index))
-            if merged.answer_key in existing:
-                self.keep(existing[merged.answer_key])
-            else:
-                self._answers.append(merged)
-        answers = {answer.answer_key: answer for answer in self._answers}  # of two parts, the copy may be the same
-        own = {task_key("answer", q.question_id) for q in self.recording.questions if q.question_id}
-        return make_result(self.recording, tuple(answers.values()), self.letters, requested | own, kept=self._kept)
-
-
-class _Source(NamedTuple):
-    """One piece of audio of an object, and the recordings that are wanted of it: it is decoded and asked once."""
-
-    gathered: tuple[_Gathered, ...]
-
-    @property
-    def recording(self) -> Recording:
-        """The one by which it is decoded."""
-        return self.gathered[0].recording
-
-
-class _Pending:
-    """An object under way: its sources, how many requests have no reply yet, and whether all of it is decoded."""
-
-    def __init__(self, found: AudioObject | Recording) -> None:
-        letters: dict[str, list[DeadLetter]] = defaultdict(list)
-        copies: dict[str, list[Answer]] = defaultdict(list)
-        if isinstance(found, AudioObject):
-            for letter in found.dead_letters:
-                letters[letter.recording_id].append(letter)
-            for copy in found.copies:
-                copies[copy.recording_id].append(copy)
-        by_source: dict[str, list[_Gathered]] = defaultdict(list)
-        for recording in recordings_of(found):
-            own = recording.recording_id
-            by_source[recording.source_key].append(_Gathered(recording, letters.pop(own, ()), copies[own]))
-        self.sources = [_Source(tuple(gathered)) for gathered in by_source.values()]
-        self.rejected = list(letters.values())
-        self.requests = 0
-        self.is_decoded = False
-        self.is_cancelled = False
-
-    @property
-    def is_done(self) -> bool:
-        return self.is_decoded and not self.requests
+_FIRST_READS = 100
+"""Where a worker is refused all of so many, it is most likely the credentials that are wrong."""
 
 
 class _Request(NamedTuple):
     """A segment's request at the engine.
 
     Attributes:
+        version: Of the object, as of `PendingObject`.
         wanted: For each recording of the source, what to request for it.
         tasks: Of all of them, each once.
     """
 
-    pending: _Pending
-    source: _Source
+    pending: PendingObject
+    version: int
+    source: Source
     segment: Segment
     wanted: tuple[Wanted, ...]
     tasks: tuple[Task, ...]
@@ -140,11 +66,16 @@ class _Request(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """What a decoding thread has come to: a source's segment or end, or with neither, the end of the object."""
+    """What a decoding thread has come to: a source's segment or rejection; with neither, the end of the object.
 
-    pending: _Pending
-    source: _Source | None = None
+    Attributes:
+        renewed: The recordings of all sources, where the object has changed and is decoded from its beginning.
+    """
+
+    pending: PendingObject
+    source: Source | None = None
     part: Segment | Exception | None = None
+    renewed: tuple[Recording, ...] | None = None
 
 
 _Event: TypeAlias = "_Decoded | _Request | BaseException"
@@ -168,12 +99,13 @@ class AnswerDoFn(beam.DoFn):
         self._asker = asker
         self._verifiable = verifiable
         self._requested = frozenset(task_key(task.name, task.question_id) for task in asker.requested)
-        self._open: list[_Pending] = []
+        self._open: list[PendingObject] = []
 
     def setup(self) -> None:
         self._decoder.setup()
         self._asker.setup()
         self._pool = ThreadPoolExecutor(self._decoder.threads, thread_name_prefix="af3pipe-decode")
+        self._first_results = self._first_refused = 0
 
     def teardown(self) -> None:
         self._abandon()
@@ -191,9 +123,11 @@ class AnswerDoFn(beam.DoFn):
         self._room = threading.Semaphore(self._decoder.threads)
 
     def process(self, found: AudioObject | Recording) -> Iterator[Any]:
-        pending = _Pending(found)
+        pending = PendingObject(found)
         for letters in pending.rejected:
-            yield _windowed(_counted(rejected_result(letters)))
+            yield self._emitted(rejected_result(letters))
+        for result in found.ready if isinstance(found, AudioObject) else ():
+            yield self._emitted(result)
         if not pending.sources:
             return
         # As many again as are decoded at a time, so that a thread that has ended finds the next.
@@ -209,21 +143,61 @@ class AnswerDoFn(beam.DoFn):
             yield from self._advance()
         count_retries()
 
-    def _decode(self, pending: _Pending, events: "SimpleQueue[_Event]", room: threading.Semaphore) -> None:
+    def _decode(self, pending: PendingObject, events: "SimpleQueue[_Event]", room: threading.Semaphore) -> None:
         """Runs on a thread of the pool."""
         try:
-            recordings = [source.recording for source in pending.sources]
-            for index, part in self._decoder.parts_of(recordings):
-                while not room.acquire(timeout=1.0):
-                    if pending.is_cancelled:
-                        return
+            for event in self._decoded(pending):
+                if event.source is not None:
+                    while not room.acquire(timeout=1.0):
+                        if pending.is_cancelled:
+                            return
                 if pending.is_cancelled:
                     return
-                events.put(_Decoded(pending, pending.sources[index], part))
-                del part  # or it is held while the next one is decoded
-            events.put(_Decoded(pending))
+                events.put(event)
+                del event  # or it is held while the next one is decoded
         except BaseException as error:  # noqa: BLE001 - raised again on the bundle's thread
             events.put(error)
+
+    def _decoded(self, pending: PendingObject) -> Iterator[_Decoded]:
+        """Decodes an object; one that changes meanwhile once more, as it is then."""
+        gathered = [one for source in pending.sources for one in source.gathered]
+        recordings = [one.recording for one in gathered]
+        try:
+            yield from self._parts(pending, recordings)
+        except Rejected as rejected:
+            if rejected.reason is not Reason.CHANGED:
+                raise
+            changed = rejected
+        else:
+            return
+        try:
+            info = storage.stat(recordings[0].uri)
+            renewed = [self._renewed(one.recording, info, one.rejected) for one in gathered]
+            yield _Decoded(pending, renewed=tuple(renewed))
+            yield from self._parts(pending, renewed)
+        except Rejected as rejected:  # it changes all the time, or has gone
+            detail = f"{changed.detail} When it was read again: {rejected.detail}"
+            again = Rejected(rejected.stage, rejected.reason, detail)
+            yield _Decoded(pending, renewed=tuple(recordings))
+            for source in pending.sources:
+                yield _Decoded(pending, source, again)
+            yield _Decoded(pending)
+
+    def _parts(self, pending: PendingObject, recordings: Sequence[Recording]) -> Iterator[_Decoded]:
+        by_source = {recording.source_key: recording for recording in reversed(recordings)}
+        wanted = [by_source[source.recording.source_key] for source in pending.sources]
+        for index, part in self._decoder.parts_of(wanted):
+            yield _Decoded(pending, pending.sources[index], part)
+        yield _Decoded(pending)
+
+    def _renewed(self, recording: Recording, info: storage.ObjectInfo, letters: Sequence[DeadLetter]) -> Recording:
+        """A recording as its object is now; nothing of earlier runs is about that."""
+        renewed = recording._replace(
+            size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime, existing=Existing()
+        )
+        if recording.work_key is None:
+            return renewed
+        return WorkKeys(self._decoder, self._asker).add(renewed, letters)
 
     def _advance(self) -> Iterator[Any]:
         """Waits for the next thing to happen, and emits what came of it."""
@@ -250,8 +224,11 @@ class AnswerDoFn(beam.DoFn):
         return len(self._requests) >= most or self._audio_s + decoded.part.audio_s > most_s
 
     def _take(self, decoded: _Decoded) -> Iterator[Any]:
-        pending, source, part = decoded
-        if source is None:
+        pending, source, part, renewed = decoded
+        if renewed is not None:
+            metrics.count("objects_changed")
+            pending.restart(renewed)
+        elif source is None:
             pending.is_decoded = True
         else:
             self._room.release()
@@ -262,7 +239,7 @@ class AnswerDoFn(beam.DoFn):
                     gathered.letters.append(to_dead_letter(part, gathered.recording, stage=Stage.DECODE))
         yield from self._finished(pending)
 
-    def _request(self, pending: _Pending, source: _Source, segment: Segment) -> None:
+    def _request(self, pending: PendingObject, source: Source, segment: Segment) -> None:
         wanted = []
         for gathered in source.gathered:
             own = segment._replace(recording=gathered.recording)
@@ -273,11 +250,12 @@ class AnswerDoFn(beam.DoFn):
             for covered in found.kept.values():
                 gathered.keep(covered)
             wanted.append(found)
+        metrics.count("segments", 1 if wanted else 0)
         tasks = tuple(dict.fromkeys(task for found in wanted for task in found.tasks))
         if not tasks:
             return
         future = self._asker.submit(segment, tasks)
-        request = _Request(pending, source, segment, tuple(wanted), tasks, future)
+        request = _Request(pending, pending.version, source, segment, tuple(wanted), tasks, future)
         self._requests.append(request)
         self._audio_s += segment.audio_s
         pending.requests += 1
@@ -287,6 +265,8 @@ class AnswerDoFn(beam.DoFn):
     def _gather(self, request: _Request) -> Iterator[Any]:
         """Takes the replies to a request; its failure is a dead letter of each recording that lacks an answer."""
         request.pending.requests -= 1
+        if request.version != request.pending.version:
+            return  # of an object that has changed since
         segment, tasks = request.segment, request.tasks
         recipients = list(zip(request.source.gathered, request.wanted, strict=True))
         try:
@@ -306,20 +286,35 @@ class AnswerDoFn(beam.DoFn):
             checksum = audio_checksum(self._asker.request(segment, tasks))
             recording = request.source.recording._replace(existing=Existing())
             asked = AskedRequest(recording, segment.segment_index, checksum, tasks, tuple(replies))
-            yield TaggedOutput(ASKED, asked)
+            yield TaggedOutput(ASKED, WindowedValue(asked, Timestamp.of(0), (GlobalWindow(),)))
         by_task = dict(zip(tasks, replies, strict=True))
         for gathered, wanted in recipients:
             own = segment._replace(recording=gathered.recording)
             for task in wanted.new:
                 gathered.add(own, task, self._asker.answer(own, task, by_task[task]))
 
-    def _finished(self, pending: _Pending) -> Iterator[WindowedValue]:
+    def _finished(self, pending: PendingObject) -> Iterator[WindowedValue]:
         if not pending.is_done:
             return
         self._open.remove(pending)
         for source in pending.sources:
             for gathered in source.gathered:
-                yield _windowed(_counted(gathered.result(self._requested)))
+                yield self._emitted(gathered.result(self._requested))
+
+    def _emitted(self, result: RecordingResult) -> WindowedValue:
+        """Counts a result on its way out."""
+        row = result.row
+        metrics.count("recordings_done")
+        metrics.count(f"recordings_{row.terminal_state.value}")
+        metrics.count("answers", len(result.answers))
+        for letter in result.dead_letters:
+            metrics.count(f"dead_letters_{letter.reason.value}")
+        if self._first_results < _FIRST_READS:
+            self._first_results += 1
+            self._first_refused += row.reasons == (Reason.PERMISSION_DENIED.value,) and not row.answer_keys
+            if self._first_refused == _FIRST_READS:
+                metrics.count("workers_refused")
+        return WindowedValue(result, event_time(result), (GlobalWindow(),))
 
     def _abandon(self) -> None:
         for pending in self._open:
@@ -327,19 +322,6 @@ class AnswerDoFn(beam.DoFn):
         for request in getattr(self, "_requests", ()):
             request.future.cancel()
         self._open.clear()
-
-
-def _counted(result: RecordingResult) -> RecordingResult:
-    metrics.count("recordings_done")
-    metrics.count(f"recordings_{result.row.terminal_state.value}")
-    metrics.count("answers", len(result.answers))
-    for letter in result.dead_letters:
-        metrics.count(f"dead_letters_{letter.reason.value}")
-    return result
-
-
-def _windowed(result: RecordingResult) -> WindowedValue:
-    return WindowedValue(result, event_time(result), (GlobalWindow(),))
 
 
 def event_time(result: RecordingResult) -> Timestamp:

@@ -14,7 +14,7 @@ from af3pipe.audio.decode import OpenDecoding, open_decoding
 from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, acquire_decoders, check_limits, release_decoders
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
-from af3pipe.audio.recording import OverLength, read_segments
+from af3pipe.audio.recording import OverLength, read_parts, read_segments
 from af3pipe.audio.segments import AudioLimits
 from af3pipe.models.family import DEFAULT_MODEL, open_checkpoint
 from af3pipe.schemas import AudioObject, DeadLetter, Reason, Recording, Rejected, Segment, Stage
@@ -154,23 +154,41 @@ class Decoder(SentByLauncher):
         )
 
     def parts_of(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Segment | Exception]]:
-        """Decodes all recordings of one object, opened once.
+        """Decodes all recordings of one object, opened once, in the version that they name.
 
         Yields:
             Index of a recording and a segment of it, or what it was rejected with, which ends that recording. The
             segments of each recording come in order.
 
         Raises:
+            Rejected: changed; the object is another one than was listed, and so may be what was decoded of it.
             StorageError, GuardError: No recording is to blame.
         """
-        for index, recording in enumerate(recordings):
-            try:
-                for segment in self.segments_of(recording):
-                    yield index, segment
-            except FATAL:
+        first = recordings[0]
+        listed = storage.ObjectInfo(first.uri, first.size_bytes, first.etag, first.mtime)
+        ended: set[int] = set()
+        try:
+            with storage.open_version(listed) as file:
+                for index, part in read_parts(
+                    file,
+                    recordings,
+                    limits=self._limits,
+                    over_length=self._over_length,
+                    split_tolerance_s=self._split_tolerance_s,
+                    silent_below_dbfs=self._silent_below_dbfs,
+                    open_decoding=self._open_decoding,
+                ):
+                    if not isinstance(part, Segment) or part.is_last:
+                        ended.add(index)
+                    yield index, part
+        except FATAL:
+            raise
+        except Exception as error:
+            if isinstance(error, Rejected) and error.reason is Reason.CHANGED:
                 raise
-            except Exception as error:  # noqa: BLE001 - a recording may fail in any way; none may end the job
-                yield index, error
+            for index in range(len(recordings)):
+                if index not in ended:
+                    yield index, error
 
     def silent(self, segment: Segment) -> DeadLetter | None:
         """The dead letter of a segment that is not to be asked about, because it is silent; None for others."""

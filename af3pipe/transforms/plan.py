@@ -9,7 +9,7 @@ import apache_beam as beam
 from apache_beam.coders import registry
 
 from af3pipe import storage
-from af3pipe.schemas import AudioObject, DeadLetter, Recording, Rejected, Stage, work_key
+from af3pipe.schemas import Answer, AudioObject, DeadLetter, Recording, RecordingResult, Rejected, Stage, work_key
 from af3pipe.storage import ObjectInfo
 from af3pipe.tables.existing import (
     ExistingAnswer,
@@ -26,6 +26,7 @@ from af3pipe.transforms.decode import Decoder
 from af3pipe.transforms.inputs.identity import check_id, has_own_id, name_recordings
 from af3pipe.transforms.outcome import DEAD_LETTERS, public_uri, recording_of, to_dead_letter
 from af3pipe.transforms.overlap import OverlapDoFn
+from af3pipe.transforms.result import repeated_result
 from af3pipe.transforms.stores import count_retries, set_storage
 
 STAT_THREADS = 32
@@ -114,13 +115,17 @@ def plan_object(
     found = tuple(dict.fromkeys([*(recording.recording_id for recording in recordings), *by_id]))
     skipped: list[tuple[str, str]] = []
     wanted: list[Recording] = []
-    copies = []
+    copies: list[Answer] = []
+    ready: list[RecordingResult] = []
     for recording in recordings:
         own = existing.with_first_run(by_id.pop(recording.recording_id, {}).values())
         if keys is not None:
             recording = keys.add(recording, own)
-            if existing.is_done(recording, retry=retry):
-                skipped.append((recording.recording_id, recording.content_identity))
+            if (done := existing.done(recording, retry=retry)) is not None:
+                if existing.is_latest(done):
+                    skipped.append((recording.recording_id, recording.content_identity))
+                else:
+                    ready.append(repeated_result(recording, done))
                 continue
             recording, answers = existing.of(recording)
             places = read_answers((answer.file, answer.row) for answer in answers)
@@ -139,8 +144,8 @@ def plan_object(
         else:
             by_id[recording_id] = {letter.dead_letter_key: letter for letter in own}
     rejected = tuple(letter for own in by_id.values() for letter in own.values())
-    work = AudioObject(uri, tuple(wanted), rejected, tuple(copies)) if wanted or rejected else None
-    return Planned(work, found, tuple(skipped))
+    work = AudioObject(uri, tuple(wanted), rejected, tuple(copies), tuple(ready))
+    return Planned(work if wanted or rejected or ready else None, found, tuple(skipped))
 
 
 class PlanDoFn(OverlapDoFn[tuple[str, dict[str, Iterable[Any]]], "ObjectInfo | Rejected | None"]):

@@ -18,9 +18,15 @@ from af3pipe.schemas import (
     TerminalState,
     task_key,
 )
+from af3pipe.tables.existing import ExistingRecording
 from af3pipe.transforms.outcome import now_us, public_uri, recording_of
 
-_NOTHING = Covered("", "", ((0.0, 0.0),), None, Levels(0.0, 0.0, 0.0, False))
+_NUMBERS = ("answers", "kept_answers", "dead_letters", "kept_dead_letters")
+_LISTS = ("answer_keys", "dead_letter_keys", "reasons")
+_OF_RECORDING = (
+    *("recording_id", "source_key", "work_key", "size_bytes", "etag", "mtime"),
+    *("offset_s", "channel", "stream", "metadata"),
+)
 
 
 class Unaccounted(Exception):
@@ -80,10 +86,8 @@ def make_result(
     else:
         state = TerminalState.OK
     new_letters = tuple(letter for letter in letters if not letter.run_id)
-    row = RecordingRow(
-        recording_id=recording.recording_id,
-        uri=public_uri(recording),
-        source_key=recording.source_key,
+    row = _row(
+        recording,
         terminal_state=state,
         duration_s=duration_s,
         covered_s=covered_s,
@@ -94,27 +98,30 @@ def make_result(
         kept_dead_letters=len(letters) - len(new_letters),
         dead_letter_keys=tuple(sorted(letter.dead_letter_key for letter in letters)),
         reasons=tuple(sorted({letter.reason.value for letter in letters})),
-        work_key=recording.work_key,
         **_levels(covered),
-        size_bytes=recording.size_bytes,
-        etag=recording.etag,
-        mtime=recording.mtime,
-        offset_s=recording.offset_s,
-        channel=recording.channel,
-        stream=recording.stream,
-        metadata=recording.metadata,
-        run_id="",
-        created_at=now_us(),
     )
     return RecordingResult(row, tuple(answers), new_letters)
 
 
+def repeated_result(recording: Recording, done: ExistingRecording) -> RecordingResult:
+    """Makes the result of a recording that an earlier run has done, as that run has left it."""
+    same = ("duration_s", "covered_s", "answer_keys", "dead_letter_keys", "reasons", *Levels._fields)
+    columns = {name: getattr(done, name) for name in same}
+    kept = {"kept_answers": len(done.answer_keys), "kept_dead_letters": len(done.dead_letter_keys)}
+    return RecordingResult(_row(recording, terminal_state=TerminalState(done.terminal_state), **columns, **kept))
+
+
 def gone_result(recording: Recording) -> RecordingResult:
     """Makes the result of what is no recording any more: its manifest row was corrected, and has another id now."""
-    result = make_result(recording, (), (), kept=(_NOTHING,))
-    levels = dict.fromkeys(Levels._fields)
-    row = result.row._asdict() | levels | {"terminal_state": TerminalState.SKIPPED_DONE, "work_key": None}
-    return RecordingResult(RecordingRow(**row | {"kept_answers": 0, "answer_keys": (), "duration_s": None}))
+    return RecordingResult(_row(recording._replace(work_key=None), terminal_state=TerminalState.SKIPPED_DONE))
+
+
+def _row(recording: Recording, **columns: Any) -> RecordingRow:
+    """A new row of a recording; what is not given is nothing."""
+    empty = dict.fromkeys(RecordingRow._fields) | dict.fromkeys(_NUMBERS, 0) | dict.fromkeys(_LISTS, ())
+    of_recording = {name: getattr(recording, name) for name in _OF_RECORDING}
+    own = {"uri": public_uri(recording), "run_id": "", "created_at": now_us()}
+    return RecordingRow(**{**empty, "covered_s": 0.0, **of_recording, **own, **columns})
 
 
 def rejected_result(dead_letters: Sequence[DeadLetter]) -> RecordingResult:

@@ -11,7 +11,7 @@ from typing import Any
 import apache_beam as beam
 
 from af3pipe import storage
-from af3pipe.schemas import AudioObject, DeadLetter, Recording
+from af3pipe.schemas import AudioObject, DeadLetter, Recording, RecordingResult
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.tables.layout import is_file_of
 from af3pipe.transforms import metrics
@@ -89,14 +89,19 @@ class _NotWrittenDoFn(_WrittenDoFn):
     def process(self, found: AudioObject) -> Iterator[AudioObject]:
         recordings = tuple(one for one in found.recordings if one.recording_id not in self._run)
         letters = tuple(one for one in found.dead_letters if one.recording_id not in self._run)
-        ids, left = _ids(found.recordings, found.dead_letters), _ids(recordings, letters)
+        ready = tuple(one for one in found.ready if one.row.recording_id not in self._run)
+        ids = _ids(found.recordings, found.dead_letters, found.ready)
+        left = _ids(recordings, letters, ready)
         metrics.count("recordings_done", len(ids) - len(left))
         if left:
-            yield found._replace(recordings=recordings, dead_letters=letters)
+            yield found._replace(recordings=recordings, dead_letters=letters, ready=ready)
 
 
-def _ids(recordings: Iterable[Recording], letters: Iterable[DeadLetter]) -> set[str]:
-    return {one.recording_id for one in recordings} | {one.recording_id for one in letters}
+def _ids(
+    recordings: Iterable[Recording], letters: Iterable[DeadLetter], ready: Iterable[RecordingResult]
+) -> set[str]:
+    ids = {one.recording_id for one in recordings} | {one.recording_id for one in letters}
+    return ids | {one.row.recording_id for one in ready}
 
 
 class NotWritten(beam.PTransform):

@@ -11,7 +11,8 @@ import stat
 import time
 from contextlib import contextmanager, suppress
 
-from af3pipe.audio.decode import Decoding, open_decoding
+from af3pipe.audio.decode import open_decoding
+from af3pipe.audio.decoding import Decoding
 
 opened = []
 
@@ -34,6 +35,10 @@ def ignore_signals():
     signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
     while True:
         time.sleep(60)
+
+
+def doze():
+    time.sleep(0.2)
 
 
 def take_memory():
@@ -111,14 +116,15 @@ def at_block(file, asked):
 
 class _AtSecondBlock(Decoding):
     def __init__(self, decoding, asked, name, file):
-        super().__init__(decoding.info, decoding.stated_frames, asked)
+        super().__init__(decoding.info, decoding.stated_frames, asked.sample_rate)
         self._decoding, self._name, self._file = decoding, name, file
 
-    def blocks(self):
-        for block in self._decoding.blocks():
-            yield block
+    def pieces(self, parts):
+        for piece in self._decoding.pieces(parts):
             self.frames_read = self._decoding.frames_read
-            _run(self._name, self._file)
+            yield piece
+            if piece is None:
+                _run(self._name, self._file)
 
 
 def _do(file):

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from af3pipe.audio import guard
-from af3pipe.audio.decode import Asked, decode
+from af3pipe.audio.decode import decode
 from af3pipe.audio.decoder_process import GuardError
+from af3pipe.audio.decoding import Asked, Part
 from af3pipe.audio.guard import DecoderError, DecoderPool
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.audio.recording import read_segments
@@ -77,16 +78,15 @@ def test_equals_decoding_in_process(pool, encode, where, tmp_path):
         expected = list(decode(io.BytesIO(data), sample_rate=RATE, **asked))
         with (
             io.BytesIO(data) if where == "memory" else (tmp_path / "file").open("rb") as file,
-            pool.open(file, Asked(RATE, **asked)) as decoding,
+            pool.open(file, ASKED) as decoding,
         ):
-            found = [block.copy() for block in decoding.blocks()]
-            state = (decoding.ended, decoding.samples, decoding.info.decoder)
+            found = [block.copy() for block in decoding.blocks(Part(**asked))]
+            state = (decoding.ended, decoding.info.decoder)
         assert len(found) == len(expected)
         for block, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(block, other)
         assert state == (
             not asked,
-            sum(map(len, expected)),
             "pyav" if encode not in (make.wav, make.flac) else "soundfile",
         )
 
@@ -383,7 +383,7 @@ def test_where_no_process_can_be_started_nobody_else_is_blamed(monkeypatch):
 def test_a_decoder_process_does_not_outlive_its_parent(name, tmp_path):
     script = f"""
         import io, os, threading, time
-        from af3pipe.audio.decode import Asked
+        from af3pipe.audio.decoding import Asked
         from af3pipe.audio.guard import DecoderPool
         from af3pipe.audio.guarded import DecoderLimits
         pool = DecoderPool(DecoderLimits(timeout_s=1), decoder={AT_OPEN!r})

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from af3pipe.audio.levels import quietest_point
-from af3pipe.audio.segments import AudioLimits, cut, is_over_length
+from af3pipe.audio.segments import AudioLimits, Cutter, is_over_length
 
 limits = st.tuples(st.integers(1, 200), st.integers(1, 20)).map(
     lambda pair: AudioLimits(sample_rate=100, max_samples=max(pair), min_samples=min(pair), window_samples=10)
@@ -21,8 +21,17 @@ def in_blocks(whole, lengths):
     return np.split(whole, np.minimum(np.cumsum(lengths, dtype=int), len(whole)))
 
 
-def pieces_of(whole, lengths, limits, tolerance=0):
-    return list(cut(iter(in_blocks(whole, lengths)), limits, tolerance_samples=tolerance))
+def cut(blocks, limits, tolerance=0, expected=None):
+    cutter = Cutter(limits, tolerance_samples=tolerance, expected=expected)
+    for block in blocks:
+        yield from cutter.push(block)
+    last = cutter.end()
+    if last is not None:
+        yield last
+
+
+def pieces_of(whole, lengths, limits, tolerance=0, expected=None):
+    return list(cut(in_blocks(whole, lengths), limits, tolerance, expected))
 
 
 def bounds_of(pieces):
@@ -53,10 +62,10 @@ def test_over_length_is_what_needs_a_second_segment(total, limits):
     assert is_over_length(total, limits) == (len(full_segments(total, limits)) > 1)
 
 
-@given(st.lists(st.integers(0, 300), max_size=12), st.integers(0, 300), limits)
-def test_cutting_blocks_is_cutting_their_concatenation(lengths, rest, limits):
+@given(st.lists(st.integers(0, 300), max_size=12), st.integers(0, 300), limits, st.none() | st.integers(0, 1000))
+def test_cutting_blocks_is_cutting_their_concatenation(lengths, rest, limits, expected):
     whole = np.arange(sum(lengths) + rest, dtype=np.float32)
-    pieces = pieces_of(whole, lengths, limits)
+    pieces = pieces_of(whole, lengths, limits, expected=expected)
     assert bounds_of(pieces) == full_segments(len(whole), limits)
     assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
     joined = np.concatenate([piece.samples for piece in pieces]) if pieces else whole[:0]
@@ -94,7 +103,7 @@ def test_a_segment_is_given_out_before_the_rest_is_decoded(tolerance):
             decoded.append(index)
             yield np.zeros(160_000, np.float32)
 
-    first = next(cut(blocks(), LIMITS, tolerance_samples=tolerance))
+    first = next(cut(blocks(), LIMITS, tolerance))
     assert len(first.samples) == LIMITS.max_samples
     assert not first.is_last
     assert len(decoded) == 61  # 600 s in blocks of 10 s, and the one that shows that more follows
@@ -104,7 +113,8 @@ def test_a_segment_is_given_out_before_the_rest_is_decoded(tolerance):
 MEASURE = """
 import sys, tracemalloc
 import numpy as np
-from af3pipe.audio.segments import AudioLimits, cut
+from af3pipe.audio.segments import AudioLimits
+from tests.audio.test_segments import cut
 
 limits = AudioLimits(*map(int, sys.argv[1].split()))
 whole = np.linspace(0, 1, 5 * limits.max_samples, dtype=np.float32)  # 5 segments
@@ -113,7 +123,7 @@ for case in sys.argv[2:]:
     blocks = (whole[start : start + block] for start in range(0, len(whole), block))
     found = 0
     tracemalloc.start()
-    for piece in cut(blocks, limits, tolerance_samples=tolerance):
+    for piece in cut(blocks, limits, tolerance, expected=len(whole)):
         found += len(piece.samples)
         del piece  # as a caller that is done with it
     assert found == len(whole)

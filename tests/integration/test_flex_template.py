@@ -17,8 +17,8 @@ from af3pipe.pipelines import submit as submitting
 from af3pipe.pipelines.batch import RunFailed
 from af3pipe.pipelines.handover import found_uri
 from af3pipe.pipelines.job import JobError, make_job
-from af3pipe.tables.run_record import record_uri, unfinished_runs
 from af3pipe.pipelines.submit import finish, submit
+from af3pipe.tables.run_record import record_uri, unfinished_runs
 from tests.integration.servers import store_server, using
 
 pytestmark = pytest.mark.integration

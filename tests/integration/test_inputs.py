@@ -142,7 +142,7 @@ def test_a_manifest_in_a_bucket_names_its_bucket_only(s3):
     s3.pipe_file("archive/lists/m.jsonl", "\n".join(json.dumps({"uri": row}) for row in rows).encode())
     good, *bad = list_recordings("s3://archive/lists/m.jsonl")
     assert good.uri == "s3://archive/other/a.wav"
-    assert {row.reason.value for row in bad} == {"permission_denied"}
+    assert {row.reason.value for row in bad} == {"not_allowed"}
     assert len(bad) == 4
     _, allowed, *bad = list_recordings(
         "s3://archive/lists/m.jsonl", allow_prefixes=["s3://archive-evil", "/", "file:"]
@@ -156,7 +156,7 @@ def test_allow_prefix_reaches_the_listing(clips, s3, tmp_path):
     s3.pipe_file("archive/m.csv", b"uri\ns3://archive-evil/a.flac\n")
     values = {"inputs": ["s3://archive/m.csv"], "model": "demo", "engine": "constant", "decode_guard": False}
     refused = batch.run(make_job(values | {"output": str(tmp_path / "refused")}))
-    assert refused.counts.dead_letters == {"permission_denied": 1}
+    assert refused.counts.dead_letters == {"not_allowed": 1}
     assert refused.counts.reconciled, refused.counts.problems
     allowed = values | {"output": str(tmp_path / "allowed"), "allow_prefixes": "s3://archive-evil"}
     assert batch.run(make_job(allowed)).counts.states == {"ok": 1}

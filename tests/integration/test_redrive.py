@@ -71,7 +71,7 @@ def reasons(output):
 
 def states(output):
     found = latest(str(output)).read("recordings").to_pylist()
-    return {row["uri"].rpartition("/")[2]: row["settled_state"] for row in found}
+    return {row["uri"].rpartition("/")[2]: row["terminal_state"] for row in found}
 
 
 def test_what_was_repaired_succeeds_and_the_rest_stays_as_it_is(again):
@@ -85,7 +85,7 @@ def test_what_was_repaired_succeeds_and_the_rest_stays_as_it_is(again):
     assert rows(output, "dead_letters") == before  # history stays, and what fails as before is no new row
     answered = {row["uri"].rpartition("/")[2]: row for row in rows(output, "captions")}
     assert answered["later.wav"]["recording_id"] == "later"
-    assert answered["later.wav"]["metadata"] == [("speaker", "7")]
+    assert answered["later.wav"]["metadata"] == '{"speaker": "7"}'
     assert "broken.wav" in answered
     report = audit(str(output), [])
     assert report.right, report.problems

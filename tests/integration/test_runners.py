@@ -64,7 +64,7 @@ def test_a_question_of_the_manifest_is_asked_once_and_its_columns_ride_along(in_
     output, _ = in_process
     (found,) = rows(output, "answers")
     assert found["question"] == "Is there speech?"
-    assert found["metadata"] == [("speaker", "7")]
+    assert found["metadata"] == '{"speaker": "7"}'
 
 
 def test_a_long_recording_gives_one_stitched_transcript(in_process):

@@ -142,5 +142,5 @@ def test_secrets_appear_nowhere(signed, tmp_path, caplog, monkeypatch):
     assert len(told) > 5
     assert not [text for text in told if SECRET in text]
     rows = [row for path in (output / "recordings").iterdir() for row in read_table(path).to_pylist()]
-    assert sorted(row["settled_state"] for row in rows) == ["dead_letter", "dead_letter", "ok"]
+    assert sorted(row["terminal_state"] for row in rows) == ["dead_letter", "dead_letter", "ok"]
     assert os.environ.get("AWS_SECRET_ACCESS_KEY") != SECRET

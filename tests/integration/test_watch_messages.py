@@ -79,7 +79,7 @@ def test_what_messages_name_is_answered_and_they_are_acknowledged(
     assert sorted(report.counts.dead_letters) == ["not_found", "unsupported_format"]
     assert report.metrics["messages_acknowledged"] == 5
     (caption,) = [row for row in rows(output, "captions") if row["uri"] == str(first)]
-    assert ("speaker", "7") in caption["metadata"]
+    assert json.loads(caption["metadata"])["speaker"] == "7"
     (transcript,) = [row for row in rows(output, "transcripts") if row["uri"] == str(second)]
     assert len(transcript["segments"]) == 2
     assert pull(path, 100, 10) == []

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import apache_beam as beam
 import pytest
+from af3pipe.transforms.panes import _shard, _WriteAsSettledDoFn
+from af3pipe.transforms.settle import RecordingResult, event_time
 from apache_beam.coders import registry
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing import test_stream
@@ -15,8 +17,6 @@ from apache_beam.transforms.window import TimestampedValue
 
 from af3pipe import storage
 from af3pipe.transforms import WriteSettledRecordings, panes, write
-from af3pipe.transforms.panes import _shard, _WriteAsSettledDoFn
-from af3pipe.transforms.settle import RecordingResult, event_time
 from tests.collected import Collected
 from tests.outputs import answer_row, letter_row, recording_row
 from tests.read_tables import read_table

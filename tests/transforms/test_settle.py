@@ -5,6 +5,8 @@ from typing import Any
 
 import apache_beam as beam
 import pytest
+from af3pipe.transforms.reconcile import covered_by
+from af3pipe.transforms.settle import NotTogether, _Answered, _Decoded, _GatherDoFn, event_time, settle_letters
 
 from af3pipe.models import ENGINES, answer, caption, transcript
 from af3pipe.schemas import (
@@ -30,8 +32,6 @@ from af3pipe.transforms import (
 )
 from af3pipe.transforms.ask import KEPT, KNOWN, PARTS, stitch_key
 from af3pipe.transforms.outcome import DEAD_LETTERS, to_dead_letter
-from af3pipe.transforms.reconcile import covered_by
-from af3pipe.transforms.settle import NotTogether, _Answered, _Decoded, _GatherDoFn, event_time, settle_letters
 from tests import fixtures_audio as make
 from tests.collected import Collected
 from tests.echo_engine import FAILS_S

@@ -1,22 +1,20 @@
-"""What a manifest or a message may name: one from elsewhere must not have this machine read what it likes."""
+"""Checks which URIs manifests and messages may name, so that their authors cannot read whatever this machine can."""
 
 import re
 import unicodedata
 from collections.abc import Sequence
 from urllib.parse import unquote
 
-from af3pipe import storage
 from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.storage import names
 
-_LOCAL = ("file", "local")
 # Where all that is below the first slash belongs to one owner. On other servers only a folder does.
 _BUCKET_STORES = ("s3", "gs", "az", "abfs", "abfss", "adl", "oss", "oci", "cos", "obs", "tos")
 _ELSEWHERE = "which may lead elsewhere; write it without '..' and control characters"
-_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "local": "file"}
 
 
 def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[str] = ()) -> None:
-    """Whether a manifest may name `url`: a local one anything, another one what is in its own bucket or folder.
+    """Checks that a manifest may name `url`: a local one anything, another one what is in its own bucket or folder.
 
     Beside that, what is below one of `allow_prefixes`. Files of this machine are never named from elsewhere.
 
@@ -27,7 +25,7 @@ def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[s
         allow_prefixes: URLs that stand for all that is below them.
 
     Raises:
-        Rejected: permission_denied; says which row, which URL and what to do.
+        Rejected: not_allowed; says which row, which URL and what to do.
     """
     if not is_remote(source):
         return
@@ -39,11 +37,11 @@ def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[s
         return
     else:
         why = f"which is outside {own_prefix(source)}; if you trust it, allow it: --allow-prefix {own_prefix(url)}"
-    raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}")
+    raise Rejected(Stage.LIST, Reason.NOT_ALLOWED, f"{where} names {url}, {why}")
 
 
 def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> None:
-    """Whether a message may name `url`: only what is below one of `allow_prefixes`, of this machine's files too.
+    """Checks that a message may name `url`: only what is below one of `allow_prefixes`, of this machine's files too.
 
     A message has no bucket or folder of its own, and whoever may publish can have written it.
 
@@ -53,7 +51,7 @@ def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> Non
         allow_prefixes: URLs, or folders of this machine, that stand for all that is below them.
 
     Raises:
-        Rejected: permission_denied; says which message, which URL and what to do.
+        Rejected: not_allowed; says which message, which URL and what to do.
     """
     if _may_lead_elsewhere(url):
         why = _ELSEWHERE
@@ -62,54 +60,42 @@ def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> Non
     else:
         allowed = ", ".join(allow_prefixes) or "nothing"
         why = f"and messages may name {allowed}; if you trust it, allow it: --allow-prefix {own_prefix(url)}"
-    raise Rejected(Stage.LIST, Reason.PERMISSION_DENIED, f"{where} names {url}, {why}")
+    raise Rejected(Stage.LIST, Reason.NOT_ALLOWED, f"{where} names {url}, {why}")
 
 
 def is_remote(uri: str) -> bool:
-    """Whether a URI names no file of this machine."""
-    return "://" in uri and _scheme(uri) not in _LOCAL
+    """Returns whether a URI names no file of this machine."""
+    return not names.is_local(uri)
 
 
 def own_prefix(uri: str) -> str:
-    """The bucket of an object, or the folder where it is on no object store."""
+    """Returns the bucket of an object; its folder, where it is on no object store."""
     scheme, _, rest = uri.partition("://")
-    if _scheme(uri) in _BUCKET_STORES:
+    if names.scheme(uri) in _BUCKET_STORES:
         return f"{scheme}://{rest.lstrip('/').partition('/')[0]}"
-    return storage.parent(uri)
+    return names.parent(uri)
 
 
 def is_below(url: str, prefix: str) -> bool:
-    """Whether whole parts of `url`, from its beginning, are `prefix`: `s3://b` is no prefix of `s3://b-evil/a`."""
-    found, wanted = _canonical(url), _canonical(prefix).rstrip("/")
+    """Returns whether `url` is `prefix`, or below it by whole parts: `s3://b-evil/a` is not below `s3://b`."""
     # A chain (`simplecache::s3://b/a`) goes on to another store behind each "::".
-    if not wanted or found.count("::") != wanted.count("::"):
-        return False
-    return found == wanted or found.startswith(wanted + "/")
+    return bool(prefix) and url.count("::") == prefix.count("::") and names.is_below(_spelled(url), _spelled(prefix))
 
 
 def _may_lead_elsewhere(url: str) -> bool:
     return ".." in re.split(r"[/\\]", unquote(url)) or any(unicodedata.category(letter) == "Cc" for letter in url)
 
 
-def _scheme(uri: str) -> str:
-    scheme = uri.partition("://")[0].lower()
-    return _ALIASES.get(scheme, scheme)
-
-
-def _canonical(url: str) -> str:
-    _, found, rest = url.partition("://")
-    if not found:
-        return url
-    if _scheme(url) in ("http", "https"):  # names of hosts, unlike those of buckets, are the same in any case
-        host, slash, path = rest.partition("/")
-        rest = host.lower() + slash + path
-    else:
-        rest = rest.lstrip("/")  # the memory store's listing writes three slashes
-    return f"{_scheme(url)}://{rest}"
+def _spelled(url: str) -> str:
+    """The canonical URL; local links are not followed: who can make one on this machine needs no message to read."""
+    if names.is_local(url):
+        return names.local_path(url)
+    kind, _, rest = names.canonical(url).rpartition("://")
+    return f"{kind}://{rest.lstrip('/')}"  # to fsspec, `s3:///bucket` is `s3://bucket`
 
 
 def _is_local(link: str) -> bool:
     """In a chain, a link of nothing but letters is a store's name, and any other without `://` a path."""
     if "://" in link:
-        return _scheme(link) in _LOCAL
+        return names.is_local(link)
     return re.fullmatch("[a-z]+", link) is None

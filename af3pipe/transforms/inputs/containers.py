@@ -1,8 +1,9 @@
-"""Tar shards, Parquet with audio in it, and Hugging Face data sets on disk: one row for each audio they hold.
+"""Lists the audio in tar shards, Parquet files and Hugging Face data sets on disk: a row for each.
 
-What they hold is not read here: a row says where it is. What could be listed of a damaged one is kept.
+The audio itself is not read here: a row says where it is. What could be listed of a damaged container is kept.
 """
 
+import functools
 import json
 import re
 import tarfile
@@ -19,6 +20,7 @@ from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.storage.members import Cell, Span, identity
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms.inputs.manifest import Row, is_binary, manifest_rows
+from af3pipe.transforms.inputs.own_files import is_own_record, is_own_table, refuse_own_file, skip_own_file
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _PACKED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
@@ -29,18 +31,25 @@ _ARROW_FILE = b"ARROW1\0\0"
 _ROWS_AT_ONCE = 256
 
 
-def container_rows(uri: str) -> Callable[[storage.ObjectInfo], Iterator[Row]] | None:
-    """How to list what is in an object of this name; None where the name is not a container's.
+def container_rows(uri: str, *, named: bool = True) -> Callable[[storage.ObjectInfo], Iterator[Row]] | None:
+    """Returns how to list what is in an object of this name; None where the name is not a container's.
 
-    What it gives raises Rejected where the container is damaged, after the rows that could be read.
+    The rows' iterator raises Rejected where the container is damaged, after the rows that could be read.
+
+    Args:
+        uri: Of the object.
+        named: Whether the user named this very object, and not a folder or glob that it was found by. A file of an
+            output of af3pipe raises Rejected (unsupported_format) then, and else is skipped, logged and counted.
     """
+    if is_own_record(uri):
+        return lambda found: (refuse_own_file if named else skip_own_file)(found.uri)
     name = uri.lower()
     if name.endswith(".tar"):
         return _tar_rows
     if name.endswith(_PACKED):
         return _refuse_packed
     if name.endswith(".parquet"):
-        return _parquet_rows
+        return functools.partial(_parquet_rows, named=named)
     return _arrow_rows if name.endswith(".arrow") else None
 
 
@@ -110,7 +119,7 @@ def _refuse_packed(shard: storage.ObjectInfo) -> Iterator[Row]:
 
 def _tar_rows(shard: storage.ObjectInfo) -> Iterator[Row]:
     """WebDataset's reading of a tar: members with one name up to the first dot are one sample."""
-    with storage.open_input(shard.uri, size_bytes=shard.size_bytes) as file:
+    with storage.open_version(shard) as file:
         if file.read(8).startswith(_PACKED_MAGIC):
             yield from _refuse_packed(shard)
         for sample in _samples(file, shard):
@@ -198,9 +207,8 @@ def _sample_rows(sample: _Sample, shard: storage.ObjectInfo) -> Iterator[Row]:
         columns = _bad(f"{where}: its .{extension} cannot be read: {error}")
     except Rejected as rejected:
         columns = rejected
-    etag = identity(shard)
     for span in sample.audio:
-        held = storage.ObjectInfo(span.uri, span.size_bytes, etag, shard.mtime)
+        held = _member(shard, span.uri, span.size_bytes)
         yield Row(f"member {_shown(span.name)} of {shard.uri}", span.uri, columns, extra, held)
     for name in sample.links:
         where = f"member {_shown(name)} of {shard.uri}"
@@ -209,6 +217,12 @@ def _sample_rows(sample: _Sample, shard: storage.ObjectInfo) -> Iterator[Row]:
         isinstance(columns, Rejected) or (isinstance(columns, Mapping) and _names_audio(columns))
     ):
         yield Row(where, _sample_uri(shard, sample.key), columns, extra)
+
+
+def _member(shard: storage.ObjectInfo, uri: str, size_bytes: int | None) -> storage.ObjectInfo:
+    """What is known of a member, from its shard. An empty canonical name stays empty: nobody knows it."""
+    canonical = shard.canonical and shard.canonical + uri[len(shard.uri) :]
+    return storage.ObjectInfo(uri, size_bytes, identity(shard), shard.mtime, canonical)
 
 
 def _sample_uri(shard: storage.ObjectInfo, name: str) -> str:
@@ -246,27 +260,29 @@ def _has_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(child) or pa.types.is_large_binary(child) or pa.types.is_null(child))
 
 
-def _parquet_rows(found: storage.ObjectInfo) -> Iterator[Row]:
+def _parquet_rows(found: storage.ObjectInfo, *, named: bool) -> Iterator[Row]:
     """The rows of a Parquet file with audio in it; of one without, those of a manifest."""
     number = 0
+    is_own = False
     try:
-        with storage.open_input(found.uri, size_bytes=found.size_bytes) as file:
+        with storage.open_version(found) as file:
             parquet = ParquetFile(file, buffer_size=1 << 20)
             schema = parquet.schema_arrow
-            audio = _audio_column(schema)
+            audio, is_own = _audio_column(schema), is_own_table(schema)
             if audio is not None:
-                etag = identity(found)
                 for batch, has_bytes in _batches(parquet, audio):
                     for row, there in zip(batch.to_pylist(), has_bytes, strict=True):
                         name = (row.pop(audio) or {}).get("path")
                         cell = Cell(found.uri, number, audio, _base(name))
                         # Its size would have to be read with the audio itself.
-                        held = storage.ObjectInfo(cell.uri, None, etag, found.mtime) if there else None
+                        held = _member(found, cell.uri, None) if there else None
                         number += 1
                         yield _audio_row(number, found.uri, cell.uri, name, row, held)
     except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError to pyarrow
         raise _bad(f"{found.uri} cannot be read beyond row {number}: {error}") from error
-    if audio is None:
+    if is_own and not named:
+        yield from skip_own_file(found.uri)
+    elif audio is None:
         yield from manifest_rows(found.uri)
 
 
@@ -307,43 +323,47 @@ def _without_bytes(struct: Any) -> Any:
 
 def _arrow_rows(found: storage.ObjectInfo) -> Iterator[Row]:
     """The rows of an Arrow stream, as `save_to_disk` writes it: in it bytes lie as they are, one row's together."""
-    is_local = "://" not in found.uri
     number = 0
-    source: Any = None
     try:
-        # Mapped, a local file is not read but for what is looked at. Otherwise a batch is in memory at a time.
-        opened = None if is_local else storage.open_input(found.uri, size_bytes=found.size_bytes)
-        source = pa.memory_map(found.uri) if is_local else pa.PythonFile(opened, mode="r")
-        # Arrow's file format is a stream, with eight bytes before it and an index behind it.
-        source.seek(len(_ARROW_FILE) if source.read(len(_ARROW_FILE)) == _ARROW_FILE else 0)
-        schema = pa.ipc.read_schema(pa.ipc.read_message(source))
-        audio = _audio_column(schema)
-        if audio is None:
-            raise _bad(f"{found.uri} has no column with audio in it, but {', '.join(schema.names)}")
-        etag = identity(found)
-        end = source.tell()
-        for message in _messages(source):
-            end = source.tell()
-            batch = pa.ipc.read_record_batch(message, schema)
-            struct = batch.column(schema.get_field_index(audio))
-            spans = _spans(struct, message, end - message.body.size, found.uri)
-            kept = [name for name in schema.names if name != audio and not is_binary(schema.field(name).type)]
-            plain = batch.select(kept).append_column(audio, _without_bytes(struct))
-            for row, place in zip(plain.to_pylist(), spans, strict=True):
-                name = (row.pop(audio) or {}).get("path")
+        with storage.open_version(found) as opened, _arrow_file(found.uri, opened) as source:
+            for row in _rows_of_stream(source, found):
                 number += 1
-                uri, held = f"{found.uri}#row={number - 1}", None
-                if place is not None:
-                    uri = Span(found.uri, *place, _base(name)).uri
-                    held = storage.ObjectInfo(uri, place[1], etag, found.mtime)
-                yield _audio_row(number, found.uri, uri, name, row, held)
-        if source.tell() == end:
-            raise _bad(f"{found.uri} is cut off behind row {number}: the mark that ends it is missing")
+                yield row
     except (pa.ArrowException, OSError, EOFError) as error:
         raise _bad(f"{found.uri} cannot be read beyond row {number}: {error}") from error
-    finally:
-        if source is not None:
-            source.close()
+
+
+def _arrow_file(uri: str, opened: BinaryIO) -> Any:
+    # Mapped, a local file is not read but for what is looked at. Otherwise a batch is in memory at a time.
+    return pa.memory_map(uri) if "://" not in uri else pa.PythonFile(opened, mode="r")
+
+
+def _rows_of_stream(source: Any, found: storage.ObjectInfo) -> Iterator[Row]:
+    # Arrow's file format is a stream, with eight bytes before it and an index behind it.
+    source.seek(len(_ARROW_FILE) if source.read(len(_ARROW_FILE)) == _ARROW_FILE else 0)
+    schema = pa.ipc.read_schema(pa.ipc.read_message(source))
+    audio = _audio_column(schema)
+    if audio is None:
+        raise _bad(f"{found.uri} has no column with audio in it, but {', '.join(schema.names)}")
+    number = 0
+    end = source.tell()
+    for message in _messages(source):
+        end = source.tell()
+        batch = pa.ipc.read_record_batch(message, schema)
+        struct = batch.column(schema.get_field_index(audio))
+        spans = _spans(struct, message, end - message.body.size, found.uri)
+        kept = [name for name in schema.names if name != audio and not is_binary(schema.field(name).type)]
+        plain = batch.select(kept).append_column(audio, _without_bytes(struct))
+        for row, place in zip(plain.to_pylist(), spans, strict=True):
+            name = (row.pop(audio) or {}).get("path")
+            number += 1
+            uri, held = f"{found.uri}#row={number - 1}", None
+            if place is not None:
+                uri = Span(found.uri, *place, _base(name)).uri
+                held = _member(found, uri, place[1])
+            yield _audio_row(number, found.uri, uri, name, row, held)
+    if source.tell() == end:
+        raise _bad(f"{found.uri} is cut off behind row {number}: the mark that ends it is missing")
 
 
 def _messages(source: Any) -> Iterator[Any]:

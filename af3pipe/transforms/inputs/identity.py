@@ -92,10 +92,11 @@ def name_recordings(
         groups: dict[tuple[str, str], list[Recording]] = defaultdict(list)
         for found in found_there:
             groups[found.recording_id, found.metadata].append(found)
-        bare = groups.get((source, NO_METADATA))
-        if bare and len(groups) > 1 and not any(found.questions for found in bare):
-            del groups[source, NO_METADATA]
         unnamed = [metadata for recording_id, metadata in groups if recording_id == source]
+        bare = groups.get((source, NO_METADATA))
+        if bare and len(unnamed) > 1 and not any(found.questions for found in bare):
+            del groups[source, NO_METADATA]
+            unnamed.remove(NO_METADATA)
         earlier = [row for row in existing if (row.source_key or row.recording_id) == source]
         for (recording_id, metadata), group in groups.items():
             own_id = recording_id

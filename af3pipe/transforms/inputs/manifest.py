@@ -29,6 +29,7 @@ from af3pipe.schemas import (
 )
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.transforms.inputs.access import check_named
+from af3pipe.transforms.inputs.own_files import is_own_table, own_file
 from af3pipe.transforms.outcome import to_dead_letter
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
@@ -210,6 +211,8 @@ def _check_columns(uri: str, names: Sequence[str]) -> None:
 def _parquet_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
     # Or column chunks would be read whole.
     parquet = ParquetFile(file, buffer_size=1 << 20)
+    if is_own_table(parquet.schema_arrow):
+        raise own_file(uri)
     columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
     _check_columns(uri, columns)
     number = 0
@@ -249,9 +252,9 @@ def _recording(
         named = next((columns.pop(name) for name in URI_COLUMNS if name in columns), None)
         if not isinstance(named, str):
             raise _bad(f"{where} names no audio; it needs one of the columns {', '.join(URI_COLUMNS)}")
-        uri = storage.resolve(named, storage.parent(source))
-        check_named(uri, source=source, where=where, allow_prefixes=allow_prefixes)
-        held = storage.ObjectInfo(uri, None, None, None)
+        url = storage.resolve(named, storage.parent(source))
+        check_named(url, source=source, where=where, allow_prefixes=allow_prefixes)
+        held = storage.ObjectInfo(url, None, None, None)
     offset_s = _seconds(columns.pop("offset", 0.0), "offset", where)
     duration = columns.pop("duration", None)
     duration_s = None if duration is None else _seconds(duration, "duration", where)
@@ -262,9 +265,10 @@ def _recording(
         raise _bad(f"{where}: {error}") from error
     named_id = next((str(columns.pop(name)) for name in ID_COLUMNS if name in columns), None)
     metadata = {**extra, **columns, **told}
+    uri = held.canonical or storage.canonical(held.uri)
     return Recording(
-        recording_id=named_id or source_key(held.uri, offset_s, duration_s, channel=channel, stream=stream),
-        uri=held.uri,
+        recording_id=named_id or source_key(uri, offset_s, duration_s, channel=channel, stream=stream),
+        uri=uri,
         size_bytes=held.size_bytes,
         etag=held.etag,
         mtime=held.mtime,

@@ -22,6 +22,7 @@ from af3pipe.schemas import (
 )
 from af3pipe.transforms.inputs.containers import arrow_rows, container_rows, dataset_files
 from af3pipe.transforms.inputs.manifest import Row, is_manifest, is_text, manifest_rows, read_row
+from af3pipe.transforms.inputs.own_files import excluded
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, outcomes, to_dead_letter
 from af3pipe.transforms.overlap import OverlapDoFn
 from af3pipe.transforms.plan import STAT_THREADS, PlanObjects
@@ -34,7 +35,12 @@ class _Chosen(TypedDict):
 
 
 def list_recordings(
-    name: str, *, channel: str | int = MIX, stream: int | None = None, allow_prefixes: Sequence[str] = ()
+    name: str,
+    *,
+    channel: str | int = MIX,
+    stream: int | None = None,
+    allow_prefixes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Iterator[Recording | DeadLetter]:
     """What an input names: what ReadRecordings does for one of its inputs, without Beam.
 
@@ -46,7 +52,9 @@ def list_recordings(
     """
     chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
     # Only what says that the input is bad: a listing that ends in surprise would lose all that it has not told.
-    yield from outcomes(_listed(name, chosen, allow_prefixes), functools.partial(_rejected, name), catch=Rejected)
+    yield from outcomes(
+        _listed(name, chosen, allow_prefixes, exclude), functools.partial(_rejected, name), catch=Rejected
+    )
 
 
 def _rejected(name: str, error: Exception) -> DeadLetter:
@@ -56,7 +64,9 @@ def _rejected(name: str, error: Exception) -> DeadLetter:
     return to_dead_letter(error, Recording(source_key(name), name), stage=Stage.LIST)
 
 
-def _listed(name: str, chosen: _Chosen, allow_prefixes: Sequence[str]) -> Iterator[Recording | DeadLetter]:
+def _listed(
+    name: str, chosen: _Chosen, allow_prefixes: Sequence[str], exclude: Sequence[str]
+) -> Iterator[Recording | DeadLetter]:
     def contained(uri: str, rows: Iterator[Row]) -> Iterator[Recording | DeadLetter]:
         read = (read_row(row, uri, allow_prefixes=allow_prefixes, **chosen) for row in rows)
         # Of several, a damaged one costs no other.
@@ -67,8 +77,10 @@ def _listed(name: str, chosen: _Chosen, allow_prefixes: Sequence[str]) -> Iterat
             yield from contained(uri, arrow_rows(uri))
         return
     are_manifests = is_manifest(name)
-    for found in storage.list_objects(name):
-        list_container = container_rows(found.uri)
+    for found in storage.list_objects(name, exclude):
+        list_container = container_rows(
+            found.uri, named=found.uri == name or found.canonical == storage.canonical(name)
+        )
         if not is_text(found.uri) or not (list_container or are_manifests):
             yield _recording(found, chosen)
         else:
@@ -82,8 +94,8 @@ def _is_file(name: str) -> bool:
 
 
 def _recording(found: storage.ObjectInfo, chosen: _Chosen) -> Recording | DeadLetter:
-    own_id = source_key(found.uri, **chosen)
-    recording = Recording(own_id, found.uri, found.size_bytes, found.etag, found.mtime, **chosen)
+    uri = found.canonical or found.uri
+    recording = Recording(source_key(uri, **chosen), uri, found.size_bytes, found.etag, found.mtime, **chosen)
     return recording if is_text(found.uri) else _misnamed(recording)
 
 
@@ -143,10 +155,15 @@ def tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
 
 class _ListDoFn(beam.DoFn):
     def __init__(
-        self, chosen: _Chosen, allow_prefixes: Sequence[str], storage_options: storage.StorageOptions
+        self,
+        chosen: _Chosen,
+        allow_prefixes: Sequence[str],
+        exclude: Sequence[str],
+        storage_options: storage.StorageOptions,
     ) -> None:
-        self._chosen = chosen
-        self._allow_prefixes = tuple(allow_prefixes)
+        self._list = functools.partial(
+            list_recordings, allow_prefixes=tuple(allow_prefixes), exclude=tuple(exclude), **chosen
+        )
         self._storage_options = storage_options
 
     def setup(self) -> None:
@@ -156,7 +173,7 @@ class _ListDoFn(beam.DoFn):
         count_retries()
 
     def process(self, name: str) -> Iterator[Any]:
-        return tagged(list_recordings(name, allow_prefixes=self._allow_prefixes, **self._chosen))
+        return tagged(self._list(name))
 
 
 class ListRecordings(beam.PTransform):
@@ -166,6 +183,7 @@ class ListRecordings(beam.PTransform):
         channel: As of `ReadRecordings`. So are the others.
         stream: See `channel`.
         allow_prefixes: See `channel`.
+        exclude: See `channel`.
         storage_options: See `channel`.
     """
 
@@ -175,11 +193,12 @@ class ListRecordings(beam.PTransform):
         channel: str | int = MIX,
         stream: int | None = None,
         allow_prefixes: Sequence[str] = (),
+        exclude: Sequence[str] = (),
         storage_options: storage.StorageOptions = MappingProxyType({}),
     ) -> None:
         super().__init__()
         chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
-        self._dofn = _ListDoFn(chosen, allow_prefixes, dict(storage_options))
+        self._dofn = _ListDoFn(chosen, allow_prefixes, exclude, dict(storage_options))
 
     def expand(self, names: Any) -> Any:
         listed = names | "List" >> beam.ParDo(self._dofn).with_output_types(
@@ -204,6 +223,7 @@ class ReadRecordings(beam.PTransform):
         stream: Index among the audio streams of a container; None takes its main one.
         allow_prefixes: URLs below which a manifest that is not local may name audio, beside its own bucket (on an
             object store) or folder. Local files it may never name.
+        exclude: Folders of outputs, of which nothing is an input: see `own_files.excluded`.
         storage_options: URL prefix to fsspec's options for it, as `storage.set_options` takes them; of all transforms
             in a process the last ones apply.
 
@@ -218,12 +238,17 @@ class ReadRecordings(beam.PTransform):
         channel: str | int = MIX,
         stream: int | None = None,
         allow_prefixes: Sequence[str] = (),
+        exclude: Sequence[str] = (),
         storage_options: storage.StorageOptions = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self._storage_options = dict(storage_options)
         self._list = ListRecordings(
-            channel=channel, stream=stream, allow_prefixes=allow_prefixes, storage_options=storage_options
+            channel=channel,
+            stream=stream,
+            allow_prefixes=allow_prefixes,
+            exclude=exclude,
+            storage_options=storage_options,
         )
         self._inputs = [inputs] if isinstance(inputs, str) else list(dict.fromkeys(inputs))
 

@@ -79,8 +79,10 @@ _told: dict[tuple[str, str], _Told] = {}
 class _ListDoFn(beam.DoFn):
     """(tick, name) to (recording_id, (what was found, when))."""
 
-    def __init__(self, channel: str, stream: int | None, storage_options: storage.StorageOptions) -> None:
-        self._list = functools.partial(list_recordings, channel=channel, stream=stream)
+    def __init__(
+        self, channel: str, stream: int | None, exclude: Sequence[str], storage_options: storage.StorageOptions
+    ) -> None:
+        self._list = functools.partial(list_recordings, channel=channel, stream=stream, exclude=tuple(exclude))
         self._storage_options = storage_options
         self._watch_id = uuid.uuid4().hex  # one of several that watch the same in this process
 
@@ -180,6 +182,7 @@ class WatchRecordings(beam.PTransform):
         every_s: Seconds from one listing to the next.
         channel: As of `ReadRecordings`.
         stream: As of `ReadRecordings`.
+        exclude: As of `ReadRecordings`.
         stop_uri: As of `Ticks`.
         stop_after_s: As of `Ticks`.
         storage_options: As of `ReadRecordings`.
@@ -195,6 +198,7 @@ class WatchRecordings(beam.PTransform):
         every_s: float = 30.0,
         channel: str | int = MIX,
         stream: int | None = None,
+        exclude: Sequence[str] = (),
         stop_uri: str | None = None,
         stop_after_s: float | None = None,
         storage_options: storage.StorageOptions = MappingProxyType({}),
@@ -207,7 +211,7 @@ class WatchRecordings(beam.PTransform):
             check_watched(name)
         self._every_s = every_s
         self._ticks = Ticks(every_s, stop_uri=stop_uri, stop_after_s=stop_after_s, storage_options=storage_options)
-        self._list = _ListDoFn(channel_text(channel), stream_index(stream), dict(storage_options))
+        self._list = _ListDoFn(channel_text(channel), stream_index(stream), exclude, dict(storage_options))
 
     def expand(self, pipeline: Any) -> Any:
         names = self._inputs

@@ -13,7 +13,7 @@ def is_allowed(url, source, *prefixes):
         check_named(url, source=source, where="line 7 of m", allow_prefixes=prefixes)
     except Rejected as rejected:
         return (rejected.reason, rejected.detail[: len(url) + 20]) != (
-            Reason.PERMISSION_DENIED,
+            Reason.NOT_ALLOWED,
             f"line 7 of m names {url}, ",
         )
     return True
@@ -27,6 +27,9 @@ def is_allowed(url, source, *prefixes):
         ("/etc/a.wav", "file:///data/m.jsonl", ()),
         ("s3://own/other/a.wav", S3, ()),
         ("s3a://own/a.wav", S3, ()),
+        ("S3N://own/a.wav", S3, ()),
+        ("https://Host:443/lists/a.wav", WEB, ()),
+        ("abfss://own/a.wav", "az://own/m.jsonl", ()),
         ("gcs://own/a.wav", "gs://own/m.jsonl", ()),
         ("s3://own/a#b?.wav", S3, ()),
         ("s3://own/a..b/..c.wav", S3, ()),
@@ -122,3 +125,10 @@ def test_below_means_that_the_parts_begin_alike(found, wanted):
 def test_own_prefixes():
     assert own_prefix("s3://own/a/b.jsonl") == "s3://own"
     assert own_prefix("https://host/a/b.jsonl") == "https://host/a"
+
+
+@pytest.mark.parametrize("prefix", ["/mnt/inbox", "/mnt/inbox/", "file:///mnt/inbox", "/mnt/./inbox", "file://", "/"])
+def test_folders_of_this_machine_have_many_spellings(prefix):
+    assert is_below("/mnt/inbox/a.wav", prefix)
+    assert is_below("file:///mnt/inbox/a.wav", prefix)
+    assert is_below("/mnt/inboxes/a.wav", prefix) == (prefix in ("/", "file://"))

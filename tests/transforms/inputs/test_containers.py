@@ -11,8 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from af3pipe import storage
-from af3pipe.schemas import DeadLetter, Reason, Recording
+from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected
 from af3pipe.storage.members import parse
+from af3pipe.tables.layout import TABLE_SCHEMAS
+from af3pipe.transforms import metrics
+from af3pipe.transforms.inputs.containers import container_rows
+from af3pipe.transforms.inputs.manifest import read_manifest
 from af3pipe.transforms.inputs.read import list_recordings
 from tests import fixtures_audio as make
 
@@ -402,6 +406,87 @@ def test_paths_in_a_container_from_elsewhere_are_held_to_the_same_rule(request):
     for name in ("x.parquet", "x.tar"):
         (good,), bad = split(list_recordings(f"memory://containers/{name}"))
         assert good.uri == "memory:///containers/d.wav"
-        assert [row.reason for row in bad] == [Reason.PERMISSION_DENIED] * 3
+        assert [row.reason for row in bad] == [Reason.NOT_ALLOWED] * 3
         good, bad = split(list_recordings(f"memory://containers/{name}", allow_prefixes=["memory://other", "/etc"]))
         assert len(bad) == 2
+
+
+def write_own(path, schema, metadata=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(schema.empty_table().replace_schema_metadata(metadata), path)
+    return storage.stat(str(path))
+
+
+OWN = {
+    **{f"columns of {table}": (schema, None) for table, schema in TABLE_SCHEMAS.items()},
+    "more columns": (TABLE_SCHEMAS["captions"].append(pa.field("score", pa.float64())), None),
+    "the key": (pa.schema([("uri", pa.string()), ("text", pa.string())]), {b"af3pipe.format": b"2"}),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_table_of_an_output_is_skipped_where_it_is_found_and_refused_where_it_is_named(tmp_path, kind, caplog):
+    found = write_own(tmp_path / kind / "a.parquet", *OWN[kind])
+    second = write_own(tmp_path / kind / "b.parquet", *OWN[kind])
+    with pytest.raises(Rejected, match=r"belongs to an output of af3pipe and is no input.*af3pipe redrive") as caught:
+        list(container_rows(found.uri)(found))
+    assert caught.value.reason is Reason.UNSUPPORTED_FORMAT
+    with pytest.raises(Rejected, match="belongs to an output"):
+        list(read_manifest(found.uri))
+    before = metrics.tally()["own_files_skipped"]
+    for one in (found, second):
+        assert list(container_rows(one.uri, named=False)(one)) == []
+    assert metrics.tally()["own_files_skipped"] - before == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"skipped what is in {tmp_path / kind}: the output of af3pipe is no input"
+    ]
+
+
+@pytest.mark.parametrize(
+    "columns", [["recording_id", "uri"], ["uri", "answer_key", "text"], ["uri", "task", "run_id"]]
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_manifest_made_of_an_output_is_a_manifest(tmp_path, columns, named):
+    pq.write_table(pa.table({name: ["a.wav"] for name in columns}), tmp_path / "m.parquet")
+    found = storage.stat(str(tmp_path / "m.parquet"))
+    assert [row.columns["uri"] for row in container_rows(found.uri, named=named)(found)] == ["a.wav"]
+
+
+@pytest.mark.parametrize("name", ["_runs/x.json", "_runs/x.started.json", "_runs/x.stop", "_compactions/1.json"])
+def test_records_of_an_output_are_no_inputs(name):
+    for top in ("/out", "s3://b/out", "s3://b"):
+        found = storage.ObjectInfo(f"{top}/{name}", 1, None, None)
+        assert list(container_rows(found.uri, named=False)(found)) == []
+        with pytest.raises(Rejected, match="belongs to an output"):
+            list(container_rows(found.uri)(found))
+
+
+@pytest.mark.parametrize(
+    "name", ["/_runs/a.wav", "/_runs/deep/a.json", "/runs/a.json", "/a_runs/a.json", "/_runs.json"]
+)
+def test_other_names_are_others(name):
+    assert container_rows(name) is None
+
+
+def test_a_shard_that_is_written_anew_while_it_is_listed_says_so(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a.wav": b"a", "b.wav": b"b"})
+    rows = list_recordings(path)
+    first = next(rows)
+    write_tar(path, {"a.wav": b"longer than before" * 1000, "b.wav": b"b"})
+    (changed,) = split(rows)[1]
+    assert (changed.reason, changed.uri, changed.retryable) == (Reason.CHANGED, path, True)
+    with pytest.raises(Rejected, match="was replaced or modified"):
+        storage.open_version(storage.ObjectInfo(first.uri, first.size_bytes, first.etag, first.mtime))
+
+
+def test_members_know_the_canonical_name_of_their_shard(tmp_path):
+    (tmp_path / "real").mkdir()
+    write_tar(tmp_path / "real" / "x.tar", {"a.wav": b"a"})
+    pq.write_table(pa.table({"audio": [{"bytes": b"a", "path": "a.wav"}]}), tmp_path / "real" / "x.parquet")
+    (tmp_path / "link").symlink_to("real")
+    for name in ("x.tar", "x.parquet"):
+        found = storage.stat(str(tmp_path / "link" / name))
+        (row,) = container_rows(found.uri)(found)
+        assert row.held.uri.startswith(str(tmp_path / "link" / name))
+        assert row.held.canonical == storage.canonical(row.held.uri) == storage.stat(row.held.uri).canonical
+        assert row.held.canonical == row.held.uri.replace("/link/", "/real/")

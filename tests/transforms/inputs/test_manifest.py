@@ -282,7 +282,7 @@ def test_a_manifest_from_elsewhere_names_what_is_its_own(memory):
     for found in list_recordings("memory://lists/m.jsonl"):
         (bad if isinstance(found, DeadLetter) else good).append(found)
     assert [row.uri for row in good] == ["memory:///lists/a.wav", "memory://lists/deep/b.wav"]
-    assert {row.reason for row in bad} == {Reason.PERMISSION_DENIED}
+    assert {row.reason for row in bad} == {Reason.NOT_ALLOWED}
     assert [row.uri for row in bad] == [f"memory:///lists/m.jsonl#line={number}" for number in (3, 4, 5, 6)]
     assert "line 5 of memory:///lists/m.jsonl names memory://other/e.wav" in bad[2].detail
     assert "--allow-prefix memory://other" in bad[2].detail

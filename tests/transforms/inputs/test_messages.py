@@ -347,7 +347,7 @@ def test_a_message_has_one_name_however_often_it_comes():
 def test_messages_have_nothing_read_but_what_is_allowed(message, allow_prefixes):
     (letter,) = parse(message, allow_prefixes)
     assert isinstance(letter, DeadLetter)
-    assert letter.reason in (Reason.PERMISSION_DENIED, Reason.UNSUPPORTED_FORMAT)
+    assert letter.reason in (Reason.NOT_ALLOWED, Reason.UNSUPPORTED_FORMAT)
 
 
 def test_a_refusal_says_what_to_do():
@@ -379,7 +379,7 @@ def test_keys_come_back_as_they_were(key, with_slashes):
         return
     told = [(each.uri if not isinstance(each, DeadLetter) else each.reason) for each in (*found, *same, *google)]
     # A key that reads like an encoded way up is not read either.
-    if told[0] != Reason.PERMISSION_DENIED:
+    if told[0] != Reason.NOT_ALLOWED:
         assert told == [f"s3://mybucket/{name}", f"s3://mybucket/{name}", f"gs://mybucket/{name}"]
 
 
