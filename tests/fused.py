@@ -16,10 +16,8 @@ from apache_beam.runners.worker.bundle_processor import DATA_INPUT_URN, DATA_OUT
 from apache_beam.transforms import resources
 from apache_beam.typehints.typehints import TypeConstraint
 
-from af3pipe.transforms.answer import AnswerDoFn
-from af3pipe.transforms.decode import _DecodeDoFn
+from af3pipe.transforms.decode import Decoder
 
-_DECODES = (AnswerDoFn, _DecodeDoFn)
 # What a runner does itself; all else is done in a worker.
 _RUNNERS_OWN = frozenset(
     {
@@ -129,14 +127,14 @@ def fuse(pipeline, proto=None, context=None):
 
 
 class _Decoding(PipelineVisitor):
-    """Names of the steps that decode, or have something in them that does."""
+    """Names of the steps that have a decoder."""
 
     def __init__(self):
         self.names = set()
 
     def visit_transform(self, node):
         fn = getattr(node.transform, "fn", None)
-        if isinstance(fn, _DECODES) or any(isinstance(part, _DECODES) for part in vars(fn or self).values()):
+        if any(isinstance(part, Decoder) for part in vars(fn or self).values()):
             self.names.add(node.full_label)
 
 
