@@ -1,4 +1,4 @@
-"""Measures what storage and accounting cost: listings, runs over many small files, their reruns, and memory.
+"""What storage and the books cost: listings, runs of many small files, reruns of them, and memory by their number.
 
     python -m benchmarks.storage                      # all of it; takes hours on two cores with the real model
     python -m benchmarks.storage listing              # --keys 10000 100000 1000000 --folders 1000 0
@@ -140,7 +140,7 @@ def run_job(
 
     report = batch.run(job, on_progress=watch, progress_every_s=0.02)
     if not report.counts.reconciled:
-        raise SystemExit(f"the counts do not reconcile: {report.counts.problems}")
+        raise SystemExit(f"the books do not reconcile: {report.counts.problems}")
     return {
         "before": before,
         "peak": peak_mib(),
