@@ -3,7 +3,7 @@
     python -m benchmarks.idle_share [--recordings 200] [--repeat 3] [--engine constant|transformers|both]
 
 Real files (stereo FLAC at 44.1 kHz, 2 to 20 s), real decoding, Beam's in-process runner. `overlap` is this
-package's DecodeAudio and AskAudioFlamingo; `plain` decodes in one DoFn and asks a batch at a time in the next,
+package's AnswerRecordings; `plain` decodes in one DoFn and asks a batch at a time in the next,
 waiting for it there; `decode` asks nothing, and so tells what the machine can decode at best.
 
 idle: waiting for requests, by the engine's own clock, over the time from the first request to the last reply.
@@ -23,7 +23,7 @@ import soundfile
 
 from af3pipe.models import EngineOptions, acquire_engine, caption, open_checkpoint, release_engine, resolve
 from af3pipe.models.engine import Engine
-from af3pipe.schemas import Recording, Request
+from af3pipe.schemas import AudioObject, Request
 from af3pipe.transforms import AnswerRecordings, AskAudioFlamingo, DecodeAudio, ReadRecordings, metrics
 from af3pipe.transforms.decode import open_segments
 from benchmarks import constant_engine, machine, slow_store
@@ -126,22 +126,22 @@ class AskPlainly(beam.DoFn):
         self._batch = []
 
 
-def decode_plainly(recording: Recording, limits) -> list:
-    return list(open_segments(recording, limits=limits))
+def decode_plainly(found: AudioObject, limits) -> list:
+    return [segment for recording in found.recordings for segment in open_segments(recording, limits=limits)]
 
 
 def lay(pipeline: beam.Pipeline, url: str, options: EngineOptions, way: str) -> None:
     """The pipeline of one way."""
-    recordings = pipeline | ReadRecordings(url)
+    objects = pipeline | ReadRecordings(url)
     decode = DecodeAudio(model="demo")
     if way == "decode":
-        _ = recordings | decode
+        _ = objects | decode
     elif way == "overlap":
         ask = AskAudioFlamingo(model="demo", tasks=[TASK], engine=options.engine, device="cpu", slots=BATCH_SIZE)
-        _ = recordings | AnswerRecordings(decode, ask)
+        _ = objects | AnswerRecordings(decode=decode, ask=ask)
     else:
         limits = open_checkpoint("demo").limits
-        _ = recordings.good | beam.FlatMap(decode_plainly, limits) | beam.ParDo(AskPlainly(options))
+        _ = objects | beam.FlatMap(decode_plainly, limits) | beam.ParDo(AskPlainly(options))
 
 
 def run(url: str, engine: str, way: str) -> Figures:

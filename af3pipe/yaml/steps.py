@@ -1,7 +1,8 @@
-"""The steps of a Beam YAML pipeline. What a step's `config` may hold are the keys of a job file that concern it.
+"""Makes the transforms steps of Beam YAML, whose `config` takes those keys of a job file that concern them.
 
-They are checked as a job file's are, where the pipeline is built. `error_handling: {output: NAME}`, as of Beam's own
-steps, gives the dead letters as an output of that name; without it the first dead letter ends the pipeline.
+The keys are checked as in a job file, when the pipeline is built. `DecodeAudio` and `AskAudioFlamingo` take
+`error_handling: {output: NAME}`, as Beam's own steps do: it makes the dead letters an output of that name. Without it
+the first dead letter ends the pipeline.
 """
 
 import difflib
@@ -219,7 +220,7 @@ def _refuse(step: str, key: str) -> NoReturn:
     elif near:
         hint = f"did you mean {near[0]!r}?"
     else:
-        hint = f"allowed are {', '.join(KEYS[step])}"
+        hint = f"allowed are {', '.join(KEYS[step])}" if KEYS[step] else "it takes none"
     raise JobError(f"config: {key} is not a key of {step}; {hint}")
 
 

@@ -118,7 +118,7 @@ def test_both_task_managers_give_the_rows_of_the_in_process_run(store, cluster, 
     (found,) = cluster.jobs()
     assert found["state"] == "FINISHED"
     asking = [
-        sum(number for step, number in read.items() if "AnswerAndSettle" in step)
+        sum(number for step, number in read.items() if "AnswerRecordings" in step)
         for read in cluster.records_read(found["jid"]).values()
     ]
     assert len(asking) == 2
@@ -172,7 +172,7 @@ def is_running(pid):
 
 
 def nothing_lost_or_twice(store, output, in_process, tmp_path):
-    """Looks whether what holds now in an output is what a run in process has written."""
+    """Checks that the latest results in an output are those of a run in process."""
     url = store.url(f"labels/{output}")
     assert audit(url).problems == []
     export_latest(url, str(tmp_path / "export"), TABLES)

@@ -1,4 +1,4 @@
-"""A watched folder on a true Flink cluster: what a killed TaskManager had under way is done again, and lands once."""
+"""A watched folder on a true Flink cluster: a killed TaskManager's work is done again, and each row written once."""
 
 import shutil
 from importlib import resources
@@ -31,7 +31,7 @@ def job(folder, output, model):
     )
 
 
-def settled(output):
+def recordings_in(output):
     """URIs that have a row."""
     files = list((output / "recordings").rglob("*.parquet"))
     return set(read_table(output / "recordings", ["uri"])["uri"].to_pylist()) if files else set()
@@ -52,13 +52,13 @@ def test_a_killed_task_manager_loses_nothing(model, tmp_path):
     with flink_cluster(tmp_path / "flink") as cluster:
         watch = streaming.Watch(job(folder, output, model), [*cluster.flags, "--checkpointing_interval=1000"])
         try:
-            wait_until(lambda: watch.wait(0) or len(settled(output)) == 5, "the first rows", 180)
+            wait_until(lambda: watch.wait(0) or len(recordings_in(output)) == 5, "the first rows", 180)
             for name in names[5:]:
                 (folder / name).write_bytes(found[name])
             wait_until(lambda: watch.wait(0) or checkpoints(cluster)["completed"] > 3, "checkpoints", 60)
             cluster.task_managers[1].kill()
             cluster.task_managers[1].start()
-            wait_until(lambda: watch.wait(0) or len(settled(output)) == len(names), "all rows", 240)
+            wait_until(lambda: watch.wait(0) or len(recordings_in(output)) == len(names), "all rows", 240)
             watch.stop()
             wait_until(lambda: watch.wait(0), "the end of the stream", 120)
             report = watch.report()
@@ -70,7 +70,7 @@ def test_a_killed_task_manager_loses_nothing(model, tmp_path):
                 watch.cancel()
     assert report.counts.reconciled, report.counts.problems
     assert audit(str(output)).problems == []
-    assert settled(output) == {str(folder / name) for name in names}
+    assert recordings_in(output) == {str(folder / name) for name in names}
 
     batch.run(job(folder, tmp_path / "ran", model))
     export_latest(str(output), str(tmp_path / "export"), TABLES)

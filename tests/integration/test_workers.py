@@ -1,4 +1,4 @@
-"""Workers that are not as the launcher is, and what workers leave behind: on a real job service and worker pool."""
+"""Workers that differ from the launcher, and the processes that workers leave: a real job service and worker pool."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def test_a_worker_with_another_version(values, tmp_path, elsewhere):
     shutil.copytree(PACKAGE, elsewhere / "af3pipe")
     (elsewhere / "af3pipe" / "__init__.py").write_text('__version__ = "9.9.9"')
     for path in (elsewhere / "af3pipe" / "transforms").glob("*.py"):  # so that what is sent cannot be unpickled
-        path.write_text(path.read_text().replace("DecodeDoFn", "DecoderDoFn"))
+        path.write_text(path.read_text().replace("AnswerDoFn", "AnsweringDoFn"))
     told = failure(values, tmp_path, workers={"PYTHONPATH": str(elsewhere)}, workers_folder=elsewhere)
     host = socket.gethostname()
     assert told.startswith(f"worker {host} has another version than the launcher {host}: af3pipe 9.9.9 (launcher: ")

@@ -1,6 +1,6 @@
-"""The job that Dataflow would get: laid and translated by its own runner, and not sent (`--dry_run`).
+"""The job for Dataflow, built and translated by its own runner, and not sent (`--dry_run`).
 
-What is sent is held against a committed description. To renew that after a change that is meant:
+It is compared with a committed description. To renew that after an intended change:
 
     AF3PIPE_RENEW=1 python -m pytest tests/pipelines/test_dataflow.py -k committed
 """
@@ -25,8 +25,8 @@ from google.protobuf.json_format import MessageToDict
 from af3pipe.pipelines.graph import build, build_stream
 from af3pipe.pipelines.job import beam_options, load_job_values, make_job
 from af3pipe.schemas import Recording, Segment
-from af3pipe.transforms import AnswerRecordings, AskAudioFlamingo, DecodeAudio
-from af3pipe.transforms.settle import _DecodeStepDoFn
+from af3pipe.transforms import AskAudioFlamingo, DecodeAudio
+from af3pipe.transforms.decode import _DecodeDoFn
 from tests.fused import fuse
 
 JOB_FILE = Path(__file__).parents[2] / "deploy" / "dataflow" / "job.yaml"
@@ -35,9 +35,9 @@ NO_PIP_FREEZE = "--experiments=disable_logging_submission_environment"
 RENEW = "AF3PIPE_RENEW=1 python -m pytest tests/pipelines/test_dataflow.py -k committed"
 GPU = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
 STREAMED = {"inputs": ["gs://my-archive/2026/", "gs://my-other-archive/*.flac"]}
-DECODE, ASK, SETTLE = (f"AnswerAndSettle/{step}" for step in ("Decode", "Ask", "Settle"))
-ON_THE_GPU = ("NotWritten/NotWritten", DECODE, ASK, SETTLE, "WriteSettledRecordings/WriteAsSettled")
-DECODE_ALONE = "AnswerRecordings/DecodeAudio/Decode/ParDo(DecodeDoFn)"
+ANSWER = "AnswerRecordings/Answer"
+ON_THE_GPU = ("NotWritten/NotWritten", ANSWER, "WriteRows/WriteAsTheyCome")
+DECODE = "DecodeAudio/Decode/ParDo(_DecodeDoFn)"
 
 
 def job_of(**changes):
@@ -61,7 +61,7 @@ def step_names(job, run_id, lay=build):
     return {found.unique_name for found in sent.proto_pipeline.components.transforms.values()}
 
 
-def test_the_gpu_has_one_stage_from_decoding_to_writing_and_nothing_else():
+def test_gpu_workers_run_one_stage_from_decoding_to_writing_and_nothing_else():
     found = fused(job_of())
     assert {stage.accelerator for stage in found.stages} == {"", GPU}
     assert [stage.steps for stage in found.stages if stage.accelerator] == [ON_THE_GPU]
@@ -76,7 +76,7 @@ def test_verifying_takes_one_more_step_on_the_gpu():
 
 def test_workers_of_one_kind_have_decoding_to_writing_in_one_stage():
     found = fused(job_of(accelerator=None))
-    assert set(ON_THE_GPU) <= set(found.stage_of(DECODE).steps)
+    assert set(ON_THE_GPU) <= set(found.stage_of(ANSWER).steps)
     assert {stage.accelerator for stage in found.stages} == {""}
 
 
@@ -130,20 +130,14 @@ class Remembered(DecodeAudio):
         return decoded._replace(good=keyed | "Seen" >> beam.ParDo(_Seen()).with_output_types(Segment))
 
 
-class Elsewhere(DecodeAudio):
-    """Decodes where there is no GPU."""
-
-    def with_resource_hints(self, **hints):
-        return self
-
-
 @pytest.mark.parametrize(
     ("decode", "accelerator", "moved"),
     [
-        (Spread, None, {"AnswerRecordings/DecodeAudio/Spread", DECODE_ALONE}),
-        (Grouped, None, {"AnswerRecordings/DecodeAudio/Key", "AnswerRecordings/DecodeAudio/Group"}),
-        (Remembered, None, {"AnswerRecordings/DecodeAudio/Key"}),
-        (Elsewhere, GPU, {DECODE_ALONE}),
+        (DecodeAudio, None, set()),
+        (Spread, None, {"DecodeAudio/Spread", DECODE}),
+        (Grouped, None, {"DecodeAudio/Key", "DecodeAudio/Group"}),
+        (Remembered, None, {"DecodeAudio/Key"}),
+        (DecodeAudio, GPU, {DECODE}),  # which is where there is no GPU
     ],
 )
 def test_audio_that_leaves_its_stage_is_seen(decode, accelerator, moved):
@@ -151,10 +145,12 @@ def test_audio_that_leaves_its_stage_is_seen(decode, accelerator, moved):
     ticks = pipeline | PeriodicImpulse() | beam.WindowInto(FixedWindows(60))  # bounded or not is the same
     recordings = ticks | beam.Map(lambda tick: Recording("a", "a.wav")).with_output_types(Recording)
     ask = AskAudioFlamingo(model="demo", tasks=job_of().all_tasks())
-    _ = recordings | "AnswerRecordings" >> AnswerRecordings(decode(model="demo"), ask, accelerator=accelerator)
+    if accelerator:
+        ask = ask.with_resource_hints(accelerator=accelerator)
+    _ = recordings | "DecodeAudio" >> decode(model="demo") | "AskAudioFlamingo" >> ask
     found = fuse(pipeline)
     assert {one.made_by for one in found.moved if one.may_hold_audio} == moved
-    assert all("in another stage" in told for told in found.audio_moved)
+    assert all("in another stage" in text for text in found.audio_moved)
 
 
 @pytest.mark.parametrize("lay", [build, pytest.param(build_stream, marks=pytest.mark.slow)])
@@ -170,31 +166,31 @@ def test_names_are_those_of_another_run_over_other_recordings(lay):
     assert names == step_names(other, "20271231T235959Z-ffffff", lay)
 
 
-def test_a_stream_has_decoding_and_asking_in_one_stage_and_moves_no_audio():
+def test_a_stream_answers_in_one_stage_and_moves_no_audio():
     found = fused(job_of(**STREAMED), build_stream)
-    assert [stage.steps for stage in found.stages if stage.accelerator] == [(DECODE, ASK, SETTLE)]
+    assert [stage.steps for stage in found.stages if stage.accelerator] == [(ANSWER,)]
     assert found.audio_moved == []
 
 
-class Roundabout(beam.PTransform):
-    """A stream's way from decoding to asking, with a shuffle in it; nothing has a type."""
+class Untyped(beam.PTransform):
+    """Decodes, and shuffles what comes of it; nothing has a type."""
 
     def __init__(self, decode):
         super().__init__()
         self._decode = decode
 
     def expand(self, recordings):
-        decode = _DecodeStepDoFn(self._decode.dofn)
+        decode = _DecodeDoFn(self._decode.decoder)
         return recordings | "Decode" >> beam.ParDo(decode) | "Spread" >> beam.Reshuffle() | beam.Map(print)
 
 
 def test_audio_without_a_type_is_seen_too():
     pipeline = beam.Pipeline()
     recordings = pipeline | beam.Create([Recording("a", "a.wav")]).with_output_types(Recording)
-    _ = recordings | "Roundabout" >> Roundabout(DecodeAudio(model="demo"))
+    _ = recordings | "Untyped" >> Untyped(DecodeAudio(model="demo"))
     assert {one.made_by for one in fuse(pipeline).moved if one.may_hold_audio} == {
-        "Roundabout/Decode",
-        "Roundabout/Spread",
+        "Untyped/Decode",
+        "Untyped/Spread",
     }
 
 
