@@ -296,7 +296,7 @@ def test_a_file_without_watch_takes_options_of_one(tmp_path, watched):
         (["in/", "--evry", "5s"], "--evry is neither an option of af3pipe nor of Beam"),
         (["calls.csv"], "input calls.csv is a manifest or a container; watched are folders and globs of audio"),
         (["in/", "shards/*.tar"], "Ask about it with `af3pipe run`"),
-        (["in/", "--runner", "FnApiRunner"], "runner FnApiRunner gives nothing before its input ends"),
+        (["in/", "--runner", "FnApiRunner"], "runner FnApiRunner writes nothing before its input ends"),
         (["in/", "--runner", "local"], "or name Flink or Dataflow"),
         (["pubsub://mine"], "messages may name nothing yet: give --allow-prefix"),
         (["pubsub://mine", "--allow-prefix", "/in"], "write projects/PROJECT/subscriptions/NAME"),

@@ -20,9 +20,12 @@ from af3pipe.cli.results import exit_by, show_answers, show_counts, show_dead_le
 from af3pipe.models.engine import ModelError
 from af3pipe.pipelines import batch, streaming
 from af3pipe.pipelines import redrive as redriving
-from af3pipe.pipelines.job import JobConfig, JobError, beam_options, load_job_values, make_job, split_beam_flags
+from af3pipe.pipelines.beam_flags import beam_options, split_beam_flags
+from af3pipe.pipelines.job import JobConfig, JobError, make_job
+from af3pipe.pipelines.job_file import load_job_values, load_yaml, merge_job
 from af3pipe.pipelines.run_record import RunReport
 from af3pipe.pipelines.submit import finish as finishing
+from af3pipe.runners.check import runner_of
 from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.tables.latest import NotATable
 from af3pipe.transforms.stores import set_storage
@@ -55,7 +58,7 @@ def demo(output: str) -> None:
 
 def run(inputs: list[str], flags: dict[str, Any]) -> None:
     """Runs `af3pipe run`: `inputs` may be a job file, `flags` are keys of a job."""
-    job, beam_flags = _checked(lambda: _job(inputs, flags))
+    job, beam_flags = _checked(lambda: merge_job(inputs, flags))
     report = run_job(job, beam_flags)
     show_counts(job, report)
     exit_by(job, report)
@@ -63,7 +66,7 @@ def run(inputs: list[str], flags: dict[str, Any]) -> None:
 
 def watch(inputs: list[str], flags: dict[str, Any]) -> None:
     """Runs `af3pipe watch`, with what `run` takes."""
-    job, beam_flags = _checked(lambda: _job(inputs, flags))
+    job, beam_flags = _checked(lambda: merge_job(inputs, flags))
     report = watch_job(job, beam_flags)
     if report is None:
         stop("cancelled; what was not written is asked by the next run or watch into the same output", EXIT_FAILED)
@@ -133,25 +136,9 @@ def _change(text: str) -> tuple[str, Any]:
     if not found:
         stop(f"--set is {text!r}; it must be KEY=VALUE", EXIT_WRONG_JOB)
     try:
-        return key.strip().replace("-", "_"), yaml.safe_load(value)
+        return key.strip().replace("-", "_"), load_yaml(value)
     except yaml.YAMLError as error:
         stop(f"--set {text}: the value is not YAML: {error}", EXIT_WRONG_JOB)
-
-
-def _job(tokens: list[str], flags: dict[str, Any]) -> tuple[JobConfig, list[str]]:
-    """Inputs or a job file, and what is Beam's."""
-    inputs, beam_flags = split_beam_flags(tokens)
-    job_files = [name for name in inputs if name.endswith((".yaml", ".yml"))]
-    if not job_files:
-        return make_job({"inputs": inputs, **flags}), beam_flags
-    if len(job_files) > 1:
-        raise JobError(f"one job file at a time, not {', '.join(job_files)}")
-    values = load_job_values(job_files[0])
-    others = [name for name in inputs if name not in job_files]
-    if "watch" in flags:
-        in_file = values.get("watch") or {}
-        flags = flags | {"watch": in_file | flags["watch"] if isinstance(in_file, dict) else in_file}
-    return make_job(values | flags | ({"inputs": others} if others else {}), job_files[0]), beam_flags
 
 
 def _checked(make: Callable[[], Any]) -> Any:
@@ -164,7 +151,7 @@ def _checked(make: Callable[[], Any]) -> Any:
 def run_job(job: JobConfig, beam_flags: list[str]) -> RunReport:
     """Runs a batch job to its end, showing how far it is."""
     with _faults_told():
-        live = batch.is_in_process(beam_options(job, beam_flags))
+        live = runner_of(beam_options(job, beam_flags)).is_in_process
         with progress_line() if live else no_progress() as show:
             return batch.run(job, beam_flags, on_progress=show)
 

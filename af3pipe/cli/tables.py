@@ -25,7 +25,8 @@ _OUT = typer.Argument(metavar="OUT", help="What --output was: the folder or URL 
 def _set_storage(job_file: str | None) -> str | None:
     if job_file is not None:
         from af3pipe import storage
-        from af3pipe.pipelines.job import JobError, load_job_values
+        from af3pipe.pipelines.job import JobError
+        from af3pipe.pipelines.job_file import load_job_values
 
         try:
             storage.set_options(load_job_values(job_file).get("storage_options") or {})

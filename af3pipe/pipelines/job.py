@@ -1,14 +1,10 @@
-"""A job: what to read, ask and write. The one place where YAML, flags and Beam's options meet."""
+"""Defines what a job may hold (what to read, ask and write) and validates it."""
 
-import argparse
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-import yaml
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from af3pipe import storage
@@ -18,7 +14,6 @@ from af3pipe.audio.recording import OverLength
 from af3pipe.models.engine import ENGINES, EngineOptions
 from af3pipe.models.family import DEFAULT_MODEL
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, prompt, table_of, transcript
-from af3pipe.runners.options import ON_BY_DEFAULT, runner_name
 from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.tables.layout import check_partition_by
 from af3pipe.transforms.ask import check_tasks
@@ -162,9 +157,6 @@ def _are_storage_options(value: dict[str, dict[str, Any]]) -> dict[str, dict[str
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)?")
 _UNITS_S = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-_A_YEAR_S = 365 * 24 * 3600
 
 
 def _seconds(value: Any) -> Any:
@@ -335,25 +327,6 @@ def make_job(values: Mapping[str, Any], source: str = "command line") -> JobConf
         raise JobError("\n".join(f"{source}: {_explain(dict(found))}" for found in error.errors())) from error
 
 
-def load_job_values(path: str) -> dict[str, Any]:
-    """The keys of a YAML job file, not yet validated, so that flags can go on top.
-
-    Raises:
-        JobError: There is no such file, or it is not a YAML mapping.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise JobError(f"{path}: is not UTF-8: {error}") from error
-    except yaml.YAMLError as error:
-        raise JobError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise JobError(f"{path}: must hold keys and values, for example `inputs: [archive/]`")
-    return values
-
-
 def _explain(found: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in found["loc"])
     if found["type"] == "extra_forbidden":
@@ -376,126 +349,3 @@ def _allowed_keys(loc: Sequence[Any]) -> list[str]:
     nested: dict[Any, type[BaseModel]] = {"tasks": TaskConfig, "questions": QuestionConfig, "watch": WatchConfig}
     owner = nested.get(loc[0], JobConfig) if len(loc) > 1 else JobConfig
     return list(owner.model_fields)
-
-
-def beam_options(
-    job: JobConfig, flags: Sequence[str] = (), *, default_runner: str = "FnApiRunner"
-) -> PipelineOptions:
-    """The job's `beam` keys and the command line's flags for Beam; flags win.
-
-    The default runner is Beam's in-process one, by name: `DirectRunner` first looks for another to download.
-
-    Raises:
-        JobError: A setting that loses elements, or a runner that is not known.
-    """
-    listed = [
-        flag
-        for key, value in job.beam.items()
-        for flag in _beam_flags(_beam_name(f"--{key}", f"beam.{key}").removeprefix("--"), value)
-    ]
-    options = PipelineOptions([*listed, *map(_as_beam_spells, flags)])
-    found = options.get_all_options()
-    try:
-        options.view_as(StandardOptions).runner = runner_name(found.get("runner") or default_runner)
-    except ValueError as error:
-        raise JobError(str(error)) from error
-    # Beam ends the stream that tells a job's state when this is over, however well the job is: 300 s by default.
-    if found.get("job_server_timeout") == PortableOptions([]).job_server_timeout:
-        options.view_as(PortableOptions).job_server_timeout = _A_YEAR_S
-    # 0 workers are as many as there are cores.
-    if found.get("direct_running_mode") == "multi_threading" and found.get("direct_num_workers") not in (None, 1):
-        raise JobError(
-            "direct_running_mode is 'multi_threading' with several workers, which loses elements in Beam's "
-            "in-process runner; use multi_processing"
-        )
-    return options
-
-
-def _beam_flags(key: str, value: Any) -> list[str]:
-    if isinstance(value, bool) and key in ON_BY_DEFAULT:
-        return [f"--{key}={str(value).lower()}"]
-    if value is True:
-        return [f"--{key}"]
-    if value is False or value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{key}={item}" for item in value]
-    return [f"--{key}={value}"]
-
-
-def split_beam_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is left of a command line: the inputs, and the flags that are Beam's, spelt as Beam spells them.
-
-    Raises:
-        JobError: A flag that neither knows, so that a misspelt one is not taken for an input.
-    """
-    for token in tokens:
-        if token.startswith("-") and token != "-":
-            _beam_name(token.split("=")[0], token)
-    spelt = [_as_beam_spells(token) for token in tokens]
-    _, inputs = _beam_parser().parse_known_args(spelt)
-    left = list(inputs)
-    flags = []
-    for token in spelt:
-        if left and token == left[0]:
-            left.pop(0)
-        else:
-            flags.append(token)
-    return inputs, flags
-
-
-class _Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one sentence, and lets the caller end the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise JobError(f"option for Beam: {message}")
-
-
-def _beam_parser() -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for options in PipelineOptions.__subclasses__():
-        options._add_argparse_args(_Tolerant(parser))
-    return parser
-
-
-def _beam_names() -> set[str]:
-    return {known for action in _beam_parser()._actions for known in action.option_strings}
-
-
-def _as_beam_spells(token: str) -> str:
-    """An option with `_` for `-`, as in `--flink-master=...`, where Beam knows that one."""
-    name, found, value = token.partition("=")
-    spelt = f"--{name[2:].replace('-', '_')}"
-    is_known = name.startswith("--") and name not in (names := _beam_names()) and spelt in names
-    return f"{spelt}{found}{value}" if is_known else token
-
-
-def _beam_name(name: str, as_written: str) -> str:
-    """Beam's spelling of an option. Raises JobError where it has none such."""
-    spelt, names = _as_beam_spells(name), _beam_names()
-    if spelt not in names:
-        own = {f"--{key.replace('_', '-')}" for key in JobConfig.model_fields} | {
-            "--task",
-            "--question",
-            "--prompt",
-            "--allow-prefix",
-            *(f"--{key.replace('_', '-')}" for key in WatchConfig.model_fields),
-        }
-        near = difflib.get_close_matches(name, sorted(names | own), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise JobError(f"{as_written} is neither an option of af3pipe nor of Beam{hint}")
-    return spelt
-
-
-class _Tolerant:
-    """Beam's option classes may add the same flag twice; the first one counts here."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parser = parser
-
-    def add_argument(self, *names: str, **settings: Any) -> None:
-        if not any(name in self._parser._option_string_actions for name in names):
-            self._parser.add_argument(*names, **(settings | {"required": False}))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._parser, name)

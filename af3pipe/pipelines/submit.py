@@ -12,10 +12,12 @@ from af3pipe import storage
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import open_checkpoint
 from af3pipe.pipelines import graph
-from af3pipe.pipelines.batch import RunFailed, is_in_process, preflight, tell_unfinished
+from af3pipe.pipelines.batch import RunFailed, preflight, tell_unfinished
+from af3pipe.pipelines.beam_flags import beam_options
 from af3pipe.pipelines.handover import found_uri, take_found, take_verified, verified_uri
-from af3pipe.pipelines.job import JobConfig, JobError, beam_options, make_job
+from af3pipe.pipelines.job import JobConfig, JobError, make_job
 from af3pipe.pipelines.run_record import RunReport, read_started, started_uri, write_record, write_started
+from af3pipe.runners.check import runner_of
 from af3pipe.schemas import Rejected
 from af3pipe.tables.layout import new_run_id
 from af3pipe.tables.reconcile import count_run
@@ -34,7 +36,7 @@ def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
     """
     options = beam_options(job, list(beam_flags))
     runner = options.view_as(StandardOptions).runner
-    if is_in_process(options):
+    if runner_of(options).is_in_process:
         raise JobError(f"runner is {runner!r}, which ends with this program; name the one to leave the job with")
     set_storage(job.storage_options)
     checkpoint = preflight(job, options)

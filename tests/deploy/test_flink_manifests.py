@@ -12,7 +12,9 @@ import jsonschema
 import pytest
 import yaml
 
-from af3pipe.pipelines.job import beam_options, load_job_values, make_job, split_beam_flags
+from af3pipe.pipelines.beam_flags import beam_options, split_beam_flags
+from af3pipe.pipelines.job import make_job
+from af3pipe.pipelines.job_file import load_job_values
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 

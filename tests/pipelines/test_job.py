@@ -1,7 +1,9 @@
 import pytest
 
 from af3pipe.models import resolve
-from af3pipe.pipelines.job import JobError, beam_options, load_job_values, make_job, split_beam_flags
+from af3pipe.pipelines.beam_flags import beam_options, split_beam_flags
+from af3pipe.pipelines.job import JobError, make_job
+from af3pipe.pipelines.job_file import load_job_values
 from af3pipe.schemas import Decoding
 
 BASE = {"inputs": ["a.wav"], "output": "out"}
