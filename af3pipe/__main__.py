@@ -14,8 +14,14 @@ def main() -> None:
     for name in _TELL_HOW_THEY_WORK:
         logging.getLogger(name).setLevel(logging.ERROR)
     from af3pipe.cli import app  # only now: Beam logs while it is imported
+    from af3pipe.cli.ends import BY_SIGNAL, leave
 
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code in BY_SIGNAL:
+            leave(ended.code)
+        raise
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:

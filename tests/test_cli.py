@@ -260,7 +260,7 @@ def test_options_of_a_watch_win_over_its_file(tmp_path, watched):
     job.write_text("inputs: in/\noutput: out\nwatch: {every: 10s, window: 1m, shards: 3}\n")
     told = run("watch", job, "--every", "5s", "--stop-after", "1h", "--model", "demo", "--runner", "flink")
     assert told.exit_code == 1  # nothing was started, which is told as a watch that was cancelled
-    assert "cancelled; what was not written is asked by the next run or watch" in told.output.replace("\n", " ")
+    assert "cancelled; the next run or watch with the same --output" in told.output.replace("\n", " ")
     ((found, beam_flags),) = watched
     assert found.watch.model_dump() == {
         "every": 5.0,

@@ -10,9 +10,11 @@ import typer
 
 from af3pipe import __version__
 from af3pipe.cli import jobs, tables
+from af3pipe.cli.ends import EndedBySignals
 
 app = typer.Typer(
     name="af3pipe",
+    cls=EndedBySignals,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -43,7 +45,7 @@ app.command(
     context_settings=_TAKES_BEAM_FLAGS,
     epilog="Options that are not listed here go to Beam, for example `--runner flink --flink-master HOST:8081`. "
     "Exit codes: 0 done; 1 the run failed, its counts do not reconcile or its replies do not verify; 2 the job is "
-    "wrong; 3 more dead letters than allowed.",
+    "wrong; 3 more dead letters than allowed; 4 no recording processed has an answer; 130 or 143 interrupted.",
 )(jobs.run)
 app.command(
     context_settings=_TAKES_BEAM_FLAGS,

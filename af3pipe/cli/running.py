@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from af3pipe import storage
 from af3pipe.cli.console import EXIT_FAILED, EXIT_WRONG_JOB, OUT, stop
+from af3pipe.cli.outputs import require_output
 from af3pipe.cli.progress import no_progress, progress_line
 from af3pipe.cli.results import exit_by, show_answers, show_counts, show_dead_letters
 from af3pipe.models.engine import ModelError
@@ -31,6 +32,7 @@ from af3pipe.tables.latest import NotATable
 from af3pipe.transforms.stores import set_storage
 
 _SAME_SIGNAL_S = 1.0  # a terminal and a program that waits for this one may both pass one on
+_CANCELLED = "cancelled; the next run or watch with the same --output processes what was not written"
 
 _log = logging.getLogger("af3pipe")
 
@@ -69,7 +71,7 @@ def watch(inputs: list[str], flags: dict[str, Any]) -> None:
     job, beam_flags = _checked(lambda: merge_job(inputs, flags))
     report = watch_job(job, beam_flags)
     if report is None:
-        stop("cancelled; what was not written is asked by the next run or watch into the same output", EXIT_FAILED)
+        stop(_CANCELLED, EXIT_FAILED)
     show_counts(job, report)
     exit_by(job, report)
 
@@ -94,6 +96,8 @@ def redrive(
     values |= dict(map(_change, changes))
     set_storage(values.get("storage_options") or {})
     chosen = redriving.Chosen(reasons, stages, retryable)
+    with _faults_told():
+        require_output(output)
     with _faults_told(), progress_line() as show:
         runs = list(redriving.redrive(output, chosen, values, beam_flags, on_progress=show))
     if not runs:
@@ -107,6 +111,7 @@ def redrive(
 def finish(output: str, run_id: str) -> None:
     """Runs `af3pipe finish`."""
     with _faults_told():
+        require_output(output)
         job, report = finishing(output, run_id)
     show_counts(job, report)
     exit_by(job, report)
@@ -157,33 +162,47 @@ def run_job(job: JobConfig, beam_flags: list[str]) -> RunReport:
 
 
 def watch_job(job: JobConfig, beam_flags: list[str]) -> RunReport | None:
-    """Runs a watch until it is stopped, or cancelled by a second signal: then there is no report."""
+    """Runs a watch until a signal stops it; a second signal cancels it, and ends the program.
+
+    Returns:
+        What it did; None where it was cancelled at its runner.
+    """
     with _faults_told(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
         watching = streaming.Watch(job, beam_flags)
         _log.info("watching %s, run %s; Ctrl-C ends it", ", ".join(job.inputs), watching.run_id)
-    told_at: list[float] = []
+    received: list[_Signal] = []
     with (
         _faults_told(),
         progress_line() as show,
-        _signals_are(lambda *_: told_at.append(time.monotonic())),
+        _signals_are(lambda number, _: received.append(_Signal(number, time.monotonic()))),
     ):
-        _until_stopped(watching, show, told_at)
-        return watching.report()
+        _until_stopped(watching, show, received)
+        report = watching.report()
+    if report is None and received:
+        stop(_CANCELLED, 128 + received[-1].number)
+    return report
 
 
-def _until_stopped(watching: streaming.Watch, show: Callable[[batch.Progress], None], told_at: list[float]) -> None:
-    """Until it has ended; `told_at` is when signals came, which only this loop acts upon."""
+class _Signal(NamedTuple):
+    number: int
+    at_s: float
+
+
+def _until_stopped(
+    watching: streaming.Watch, show: Callable[[batch.Progress], None], received: list[_Signal]
+) -> None:
+    """Waits until the watch has ended; acts upon the signals, which a handler only collects."""
     is_stopping = False
     while not watching.wait(0.5):
         show(watching.progress())
-        if told_at and not is_stopping:
-            _log.warning("stopping: what was found is written first; once more ends it now")
+        if received and not is_stopping:
+            _log.warning("stopping when what was found is written; a second signal ends it at once")
             try:
                 watching.stop()
                 is_stopping = True
             except storage.StorageError as error:
-                _log.warning("it cannot be stopped now, which is tried again: %s", error)
-        if told_at and told_at[-1] - told_at[0] > _SAME_SIGNAL_S:
+                _log.warning("the watch could not be stopped, which is tried again: %s", error)
+        if received and received[-1].at_s - received[0].at_s > _SAME_SIGNAL_S:
             watching.cancel()
             return
 
@@ -208,4 +227,4 @@ def _faults_told() -> Iterator[None]:
         _log.debug("the pipeline failed", exc_info=error)
         stop(f"the run failed: {error}", EXIT_FAILED)
     except (storage.StorageError, Rejected, NotATable) as error:
-        stop(f"the output or the run's books cannot be read or written: {error}", EXIT_FAILED)
+        stop(f"the output cannot be read or written: {error}", EXIT_FAILED)

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from af3pipe.cli.console import OUT, say, stop
+from af3pipe.cli.console import EXIT_FAILED, EXIT_WRONG_JOB, OUT, say, stop
 from af3pipe.cli.imports import quick_imports
 
 if TYPE_CHECKING:
     from af3pipe.tables.audit import Audit
-
-EXIT_WRONG = 1
-EXIT_NO_OUTPUT = 2
 
 _TABLES = ["captions", "transcripts", "answers", "recordings", "dead_letters"]
 _OUT = typer.Argument(metavar="OUT", help="What --output was: the folder or URL of the tables.")
@@ -31,7 +28,7 @@ def _set_storage(job_file: str | None) -> str | None:
         try:
             storage.set_options(load_job_values(job_file).get("storage_options") or {})
         except (JobError, ValueError) as error:
-            stop(f"--job {job_file}: {error}", EXIT_NO_OUTPUT)
+            stop(f"--job {job_file}: {error}", EXIT_WRONG_JOB)
     return job_file
 
 
@@ -53,20 +50,23 @@ def audit(
     changed.
     """
     with quick_imports():
+        from af3pipe.cli.outputs import require_output
         from af3pipe.pipelines.audit import audit as audit_output
         from af3pipe.schemas import Rejected
+        from af3pipe.storage import StorageError
         from af3pipe.tables.audit import AuditError
 
     try:
+        require_output(output)
         report = audit_output(output, inputs or [])
-    except (AuditError, Rejected) as error:
-        stop(str(error), EXIT_NO_OUTPUT)
+    except (AuditError, Rejected, StorageError) as error:
+        stop(str(error), EXIT_WRONG_JOB)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     else:
         _show(report)
     if not report.right:
-        raise typer.Exit(EXIT_WRONG)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _show(report: "Audit") -> None:
@@ -114,6 +114,7 @@ def compact(
     Killed at any point, no row is lost, and the next `af3pipe compact` finishes or undoes it.
     """
     with quick_imports():
+        from af3pipe.cli.outputs import require_output
         from af3pipe.schemas import Rejected
         from af3pipe.storage import StorageError
         from af3pipe.tables.compact import CompactError
@@ -121,11 +122,12 @@ def compact(
         from af3pipe.tables.latest import NotATable
 
     try:
+        require_output(output)
         done = compact_output(
             output, file_mib=file_mib, only_latest=only_latest, include_unfinished=include_unfinished
         )
     except (CompactError, NotATable, Rejected, StorageError) as error:
-        stop(f"nothing was replaced: {error}", EXIT_WRONG)
+        stop(f"nothing was replaced: {error}", EXIT_FAILED)
     if done.recovered:
         say(f"{done.recovered} compactions that had been killed are finished or undone")
     if done.temporary:
@@ -156,17 +158,19 @@ def export(
     """Write what holds now to TARGET: each table as one Parquet file, without what was superseded."""
     unknown = sorted(set(table or ()) - set(_TABLES))
     if unknown:
-        stop(f"--table is {unknown[0]!r}; choose from {', '.join(_TABLES)}", EXIT_NO_OUTPUT)
+        stop(f"--table is {unknown[0]!r}; choose from {', '.join(_TABLES)}", EXIT_WRONG_JOB)
     with quick_imports():
+        from af3pipe.cli.outputs import require_output
         from af3pipe.schemas import Rejected
         from af3pipe.storage import StorageError
         from af3pipe.tables.latest import NotATable, export_latest
 
     try:
+        require_output(output)
         written = export_latest(output, target, table or _TABLES)
     except (NotATable, Rejected, StorageError) as error:
-        stop(str(error), EXIT_WRONG)
+        stop(str(error), EXIT_FAILED)
     if not written:
-        stop(f"{output} has no rows to export", EXIT_NO_OUTPUT)
+        stop(f"{output} has no rows to export", EXIT_WRONG_JOB)
     for uri, rows in written.items():
         say(f"{rows} rows in {uri}")

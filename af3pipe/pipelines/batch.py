@@ -27,6 +27,7 @@ from af3pipe.pipelines.job import JobConfig, JobError
 from af3pipe.pipelines.plan import Plan, Settlement
 from af3pipe.pipelines.run_record import RunReport, unfinished_runs, write_record, write_started
 from af3pipe.runners.check import check_runner, runner_of
+from af3pipe.runners.pipeline import new_pipeline
 from af3pipe.runners.runner import RunnerError
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.tables.layout import new_run_id
@@ -177,7 +178,7 @@ def run(
     in_chunks = again is not None or runner.is_in_process
     runner.name_job(run_id)
     try:
-        pipeline = beam.Pipeline(options=options)
+        pipeline = new_pipeline(options)
         if not in_chunks:  # they have graphs of their own
             graph.build(pipeline, ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
@@ -186,12 +187,14 @@ def run(
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     write_started(job, run_id)
     before = metrics.tally()
-    background = Background(
-        lambda: (
-            _run_in_chunks(ran_job, options, run_id, again) if in_chunks else _run_whole(pipeline, ran_job, run_id)
-        )
-    )
     try:
+        background = Background(
+            lambda: (
+                _run_in_chunks(ran_job, options, run_id, again)
+                if in_chunks
+                else _run_whole(pipeline, ran_job, run_id)
+            )
+        )
         while not background.wait(progress_every_s):
             on_progress(progress(metrics.tally() - before, time.monotonic() - started))
     except KeyboardInterrupt:
@@ -260,7 +263,7 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
             before, asked = asked, asked + len(chunk)
             # Of the sample, each chunk has the share that it has of the recordings.
             sample = job.verify_sample * asked // plan.to_ask - job.verify_sample * before // plan.to_ask
-            pipeline = beam.Pipeline(options=options)
+            pipeline = new_pipeline(options)
             sampled = job.model_copy(update={"verify_sample": sample})
             graph.build_chunk(pipeline, sampled, run_id, chunk, number, here=is_here)
             counted += _run_pipeline(pipeline)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 
-import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.runner import PipelineState
 
@@ -16,6 +15,7 @@ from af3pipe.pipelines.job import JobConfig, JobError
 from af3pipe.pipelines.relist import InputError, relist
 from af3pipe.pipelines.run_record import RunReport, ended_uri, started_uri, stop_uri, write_record, write_started
 from af3pipe.runners.check import runner_of
+from af3pipe.runners.pipeline import new_pipeline
 from af3pipe.runners.runner import RunnerError
 from af3pipe.schemas import DeadLetter, Reason, Rejected
 from af3pipe.tables.latest import Latest, NotATable, table_files
@@ -58,7 +58,7 @@ class Watch:
         self._runner.name_job(self.run_id)
         revision = self._checkpoint.revision if self._checkpoint and not self._checkpoint.path else job.revision
         try:
-            pipeline = beam.Pipeline(options=options)
+            pipeline = new_pipeline(options)
             graph.build_stream(
                 pipeline, job.model_copy(update={"revision": revision}), self.run_id, tell_end=self._may_go_on
             )

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 
-import apache_beam as beam
 from apache_beam.options.pipeline_options import StandardOptions
 
 from af3pipe import storage
@@ -18,6 +17,7 @@ from af3pipe.pipelines.handover import found_uri, take_found, take_verified, ver
 from af3pipe.pipelines.job import JobConfig, JobError, make_job
 from af3pipe.pipelines.run_record import RunReport, read_started, started_uri, write_record, write_started
 from af3pipe.runners.check import runner_of
+from af3pipe.runners.pipeline import new_pipeline
 from af3pipe.schemas import Rejected
 from af3pipe.tables.layout import new_run_id
 from af3pipe.tables.reconcile import count_run
@@ -44,7 +44,7 @@ def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
     pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
     run_id = new_run_id()
     try:
-        pipeline = beam.Pipeline(options=options)
+        pipeline = new_pipeline(options)
         graph.build(pipeline, job.model_copy(update=pinned), run_id)
         tell_unfinished(job)
         write_started(job, run_id, runner)

@@ -1,6 +1,7 @@
 """Beam runners that take jobs through a job server: its address is checked, and its time limit is lifted."""
 
-from typing import ClassVar
+import signal
+from typing import Any, ClassVar
 
 import grpc
 from apache_beam.options.pipeline_options import (
@@ -10,6 +11,7 @@ from apache_beam.options.pipeline_options import (
     SparkRunnerOptions,
 )
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
+from apache_beam.runners.portability import job_server as beam_job_server
 
 from af3pipe.runners.parser import option_names
 from af3pipe.runners.runner import Runner, RunnerError
@@ -37,6 +39,7 @@ class JobServerRunner(Runner):
         portable = self.options.view_as(PortableOptions)
         if portable.job_server_timeout == PortableOptions([]).job_server_timeout:
             portable.job_server_timeout = _A_YEAR_S
+        vars(beam_job_server)["signal"] = _NoHandlers()
 
     def check(self) -> None:
         if self.job_endpoint == "embed":
@@ -60,6 +63,20 @@ class JobServerRunner(Runner):
         Raises:
             RunnerError: They do not.
         """
+
+
+class _NoHandlers:
+    """Replaces `signal` in Beam's module of job servers, which handles Ctrl-C when it starts one.
+
+    Only the main thread may set a handler, and jobs are started on another one; the program handles Ctrl-C itself.
+    """
+
+    SIGINT = signal.SIGINT
+    getsignal = staticmethod(signal.getsignal)
+
+    @staticmethod
+    def signal(number: int, handler: Any) -> Any:
+        return signal.getsignal(number)
 
 
 class Spark(JobServerRunner):

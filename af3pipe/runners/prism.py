@@ -19,9 +19,10 @@ class Prism(JobServerRunner):
     def workers_are_here(self) -> bool:
         return self.options.view_as(PortableOptions).environment_type in (None, "LOOPBACK")
 
-    def configure_stream(self) -> None:
+    def configure(self) -> None:
+        super().configure()
         prism = self.options.view_as(PrismRunnerOptions)
-        if not prism.prism_location:
+        if not prism.prism_location:  # Beam looks at no path, and would download one
             prism.prism_location = shutil.which("prism")
 
     def explain_start(self, text: str) -> str:

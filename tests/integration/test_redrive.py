@@ -151,9 +151,9 @@ def test_runs_that_were_asked_the_same_are_one_run_again(again, model):
     archive, output = again
     (archive / "other.wav").write_text("no audio either")
     asked = ("--model", model, "--engine", "constant", "--no-decode-guard")
-    assert run("run", archive / "other.wav", "--output", output, *asked).exit_code == 0
+    assert run("run", archive / "other.wav", "--output", output, *asked).exit_code == 4
     done = run("redrive", output, "--reason", "unsupported_format", "--stage", "probe")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 4, done.output  # they fail again
     assert "2 found = 2 dead_letter" in done.output
     assert len(list((output / "_runs").glob("*.json"))) == 3
 
@@ -173,6 +173,7 @@ def test_what_was_secret_has_to_be_given_again(again, tmp_path):
 
 
 def test_an_output_without_dead_letters(tmp_path):
+    write_run(tmp_path, FIRST, range(3))
     done = run("redrive", tmp_path)
     assert done.exit_code == 0
     assert "No dead letter" in done.output
