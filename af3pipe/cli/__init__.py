@@ -11,6 +11,7 @@ import typer
 from af3pipe import __version__
 from af3pipe.cli import jobs, tables
 from af3pipe.cli.ends import EndedBySignals
+from af3pipe.cli.log import be_verbose
 
 app = typer.Typer(
     name="af3pipe",
@@ -33,8 +34,11 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log tracebacks, and in detail what is done.")] = False,
 ) -> None:
     """Options of the program itself."""
+    if verbose:
+        be_verbose()
 
 
 _EXIT_CODES = "Exit codes are those of `run`."

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sqlite3
 import tempfile
 import time
 import wave
@@ -225,6 +226,7 @@ def _faults_told() -> Iterator[None]:
         stop(str(error), EXIT_WRONG_JOB)
     except batch.RunFailed as error:
         _log.debug("the pipeline failed", exc_info=error)
-        stop(f"the run failed: {error}", EXIT_FAILED)
+        full = f"; is the folder for temporary files full ({tempfile.gettempdir()}, set by TMPDIR)?"
+        stop(f"the run failed: {error}{full if isinstance(error.__cause__, sqlite3.Error) else ''}", EXIT_FAILED)
     except (storage.StorageError, Rejected, NotATable) as error:
         stop(f"the output cannot be read or written: {error}", EXIT_FAILED)

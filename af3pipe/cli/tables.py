@@ -4,6 +4,7 @@ Each imports what it needs when it runs: the pipelines take seconds to import.
 """
 
 import json
+import tempfile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -128,6 +129,12 @@ def compact(
         )
     except (CompactError, NotATable, Rejected, StorageError) as error:
         stop(f"nothing was replaced: {error}", EXIT_FAILED)
+    except OSError as error:  # of a temporary file: errors of the output are StorageError
+        stop(
+            f"nothing was replaced: {error}; is the folder for temporary files full ({tempfile.gettempdir()}, set by "
+            "TMPDIR)?",
+            EXIT_FAILED,
+        )
     if done.recovered:
         say(f"{done.recovered} compactions that had been killed are finished or undone")
     if done.temporary:

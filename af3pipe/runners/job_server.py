@@ -12,6 +12,7 @@ from apache_beam.options.pipeline_options import (
 )
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners.portability import job_server as beam_job_server
+from apache_beam.runners.worker import sdk_worker
 
 from af3pipe.runners.parser import option_names
 from af3pipe.runners.runner import Runner, RunnerError
@@ -40,6 +41,8 @@ class JobServerRunner(Runner):
         if portable.job_server_timeout == PortableOptions([]).job_server_timeout:
             portable.job_server_timeout = _A_YEAR_S
         vars(beam_job_server)["signal"] = _NoHandlers()
+        # A worker in this process prints the traceback of a failure that it logs, too.
+        vars(sdk_worker)["print"] = lambda *_, **__: None
 
     def check(self) -> None:
         if self.job_endpoint == "embed":

@@ -11,6 +11,7 @@ from af3pipe.pipelines.audit import audit
 from af3pipe.tables.latest import latest
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
+from tests.outputs import FIRST, write_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 FINE = make.wav(make.sound(1, 16000), 16000)
