@@ -134,7 +134,7 @@ def _job_flags(
         "quantize": quantize,
         "think": think,
         "tasks": [*(task or []), *map(_own_task, prompt or [])] or None,
-        "questions": [*map(_question, question or []), *(_question_file(questions) if questions else [])] or None,
+        "questions": [*(question or []), *(_question_file(questions) if questions else [])] or None,
         "over_length": over_length,
         "split_at": split_at,
         "split_tolerance_s": split_tolerance_s,
@@ -185,17 +185,12 @@ def _own_task(text: str) -> dict[str, str]:
     return {"name": name.strip(), "prompt": prompt.strip()}
 
 
-def _question(text: str) -> dict[str, Any]:
-    asked, *choices = (part.strip() for part in text.split("|"))
-    return {"question": asked, "choices": choices}
-
-
-def _question_file(name: str) -> list[dict[str, Any]]:
+def _question_file(name: str) -> list[Any]:
     from af3pipe import storage
     from af3pipe.schemas import Rejected
 
     try:
         lines = [line for line in storage.read_bytes(name).decode("utf-8-sig").split("\n") if line.strip()]
-        return [json.loads(line) if name.endswith(".jsonl") else _question(line) for line in lines]
+        return [json.loads(line) if name.endswith(".jsonl") else line for line in lines]
     except (Rejected, storage.StorageError, ValueError) as error:
         stop(f"--questions {name}: {error}", EXIT_WRONG_JOB)

@@ -13,6 +13,7 @@ from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength
 from af3pipe.models.engine import ENGINES, EngineOptions
 from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.models.questions import question_keys
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, prompt, table_of, transcript
 from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.tables.layout import check_partition_by
@@ -111,7 +112,7 @@ _FACTORIES: dict[str, Callable[..., Task]] = {"caption": caption, "transcript": 
 
 
 class QuestionConfig(_Asked):
-    """A question asked of every recording; a plain string stands for `{question: ...}`.
+    """A question about every recording; `models.questions.question_keys` reads it, as in a manifest.
 
     Attributes:
         constrained: Whether the model can say nothing but one of the choices.
@@ -147,7 +148,7 @@ def _task_configs(value: Any) -> Any:
 
 
 def _question_configs(value: Any) -> Any:
-    return [{"question": item} if isinstance(item, str) else item for item in _as_list(value)]
+    return [item if isinstance(item, QuestionConfig) else question_keys(item) for item in _as_list(value)]
 
 
 def _are_storage_options(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
