@@ -90,5 +90,5 @@ def _word(value: Any, name: str) -> str:
             f"{name} has {value!r}, which is not a text: quote it, as YAML reads a bare yes or no as this"
         )
     if not isinstance(value, str | int | float):
-        raise ValueError(f"{name} has {value!r}, not a text")
+        raise ValueError(f"{name} has {value!r}, which is not a text")
     return str(value).strip()

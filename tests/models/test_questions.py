@@ -85,7 +85,7 @@ WRONG = {
     "number": (5, "question is 5; it must be a text, or an object"),
     "boolean as choice": (
         {"question": "Is it?", "choices": [True, False]},
-        "choices has True, not a text: put it in",
+        "choices has True, which is not a text: quote it",
     ),
     "object as choice": ({"question": "Is it?", "choices": [{}]}, "choices has {}, which is not a text"),
     "choices of no list": ({"question": "Is it?", "choices": 5}, "choices is 5; it must be a list"),

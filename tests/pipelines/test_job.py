@@ -192,7 +192,7 @@ def test_a_key_may_replace_one_that_is_merged_in(tmp_path):
 
 def test_a_question_has_each_key_once_on_the_command_line_too():
     with pytest.raises(yaml.YAMLError, match="line 1: the key 'id' is given twice"):
-        load_yaml("[{question: Who?, id: a, id: b}]")
+        load_yaml("[{question: Who, id: a, id: b}]")
 
 
 def runner(job, *flags):
