@@ -1,4 +1,4 @@
-"""The command line: `af3pipe demo`, `run`, `watch`, `redrive`, `finish`, `audit`, `compact` and `export`.
+"""Assembles the command line: `af3pipe demo`, `run`, `watch`, `redrive`, `finish`, `audit`, `compact`, `export`.
 
 The modules that declare commands (`jobs`, `tables`, `flags`) import Beam, Arrow and the pipelines only when a command
 runs: help and version are printed at once.
@@ -32,9 +32,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log tracebacks, and in detail what is done.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log details and tracebacks.")] = False,
 ) -> None:
     """Options of the program itself."""
     if verbose:

@@ -1,4 +1,4 @@
-"""Runs what the commands of `jobs` declare: makes the job, starts it, prints what came of it."""
+"""Runs the commands that `jobs` declares: makes the job, runs it, prints its counts."""
 
 import logging
 import signal
@@ -53,7 +53,7 @@ def demo(output: str) -> None:
         job = _checked(lambda: make_job(values))
         report = run_job(job, [])
     show_answers(job, report)
-    OUT.print("The tiny model makes words up when told to transcribe what is no speech.\n", style="dim")
+    OUT.print("The tiny model makes words up when it transcribes audio without speech.\n", style="dim")
     show_dead_letters(job, report)
     show_counts(job, report)
     exit_by(job, report)
@@ -91,18 +91,18 @@ def redrive(
     _known("--stage", stages, Stage)
     others, beam_flags = _checked(lambda: split_beam_flags(tokens))
     if others:
-        stop(f"redrive takes one OUT; what is {' '.join(others)}?", EXIT_WRONG_JOB)
+        stop(f"redrive takes one OUT, not also {' '.join(others)}", EXIT_WRONG_JOB)
     values = _checked(lambda: load_job_values(job_file)) if job_file else {}
     values = {key: value for key, value in values.items() if key not in ("inputs", "output")}
     values |= dict(map(_change, changes))
     set_storage(values.get("storage_options") or {})
     chosen = redriving.Chosen(reasons, stages, retryable)
-    with _faults_told():
+    with _errors_end():
         require_output(output)
-    with _faults_told(), progress_line() as show:
+    with _errors_end(), progress_line() as show:
         runs = list(redriving.redrive(output, chosen, values, beam_flags, on_progress=show))
     if not runs:
-        OUT.print(f"No dead letter of {output} is to be run again.", highlight=False, markup=False)
+        OUT.print(f"No dead letter of {output} is selected.", highlight=False, markup=False)
     for job, report in runs:
         show_counts(job, report)
     for job, report in runs:
@@ -111,7 +111,7 @@ def redrive(
 
 def finish(output: str, run_id: str) -> None:
     """Runs `af3pipe finish`."""
-    with _faults_told():
+    with _errors_end():
         require_output(output)
         job, report = finishing(output, run_id)
     show_counts(job, report)
@@ -120,7 +120,7 @@ def finish(output: str, run_id: str) -> None:
 
 @contextmanager
 def _demo_inputs() -> Iterator[list[str]]:
-    """The clips in the package, and a recording longer than the model takes: 601 s of silence, made here."""
+    """Yields the clips in the package, and 601 s of silence, which is longer than the model's maximum duration."""
     with (
         resources.as_file(resources.files("af3pipe.demo") / "clips") as clips,
         tempfile.TemporaryDirectory(prefix="af3pipe-demo-") as folder,
@@ -156,7 +156,7 @@ def _checked(make: Callable[[], Any]) -> Any:
 
 def run_job(job: JobConfig, beam_flags: list[str]) -> RunReport:
     """Runs a batch job to its end, showing how far it is."""
-    with _faults_told():
+    with _errors_end():
         live = runner_of(beam_options(job, beam_flags)).is_in_process
         with progress_line() if live else no_progress() as show:
             return batch.run(job, beam_flags, on_progress=show)
@@ -168,12 +168,12 @@ def watch_job(job: JobConfig, beam_flags: list[str]) -> RunReport | None:
     Returns:
         What it did; None where it was cancelled at its runner.
     """
-    with _faults_told(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
+    with _errors_end(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
         watching = streaming.Watch(job, beam_flags)
         _log.info("watching %s, run %s; Ctrl-C ends it", ", ".join(job.inputs), watching.run_id)
     received: list[_Signal] = []
     with (
-        _faults_told(),
+        _errors_end(),
         progress_line() as show,
         _signals_are(lambda number, _: received.append(_Signal(number, time.monotonic()))),
     ):
@@ -219,7 +219,8 @@ def _signals_are(handler: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _faults_told() -> Iterator[None]:
+def _errors_end() -> Iterator[None]:
+    """Ends the program with a message and an exit code where its block raises an error that a person can mend."""
     try:
         yield
     except (JobError, ModelError) as error:

@@ -186,6 +186,7 @@ def test_the_run_is_one():
     command, path, *rest = container("Job/af3pipe-run")["args"]
     assert (command, Path(path).name) == ("run", "job.yaml")
     inputs, flags = split_beam_flags(rest)
+    assert f"--flink_master={CLUSTER['metadata']['name']}-rest:8081" in flags  # to cancel the job there
     job = make_job(load_job_values(str(FOLDER / "job.yaml")))
     options = beam_options(job, flags).get_all_options()
     assert not inputs

@@ -52,7 +52,7 @@ def test_a_real_run_is_right(ran):
     assert "Rows: 2 in captions/, 2 in transcripts/, 3 in recordings/, 1 in dead_letters/, in 4 files" in done.output
     assert "Recordings now: 3 = 1 dead_letter, 2 ok" in done.output
     assert "Recordings in the input: 3" in done.output
-    assert "All is right." in done.output
+    assert "The output is consistent." in done.output
     assert all(path.parent.name.startswith("date=20") for path in (ran / "out").rglob("*.parquet"))
 
 
@@ -116,8 +116,8 @@ def test_compact_says_what_it_did(tmp_path):
     done = command("compact", tmp_path, "--latest")
     assert done.exit_code == 0, done.output
     assert "12 files are now 2, with 40 rows" in done.output
-    assert "20 rows were there twice and are dropped" in done.output
-    assert "20 rows held no longer" in done.output
+    assert "20 duplicate rows were deleted" in done.output
+    assert "20 superseded rows were deleted" in done.output
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_a_row_that_was_corrected_is_read_from_the_manifest_again(again):
         (["--set", "over_length"], "it must be KEY=VALUE"),
         (["--set", "over_lenght=split"], "did you mean 'over_length'?"),
         (["--set", "over_length=cut"], "over_length is 'cut'"),
-        (["another"], "redrive takes one OUT; what is another?"),
+        (["another"], "redrive takes one OUT, not also another"),
     ],
 )
 def test_what_cannot_be_redriven_says_why(once, arguments, said):
