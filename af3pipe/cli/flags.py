@@ -81,8 +81,8 @@ def _job_flags(
     allow_prefix: Annotated[
         list[str] | None,
         typer.Option(
-            help="URL prefix below which a manifest may reference audio, in addition to its own bucket or folder; may "
-            "be repeated."
+            help="URL prefix below which a manifest may reference audio, beside its own bucket or folder; may be "
+            "repeated."
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -107,7 +107,7 @@ def _job_flags(
         bool | None,
         typer.Option(
             "--decode-guard/--no-decode-guard",
-            help="Decode in separate processes (default), where a crash costs one recording, or in the worker process.",
+            help="Decode in separate processes (default), where a crash costs one recording, or in the worker.",
         ),
     ] = None,
     decode_timeout_s: Annotated[

@@ -22,7 +22,7 @@ from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
 
 
 class JobError(Exception):
-    """The job as it was written cannot run: the message names the key, the value and what is allowed."""
+    """A job is invalid: the message names the key, the value and what is allowed."""
 
 
 def _as_list(value: Any) -> Any:
@@ -36,10 +36,10 @@ class _Strict(BaseModel):
 
 
 class _Asked(_Strict):
-    """What every task and question may set. The names are those of `Decoding` and of the task factories.
+    """Keys that every task and question may set, named as in `Decoding` and the task factories.
 
     Attributes:
-        think: Whether the model is asked to reason first; None for what the job says.
+        think: Whether the model is prompted to reason first; None for the job's value.
         json_schema: Keys and values in YAML, or JSON text.
     """
 
@@ -65,7 +65,7 @@ class _Asked(_Strict):
         return self
 
     def decoding(self, max_new_tokens: int) -> Decoding:
-        """How its reply is chosen, this long at most."""
+        """Returns the decoding parameters for replies of at most this many tokens."""
         return Decoding(
             max_new_tokens=max_new_tokens,
             do_sample=self.do_sample,
@@ -97,7 +97,7 @@ class TaskConfig(_Asked):
         return self
 
     def to_tasks(self, max_new_tokens: int | None, think: bool) -> Iterator[Task]:
-        """The task as the transforms take it; the job's limit and wish to think hold where it has none of its own."""
+        """Returns the task for the transforms; the job's limit and `think` apply where it sets none."""
         think = think if self.think is None else self.think
         if self.name in _FACTORIES:
             task = _FACTORIES[self.name](prompt=self.prompt, think=think)
@@ -115,8 +115,8 @@ class QuestionConfig(_Asked):
     """A question about every recording; `models.questions.question_keys` reads it, as in a manifest.
 
     Attributes:
-        constrained: Whether the model can say nothing but one of the choices.
-        then: Questions that follow it up, in the same conversation.
+        constrained: Whether decoding is constrained to the choices.
+        then: Follow-up questions, in the same conversation.
     """
 
     question: str
@@ -126,7 +126,7 @@ class QuestionConfig(_Asked):
     then: Annotated[tuple["QuestionConfig", ...], BeforeValidator(lambda value: _question_configs(value))] = ()
 
     def to_tasks(self, max_new_tokens: int | None, think: bool, after: Task | None = None) -> Iterator[Task]:
-        """The question as a task, and after it what follows it up."""
+        """Yields the question as a task, and then its follow-ups."""
         task = answer(
             self.question,
             self.choices,
@@ -172,14 +172,14 @@ Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
 class WatchConfig(_Strict):
-    """How `af3pipe watch` looks for recordings and writes what it has. Times are `30s`, `5m`, `1h`, or seconds.
+    """Settings of `af3pipe watch`. Times are `30s`, `5m`, `1h`, or seconds.
 
     Attributes:
-        every: From one listing to the next; a file without an etag must stay the same for one of them.
-        window: Length of the windows, by the objects' modification time, that rows land in.
-        pane_every: How long rows wait for others of their window before they land.
-        stop_after: When to stop by itself; None for never.
-        shards: How many sets of files rows of a window land in at a time.
+        every: Interval between listings; a file without an etag must be unchanged for one interval.
+        window: Length of the windows, by modification time of the objects, whose rows are written together.
+        pane_every: Longest that a row waits for others of its window before it is written.
+        stop_after: Time after which it stops by itself; None for never.
+        shards: Number of sets of files that the rows of a window are written to at a time.
     """
 
     every: Seconds = 30.0
@@ -190,11 +190,11 @@ class WatchConfig(_Strict):
 
 
 class JobConfig(_Strict):
-    """All of a job but Beam's own options.
+    """A job: what to read, what to ask the model, how, and where to write.
 
     Attributes:
         inputs: Files, folders, globs, manifests, tar shards, or data sets of Parquet or Arrow, on any fsspec URL.
-        allow_prefixes: URLs below which a manifest from elsewhere may name audio, beside its own bucket or folder.
+        allow_prefixes: URL prefixes below which manifests may reference audio, beside their own bucket or folder.
         output: Folder for the Parquet tables.
         partition_by: Hive folders below each table: `date`, `run`, or a metadata column of the manifest.
         model: Hub id, local directory, or `demo`. NVIDIA's released weights are for non-commercial use, and an
@@ -204,30 +204,30 @@ class JobConfig(_Strict):
         attention: Of the audio encoder, by Hugging Face's name for it.
         cuda_graphs: Whether decoding steps are captured as CUDA graphs.
         adapter: Directory of a PEFT LoRA, on the workers: the `think` folder of the released checkpoint, for example.
-        quantize: Whether the language model's weights are held in fewer bits.
-        think: Whether all tasks and questions ask the model to reason first, but those that say otherwise.
-        tasks: What is asked of every recording.
-        questions: Asked beside the tasks.
-        over_length: What becomes of recordings longer than the model takes.
-        decode_guard: Whether decoders run in processes of their own, where a crash costs one recording.
-        decode_timeout_s: Longest that opening a recording, or decoding 10 s of it, may take there.
-        decode_memory_mib: Most memory that decoding may take there.
-        split_at: Where `over_length: split` cuts: at the cap, or at the quietest point before it.
-        split_tolerance_s: How long before the cap that point may be; 15 where it is not given.
-        on_silent: Whether a silent segment is asked about and flagged, or becomes a dead letter.
+        quantize: Number format that the language model's weights are quantized to.
+        think: Whether the model is prompted to reason first, for tasks and questions that do not set it.
+        tasks: Requests about every recording.
+        questions: Further requests about every recording.
+        over_length: How recordings beyond the model's maximum duration are treated.
+        decode_guard: Whether audio is decoded in separate processes, where a crash costs one recording.
+        decode_timeout_s: Timeout for opening a recording, and for decoding 10 s of it, in such a process.
+        decode_memory_mib: Memory limit of such a process.
+        split_at: Where `over_length: split` cuts: at the maximum duration, or at the quietest point before it.
+        split_tolerance_s: How long before the maximum duration that point may be; 15 by default.
+        on_silent: Whether a silent segment is processed and flagged, or becomes a dead letter.
         silent_below: In dBFS: a segment whose peak is at or below this is silent.
-        channel: What is heard of each: `mix`, `left`, `right`, or an index; a manifest's own column goes before it.
-        stream: Index among the audio streams of a container; a manifest's own column goes before it.
+        channel: Audio channel: `mix`, `left`, `right`, or an index; a manifest's column takes precedence.
+        stream: Index among the audio streams of a container; a manifest's column takes precedence.
         accelerator: Beam's accelerator hint for the workers that hold the model.
-        resume: Whether what earlier runs answered in `output` is left as it is, and only the rest is asked.
-        chunk_recordings: How many recordings a worker asks before it writes their rows; with the first one that is
-            answered after ten minutes it writes those it has. A run in one process asks one chunk after the other.
+        resume: Whether requests that earlier runs answered in `output` are skipped.
+        chunk_recordings: Number of recordings that a worker processes before it writes their rows; after ten minutes
+            it writes those it has. A run in one process processes one chunk after the other.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
-        verify_sample: How many requests, drawn at random, are asked again one at a time by plain `generate`.
+        verify_sample: Number of randomly sampled requests that are run again one at a time by plain `generate`.
         storage_options: URL prefix (`s3://archive/`) to fsspec's options for what is below it: `endpoint_url`,
-            `profile`, `anon`, `requester_pays`, ...; the longest prefix holds. What none covers has its credentials
-            from the environment, where secrets are better kept.
-        watch: Only of `af3pipe watch`, see `WatchConfig`.
+            `profile`, `anon`, `requester_pays`, ...; the longest prefix applies. URLs that none covers take their
+            credentials from the environment, where secrets are better kept.
+        watch: Settings of `af3pipe watch` only, see `WatchConfig`.
         beam: Beam's pipeline options.
     """
 
@@ -299,16 +299,16 @@ class JobConfig(_Strict):
         return self
 
     def all_tasks(self) -> list[Task]:
-        """What is asked of every recording; a caption where the job names nothing."""
+        """Returns the requests about every recording; a caption where the job has none."""
         configs: list[TaskConfig | QuestionConfig] = [*self.tasks, *self.questions] or [TaskConfig(name="caption")]
         return [task for config in configs for task in config.to_tasks(self.max_new_tokens, self.think)]
 
     def tables(self) -> list[str]:
-        """The folders below `output` that its rows land in."""
+        """Returns the names of the tables that the job writes."""
         return sorted({"recordings", "dead_letters", *(table_of(task.name) for task in self.all_tasks())})
 
     def dead_letters_allowed(self, recordings: int) -> float:
-        """How many dead letters the run may have."""
+        """Returns how many dead letters a run over so many recordings may have."""
         if self.fail_on_dead_letters is None:
             return float("inf")
         if self.fail_on_dead_letters.endswith("%"):
