@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -219,28 +219,31 @@ class _Compaction:
         masks = keys.split(kept)
         if table in ANSWER_TABLES:
             self._differing += _differing(files, keys.split(_repeated(codes)), codes)
-        sampled = keys.sampled[kept[keys.sampled]]
-        sampled_ids = [name for name, stays in zip(keys.sampled_ids, kept[keys.sampled], strict=True) if stays]
-        sampled_files = np.searchsorted(np.cumsum(keys.counts), sampled, side="right")
         by_folder: dict[str, list[int]] = defaultdict(list)
         for number, info in enumerate(files):
-            by_folder[storage.parent(info.uri)].append(number)
-        parts: list[Part] = []
-        for folder, members in by_folder.items():
-            chosen = [
-                number
-                for number in members
-                if (files[number].size_bytes or 0) < self._file_bytes // 2
+            if (
+                (info.size_bytes or 0) < self._file_bytes // 2
                 or keys.formats[number] < FORMAT
                 or not masks[number].all()
-            ]
-            if len(chosen) < 2 and all(masks[n].all() and keys.formats[n] == FORMAT for n in chosen):
-                continue
-            of_part = np.isin(sampled_files, chosen)
-            sample = sorted(name for name, is_in in zip(sampled_ids, of_part, strict=True) if is_in)
-            chosen_files, chosen_masks = [files[n] for n in chosen], [masks[n] for n in chosen]
-            parts.append(Part(table, folder, chosen_files, chosen_masks, sample, not kept.any() and not parts))
-        return parts
+            ):
+                by_folder[storage.parent(info.uri)].append(number)
+        chosen = {
+            folder: numbers
+            for folder, numbers in by_folder.items()
+            if len(numbers) > 1 or keys.formats[numbers[0]] < FORMAT or not masks[numbers[0]].all()
+        }
+        samples = _samples(keys, kept, {number: folder for folder, numbers in chosen.items() for number in numbers})
+        return [
+            Part(
+                table,
+                folder,
+                [files[number] for number in numbers],
+                [masks[number] for number in numbers],
+                sorted(samples[folder]),
+                is_all=not kept.any() and at == 0,
+            )
+            for at, (folder, numbers) in enumerate(chosen.items())
+        ]
 
     def _count_dropped(self, table: str, keys: Keys, codes: npt.NDArray[np.integer], kept: Mask) -> None:
         """Counts dropped rows by run, to compare its record with; without those of which it has a copy that stays."""
@@ -295,6 +298,16 @@ def _is_finished(uri: str, runs: set[str]) -> bool:
     candidates = possible_runs(uri)
     known = [run for run in candidates if f"{run}.json" in runs or f"{run}.started.json" in runs]
     return not candidates or (bool(known) and f"{known[0]}.json" in runs)
+
+
+def _samples(keys: Keys, kept: Mask, folders: Mapping[int, str]) -> dict[str, list[str]]:
+    """By folder, `recording_id` of a random sample of the rows that stay; `folders` by the index of their files."""
+    found: dict[str, list[str]] = defaultdict(list)
+    numbers = np.searchsorted(np.cumsum(keys.counts), keys.sampled, side="right")
+    for number, stays, name in zip(numbers.tolist(), kept[keys.sampled].tolist(), keys.sampled_ids, strict=True):
+        if stays and number in folders:
+            found[folders[number]].append(name)
+    return found
 
 
 def _mask_of(view: Latest, table: str, files: list[ObjectInfo]) -> Mask:

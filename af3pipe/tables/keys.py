@@ -62,13 +62,13 @@ class KeySet:
 
     def __init__(self, hashes: Hashes) -> None:
         order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-        ordered = hashes[order]
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-        self._high = np.ascontiguousarray(ordered[is_first, 0])
-        self._low = np.ascontiguousarray(ordered[is_first, 1])
         self.codes = np.empty(len(order), np.int32 if len(order) < 1 << 31 else np.int64)
-        self.codes[order] = np.cumsum(is_first) - 1
+        high, low = hashes[order, 0], hashes[order, 1]
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        self.codes[order] = np.cumsum(is_first, dtype=self.codes.dtype) - 1
+        del order
+        self._high, self._low = (high, low) if is_first.all() else (high[is_first], low[is_first])
         self.size = len(self._high)
 
     def find(self, wanted: Hashes) -> npt.NDArray[np.int64]:
@@ -115,9 +115,10 @@ class _Growing:
         """Appends rows."""
         end = self._size + len(rows)
         if end > len(self._held):
-            self._held = np.concatenate(
-                [self._held[: self._size], np.zeros_like(self._held, shape=(end, *self._held.shape[1:]))]
-            )
+            # Its second half is no memory before it is written.
+            grown = np.zeros_like(self._held, shape=(2 * end, *self._held.shape[1:]))
+            grown[: self._size] = self._held[: self._size]
+            self._held = grown
         self._held[self._size : end] = rows
         self._size = end
 
