@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import typer
-from af3pipe.pipelines.report import RunReport
 
 from af3pipe.cli import console
 from af3pipe.cli.results import exit_by
 from af3pipe.pipelines.job import make_job
+from af3pipe.pipelines.report import RunReport
 from af3pipe.schemas import TerminalState
 from af3pipe.tables.reconcile import RunCounts
 

@@ -11,7 +11,7 @@ from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.pipelines.job import JobConfig
 from af3pipe.pipelines.report import RunReport
 from af3pipe.schemas import TerminalState
-from af3pipe.tables.layout import run_files
+from af3pipe.tables.reader import files_of_run
 from af3pipe.tables.reconcile import read_rows
 from af3pipe.transforms.verify import Verified
 
@@ -81,6 +81,8 @@ def exit_by(job: JobConfig, report: RunReport) -> None:
         stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)
     if report.unverified:
         stop(f"the replies do not verify: {report.unverified}", EXIT_FAILED)
+    if report.refused:
+        stop(report.refused, EXIT_FAILED)
     dead_letters = sum(counts.dead_letters.values()) + counts.kept_dead_letters
     if dead_letters > job.dead_letters_allowed(counts.found):
         stop(
@@ -98,7 +100,7 @@ def _has_answers_or_nothing_to_do(states: Mapping[str, int]) -> bool:
 
 
 def _rows(job: JobConfig, report: RunReport, tables: tuple[str, ...]) -> list[dict[str, Any]]:
-    files = run_files(job.output, report.run_id)
+    files = files_of_run(job.output, report.run_id)
     columns = {"dead_letters": ["uri", "stage", "reason", "detail"]}
     answer_columns = ["uri", "task", "question", "text", "duration_s", "end_s"]
     rows = [row for table in tables for row in read_rows(files[table], columns.get(table, answer_columns))]

@@ -219,7 +219,7 @@ def _answer_and_write(
     at_work: dict[str, Any] = {"accelerator": job.accelerator}
     if not here:
         objects = objects | "NotWritten" >> NotWritten(
-            job.output, run_id, storage_options=job.storage_options, **at_work
+            job.output, run_id, partition_by=job.partition_by, storage_options=job.storage_options, **at_work
         )
     verifiable = job.verify_sample > 0
     answered = objects | "AnswerRecordings" >> AnswerRecordings(
@@ -256,7 +256,9 @@ class _CountFound(beam.PTransform):
     def __init__(self, job: JobConfig, run_id: str) -> None:
         super().__init__()
         self._uri = found_uri(job.output, run_id)
-        self._read_written = ReadWritten(job.output, run_id, storage_options=job.storage_options)
+        self._read_written = ReadWritten(
+            job.output, run_id, partition_by=job.partition_by, storage_options=job.storage_options
+        )
         self._storage_options = job.storage_options
 
     def expand(self, planned: Any) -> Any:

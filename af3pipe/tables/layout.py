@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
-from af3pipe import storage
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.schemas import ANSWER_SCHEMA, DEAD_LETTER_SCHEMA, RECORDING_SCHEMA
 
@@ -29,7 +28,6 @@ _RUN_DAY = re.compile(r"(\d{4})(\d\d)(\d\d)T\d{6}Z")
 _PARTITION_NAME = re.compile(r"[\w.-]{1,64}")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _PANE_AT_END = re.compile(r"-\d{8}T\d{6}Z$")
-_BEHIND_RUN_ID = r"(?:-\d{8}T\d{6}Z)?-(?:[0-9a-f]{16}|empty)\.parquet"
 _MOST_VALUE_CHARACTERS = 120
 """Of a partition's value as a folder's name; file systems take 255 bytes with the column's name."""
 
@@ -51,25 +49,6 @@ def check_run_id(run_id: str) -> str:
             "digit, and not end like the time of a pane (-20261121T000000Z)"
         )
     return run_id
-
-
-def is_file_of(uri: str, run_id: str) -> bool:
-    """Whether it is a Parquet file that this run has written: run `night-1` has no files of run `night-10`."""
-    return re.fullmatch(re.escape(run_id) + _BEHIND_RUN_ID, storage.name(uri)) is not None
-
-
-def run_of(uri: str) -> str | None:
-    """The id of the run that wrote a Parquet file; None where the name is not that of a run's file."""
-    found = re.fullmatch("(.+?)" + _BEHIND_RUN_ID, storage.name(uri))
-    return found[1] if found else None
-
-
-def run_files(output: str, run_id: str) -> dict[str, list[str]]:
-    """The run's Parquet files by table."""
-    return {
-        table: [uri for uri in storage.list_files(storage.join(output, table)) if is_file_of(uri, run_id)]
-        for table in TABLE_SCHEMAS
-    }
 
 
 def check_partition_by(partition_by: Sequence[str]) -> None:
@@ -133,8 +112,14 @@ def _folder_name(value: str) -> str:
     return f"{quote(kept, safe='')}~{digest}"
 
 
-def _day_of(run_id: str) -> str:
+def day_of(run_id: str) -> str | None:
+    """The day, `2026-11-21`, on which a run began whose id begins with a time; None for other ids."""
     day = _RUN_DAY.match(run_id)
+    return "-".join(day.groups()) if day else None
+
+
+def _day_of(run_id: str) -> str:
+    day = day_of(run_id)
     if day is None:
         raise ValueError(f"partition_by date takes the day from the run's id, and {run_id!r} begins with none")
-    return "-".join(day.groups())
+    return day

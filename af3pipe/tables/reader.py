@@ -64,6 +64,11 @@ def run_files(output: str, table: str, run_id: str, prefix: str = "") -> list[Ob
     return [info for info in files if run_id in possible_runs(info.uri)]
 
 
+def files_of_run(output: str, run_id: str) -> dict[str, list[str]]:
+    """Lists the URIs of the Parquet files that a run wrote, by table. As of `run_files`."""
+    return {table: [info.uri for info in run_files(output, table, run_id)] for table in TABLE_SCHEMAS}
+
+
 def run_prefix(run_id: str, partition_by: Sequence[str], day: str | None = None) -> str:
     """What the paths of a run's files below a table begin with, as far as the run's id and day decide it.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from af3pipe import storage
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.storage.parquet import ParquetFile
-from af3pipe.tables.layout import run_files
+from af3pipe.tables.reader import files_of_run
 
 _BATCH_ROWS = 4096
 
@@ -64,7 +64,7 @@ def count_run(output: str, run_id: str, found: int | None, skipped: int = 0) -> 
     Raises:
         Rejected: The output cannot be read.
     """
-    files = run_files(output, run_id)
+    files = files_of_run(output, run_id)
     with tempfile.TemporaryDirectory(prefix="af3pipe-books-") as folder, closing(_open_books(folder)) as books:
         for columns in _columns(files["recordings"], _STATED):
             books.executemany(_ADD_RECORDING, zip(*columns, strict=True))

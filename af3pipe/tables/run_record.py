@@ -13,7 +13,7 @@ from typing import Any
 from af3pipe import storage
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.schemas import Reason, Rejected, Stage
-from af3pipe.tables.layout import run_files
+from af3pipe.tables.reader import files_of_run
 from af3pipe.tables.reconcile import RunCounts, count_run, read_rows
 from af3pipe.tables.write import fill_empty_tables
 
@@ -133,7 +133,7 @@ def write_record(output: str, run_id: str, record: Mapping[str, Any], counts: Ru
         "problems": list(counts.problems),
         "verified": None,
         "counters": {},
-        "files": run_files(output, run_id),
+        "files": files_of_run(output, run_id),
     }
     uri = record_uri(output, run_id)
     _write(uri, {**known, **record})
@@ -158,7 +158,7 @@ def write_counted_record(output: str, run_id: str, found: int, partition_by: Seq
 
 def _model_of(output: str, run_id: str) -> dict[str, str] | None:
     """The model that a run's answers name."""
-    files = run_files(output, run_id)
+    files = files_of_run(output, run_id)
     columns = ["model_id", "model_revision", "family"]
     for row in read_rows((uri for table in ANSWER_TABLES for uri in files[table]), columns):
         return {"id": row["model_id"], "revision": row["model_revision"], "family": row["family"]}

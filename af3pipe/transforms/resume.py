@@ -21,8 +21,7 @@ from af3pipe.tables.existing import (
     ExistingRows,
     read_existing,
 )
-from af3pipe.tables.layout import is_file_of
-from af3pipe.tables.reader import table_files
+from af3pipe.tables.reader import possible_runs, table_files
 from af3pipe.transforms import metrics
 from af3pipe.transforms.ask import Asker
 from af3pipe.transforms.decode import Decoder
@@ -48,7 +47,7 @@ class _FilesDoFn(beam.DoFn):
     def process(self, output: str) -> Iterator[_File]:
         for table, infos in table_files(output).items():
             for info in infos:
-                if not is_file_of(info.uri, self._run_id):
+                if self._run_id not in possible_runs(info.uri):
                     yield table, info
 
 

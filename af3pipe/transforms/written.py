@@ -3,7 +3,7 @@
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,8 +12,8 @@ import apache_beam as beam
 
 from af3pipe import storage
 from af3pipe.schemas import AudioObject, DeadLetter, Recording, RecordingResult
-from af3pipe.storage.parquet import ParquetFile
-from af3pipe.tables.layout import is_file_of
+from af3pipe.tables.layout import day_of
+from af3pipe.tables.reader import read_file, run_files, run_prefix
 from af3pipe.transforms import metrics
 from af3pipe.transforms.stores import set_storage
 
@@ -21,9 +21,10 @@ from af3pipe.transforms.stores import set_storage
 class _Written:
     """Ids of the recordings that a run has written, in a file: memory does not grow with the run."""
 
-    def __init__(self, output: str, run_id: str) -> None:
-        self._recordings = storage.join(output, "recordings")
+    def __init__(self, output: str, run_id: str, prefix: str) -> None:
+        self._output = output
         self._run_id = run_id
+        self._prefix = prefix
         self._folder = tempfile.TemporaryDirectory(prefix="af3pipe-written-")
         self._lock = threading.Lock()
         self._read: set[str] = set()
@@ -40,12 +41,12 @@ class _Written:
             StorageError, Rejected: They cannot be listed or read.
         """
         with self._lock:
-            for uri in storage.list_files(self._recordings):
-                if uri not in self._read and is_file_of(uri, self._run_id):
-                    with storage.open_input(uri) as file:
-                        ids = ParquetFile(file).read(["recording_id"])["recording_id"].to_pylist()
-                    self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((one,) for one in ids))
-                    self._read.add(uri)
+            for info in run_files(self._output, "recordings", self._run_id, self._prefix):
+                if info.uri not in self._read:
+                    for rows in read_file(self._output, "recordings", info, ["recording_id"]):
+                        ids = rows["recording_id"].to_pylist()
+                        self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((one,) for one in ids))
+                    self._read.add(info.uri)
 
     def ids(self) -> list[str]:
         """All of them."""
@@ -57,23 +58,27 @@ class _Written:
             return bool(self._ids.execute("SELECT 1 FROM ids WHERE id = ?", [recording_id]).fetchone())
 
 
-_written: dict[tuple[str, str], _Written] = {}
+_Where = tuple[str, str, str]  # output, run_id, and what the names of the run's files begin with
+_written: dict[_Where, _Written] = {}
 _written_lock = threading.Lock()
 
 
-def _written_by(output: str, run_id: str) -> _Written:
+def _written_by(where: _Where) -> _Written:
     """As it is now, from one in the process."""
     with _written_lock:
-        if (output, run_id) not in _written:
-            _written[output, run_id] = _Written(output, run_id)
-    found = _written[output, run_id]
+        if where not in _written:
+            _written[where] = _Written(*where)
+    found = _written[where]
     found.look()
     return found
 
 
 class _WrittenDoFn(beam.DoFn):
-    def __init__(self, output: str, run_id: str, storage_options: storage.StorageOptions) -> None:
-        self._where = output, run_id
+    def __init__(
+        self, output: str, run_id: str, partition_by: Sequence[str], storage_options: storage.StorageOptions
+    ) -> None:
+        # Of the day too where the run's id begins with it: a store lists no other run's files then.
+        self._where = output, run_id, run_prefix(run_id, partition_by, day_of(run_id))
         self._storage_options = storage_options
 
     def setup(self) -> None:
@@ -84,7 +89,7 @@ class _NotWrittenDoFn(_WrittenDoFn):
     """Looks once a bundle, as it is bundles that come again."""
 
     def start_bundle(self) -> None:
-        self._run = _written_by(*self._where)
+        self._run = _written_by(self._where)
 
     def process(self, found: AudioObject) -> Iterator[AudioObject]:
         recordings = tuple(one for one in found.recordings if one.recording_id not in self._run)
@@ -112,6 +117,7 @@ class NotWritten(beam.PTransform):
     Args:
         output: Of the run.
         run_id: Of the run.
+        partition_by: Of the run.
         storage_options: As of `ReadRecordings`.
         accelerator: As of the transform behind it, to be one stage with that.
     """
@@ -121,11 +127,12 @@ class NotWritten(beam.PTransform):
         output: str,
         run_id: str,
         *,
+        partition_by: Sequence[str] = (),
         storage_options: storage.StorageOptions = MappingProxyType({}),
         accelerator: str | None = None,
     ) -> None:
         super().__init__()
-        self._dofn = _NotWrittenDoFn(output, run_id, dict(storage_options))
+        self._dofn = _NotWrittenDoFn(output, run_id, partition_by, dict(storage_options))
         if accelerator:
             self.with_resource_hints(accelerator=accelerator)
 
@@ -135,7 +142,7 @@ class NotWritten(beam.PTransform):
 
 class _ReadWrittenDoFn(_WrittenDoFn):
     def process(self, _: Any) -> list[str]:
-        return _written_by(*self._where).ids()
+        return _written_by(self._where).ids()
 
 
 class ReadWritten(beam.PTransform):
@@ -144,14 +151,20 @@ class ReadWritten(beam.PTransform):
     Args:
         output: Of the run.
         run_id: Of the run.
+        partition_by: Of the run.
         storage_options: As of `ReadRecordings`.
     """
 
     def __init__(
-        self, output: str, run_id: str, *, storage_options: storage.StorageOptions = MappingProxyType({})
+        self,
+        output: str,
+        run_id: str,
+        *,
+        partition_by: Sequence[str] = (),
+        storage_options: storage.StorageOptions = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self._dofn = _ReadWrittenDoFn(output, run_id, dict(storage_options))
+        self._dofn = _ReadWrittenDoFn(output, run_id, partition_by, dict(storage_options))
 
     def expand(self, pipeline: Any) -> Any:
         return pipeline | beam.Impulse() | "ReadWritten" >> beam.ParDo(self._dofn).with_output_types(str)

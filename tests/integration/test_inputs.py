@@ -16,7 +16,7 @@ from af3pipe import storage
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.job import make_job
 from af3pipe.storage.members import parse
-from af3pipe.tables.layout import run_files
+from af3pipe.tables.reader import files_of_run
 from af3pipe.tables.reconcile import read_rows
 from af3pipe.transforms.inputs.read import list_recordings
 from tests.integration.servers import s3_by_environment
@@ -90,7 +90,7 @@ def test_a_clip_has_the_same_text_wherever_it_lies(where, clips, tmp_path, reque
     assert report.counts.states == {"ok": 5 * len(clips)}, report.counts
     assert report.counts.reconciled, report.counts.problems
     rows = list(
-        read_rows(run_files(output, report.run_id)["transcripts"], ["uri", "text", "duration_s", "codec", "etag"])
+        read_rows(files_of_run(output, report.run_id)["transcripts"], ["uri", "text", "duration_s", "codec", "etag"])
     )
     heard = {}
     for row in rows:
@@ -177,7 +177,7 @@ def test_a_conversation_in_a_manifest_is_asked_in_order(clips, tmp_path):
     report = batch.run(make_job(values | {"questions": asked[:1]}))
     assert report.counts.states == {"ok": 1}, report.counts
     assert report.counts.reconciled, report.counts.problems
-    rows = list(read_rows(run_files(values["output"], report.run_id)["answers"], ["question", "history"]))
+    rows = list(read_rows(files_of_run(values["output"], report.run_id)["answers"], ["question", "history"]))
     assert {(row["question"], tuple(row["history"])) for row in rows} == {
         ("Say it.", ()),
         (asked[0], ()),
