@@ -1,26 +1,19 @@
-"""The `af3pipe` program, also as `python -m af3pipe`: sets up logging, then hands over to the command line."""
+"""Runs the command line: `af3pipe`, also as `python -m af3pipe`."""
 
-import logging
-
-# What they warn of is how Beam and the stores' clients go about it; what goes wrong for good is told by an error.
-_TELL_HOW_THEY_WORK = ("apache_beam.utils.subprocess_server", "apache_beam.transforms.core", "PrismRunner", "gcsfs")
+from af3pipe.cli import app
+from af3pipe.cli.ends import BY_SIGNAL, leave
+from af3pipe.cli.log import set_up_logging
 
 
 def main() -> None:
-    """Runs the command line."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("af3pipe").setLevel(logging.INFO)
-    logging.getLogger().addFilter(_is_for_the_user)
-    for name in _TELL_HOW_THEY_WORK:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from af3pipe.cli import app  # only now: Beam logs while it is imported
-
-    app()
-
-
-def _is_for_the_user(record: logging.LogRecord) -> bool:
-    """Beam warns at import that BigQuery's client is missing; nothing here uses BigQuery."""
-    return "apitools not found" not in record.getMessage()
+    """Runs the command line, and ends the process with its exit code."""
+    set_up_logging()  # before a command imports Beam, which logs at import
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code in BY_SIGNAL:
+            leave(ended.code)
+        raise
 
 
 if __name__ == "__main__":

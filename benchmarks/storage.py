@@ -1,10 +1,11 @@
-"""What storage and the books cost: listings, runs of many small files, reruns of them, and memory by their number.
+"""What storage and tables cost: listings, runs of many small files, reruns of them, and memory by their number.
 
     python -m benchmarks.storage                      # all of it; takes hours on two cores with the real model
     python -m benchmarks.storage listing              # --keys 10000 100000 1000000 --folders 1000 0
     python -m benchmarks.storage rerun                # --files 10000 --engines constant demo --store local|s3
     python -m benchmarks.storage memory               # --recordings 1000 10000 100000
     python -m benchmarks.storage chunks               # --chunks 250 1000 4000 --chunked 4000
+    python -m benchmarks.storage tables               # --rows 3000000: audit, compact, export of so many
 
 Each measurement is made in a process of its own. Objects in S3 are those of benchmarks/synthetic_s3.py, served by
 another process: no figure holds a network. Files on the local disk are 0.3 s of WAV each, hard links of a few, so
@@ -30,9 +31,10 @@ from typing import Any
 
 from benchmarks import constant_engine, machine
 from benchmarks.memory import peak_mib
+from benchmarks.synthetic_output import write_output
 from benchmarks.synthetic_s3 import tone
 
-PARTS = ("listing", "rerun", "memory", "chunks")
+PARTS = ("listing", "rerun", "memory", "chunks", "tables")
 FILE_S = 0.3
 FIND_MOST_KEYS = 100_000
 _PER_FOLDER = 1000
@@ -140,7 +142,7 @@ def run_job(
 
     report = batch.run(job, on_progress=watch, progress_every_s=0.02)
     if not report.counts.reconciled:
-        raise SystemExit(f"the books do not reconcile: {report.counts.problems}")
+        raise SystemExit(f"the counts do not reconcile: {report.counts.problems}")
     return {
         "before": before,
         "peak": peak_mib(),
@@ -177,7 +179,27 @@ def _rows_of_last_run(output: str) -> dict[str, float]:
     return {"found": record["recordings_found"], "answers": sum(record["answers"].values())}
 
 
-WORK = {work.__name__: work for work in (list_keys, run_job, run_demo)}
+def use_tables(what: str, output: str) -> dict[str, float]:
+    """One command on an output, in this process."""
+    from af3pipe.tables.audit import audit
+    from af3pipe.tables.compact import compact
+    from af3pipe.tables.latest import export_latest
+
+    before, cpu_s, began = peak_mib(), machine.cpu_s(), time.perf_counter()
+    found: dict[str, float] = {}
+    if what == "audit":
+        report = audit(output)
+        found = {"problems": len(report.problems), "rows": sum(report.rows.values())}
+    elif what == "export":
+        found = {"rows": sum(export_latest(output, f"{output}-export", ["captions"]).values())}
+    else:
+        done = compact(output, only_latest="--latest" in what)
+        found = {"rows": done.rows, "dropped": done.duplicates + done.superseded}
+    wall_s = time.perf_counter() - began
+    return found | {"before": before, "peak": peak_mib(), "wall_s": wall_s, "cpu_s": machine.cpu_s() - cpu_s}
+
+
+WORK = {work.__name__: work for work in (list_keys, run_job, run_demo, use_tables)}
 
 
 def show(*cells: Any) -> None:
@@ -320,6 +342,29 @@ def chunks(asked: argparse.Namespace) -> None:
         print(f"\nCPU: {slope:.2f} s a chunk, and {1000 * rest / asked.chunked:.2f} ms a recording")
 
 
+def tables(asked: argparse.Namespace) -> None:
+    """Two answers a recording, so that two thirds of the rows are answers; of a hundredth there is a copy."""
+    heads("rows", "files", "what", "wall s", "CPU s", "before MiB", "peak MiB")
+    for rows in asked.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "out")
+            count = write_output(output, rows // 3, reruns=asked.reruns, rows_per_file=asked.rows_per_file)
+            problems = [1, 0]  # the copies, until they are compacted
+            for what in ("audit", "compact", "compact --latest", "audit", "export"):
+                files = sum(1 for _ in output.rglob("*.parquet"))
+                found = apart(use_tables, what=what, output=str(output))
+                assert what != "audit" or found["problems"] == problems.pop(0), found
+                show(
+                    f"{count:,}",
+                    files,
+                    what,
+                    f"{found['wall_s']:.1f}",
+                    f"{found['cpu_s']:.1f}",
+                    f"{found['before']:.0f}",
+                    f"{found['peak']:.0f}",
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
@@ -332,6 +377,9 @@ def main() -> None:
     parser.add_argument("--recordings", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--chunks", type=int, nargs="+", default=[250, 1000, 4000], help="recordings in each")
     parser.add_argument("--chunked", type=int, default=4000, help="recordings of each run of `chunks`")
+    parser.add_argument("--rows", type=int, nargs="+", default=[300_000, 3_000_000], help="of the output of `tables`")
+    parser.add_argument("--reruns", type=int, default=0, help="runs of `tables` that answer a tenth again")
+    parser.add_argument("--rows-per-file", type=int, default=50_000, help="of the output of `tables`")
     parser.add_argument("--guard", action="store_true", help="decode in processes of their own, as by default")
     parser.add_argument("--do", nargs=2, metavar=("WORK", "GIVEN"), help="one measurement, in this process")
     asked = parser.parse_args()
@@ -340,7 +388,7 @@ def main() -> None:
         return
     print(machine.describe())
     for part in asked.parts or PARTS:
-        {"listing": listing, "rerun": rerun, "memory": memory, "chunks": chunks}[part](asked)
+        {"listing": listing, "rerun": rerun, "memory": memory, "chunks": chunks, "tables": tables}[part](asked)
 
 
 if __name__ == "__main__":

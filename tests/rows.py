@@ -1,11 +1,14 @@
 """Hypothesis strategies for every row type, built from the annotations, so that a new field is covered at once."""
 
+from datetime import timezone
 from enum import Enum
 from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+
+from af3pipe.schemas import to_metadata
 
 _TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 _BASIC = {
@@ -15,11 +18,16 @@ _BASIC = {
     bool: st.booleans(),
     type(None): st.none(),
 }
+_MOMENTS = st.datetimes(timezones=st.just(timezone.utc)).map(lambda moment: moment.isoformat())
+METADATA = st.dictionaries(_TEXT, _TEXT | st.integers() | st.booleans() | st.none(), max_size=3).map(to_metadata)
+_BY_NAME = {"metadata": METADATA, "mtime": st.none() | _MOMENTS}
+"""Text that has a form of its own."""
 
 
 def rows(row_class):
     hints = get_type_hints(row_class)
-    return st.tuples(*(_values(hints[name]) for name in row_class._fields)).map(row_class._make)
+    fields = (_BY_NAME[name] if name in _BY_NAME else _values(hints[name]) for name in row_class._fields)
+    return st.tuples(*fields).map(row_class._make)
 
 
 def _values(hint):

@@ -260,7 +260,7 @@ def test_options_of_a_watch_win_over_its_file(tmp_path, watched):
     job.write_text("inputs: in/\noutput: out\nwatch: {every: 10s, window: 1m, shards: 3}\n")
     told = run("watch", job, "--every", "5s", "--stop-after", "1h", "--model", "demo", "--runner", "flink")
     assert told.exit_code == 1  # nothing was started, which is told as a watch that was cancelled
-    assert "cancelled; what was not written is asked by the next run or watch" in told.output.replace("\n", " ")
+    assert "cancelled; the next run or watch with the same --output" in told.output.replace("\n", " ")
     ((found, beam_flags),) = watched
     assert found.watch.model_dump() == {
         "every": 5.0,
@@ -296,7 +296,7 @@ def test_a_file_without_watch_takes_options_of_one(tmp_path, watched):
         (["in/", "--evry", "5s"], "--evry is neither an option of af3pipe nor of Beam"),
         (["calls.csv"], "input calls.csv is a manifest or a container; watched are folders and globs of audio"),
         (["in/", "shards/*.tar"], "Ask about it with `af3pipe run`"),
-        (["in/", "--runner", "FnApiRunner"], "runner FnApiRunner gives nothing before its input ends"),
+        (["in/", "--runner", "FnApiRunner"], "runner FnApiRunner writes nothing before its input ends"),
         (["in/", "--runner", "local"], "or name Flink or Dataflow"),
         (["pubsub://mine"], "messages may name nothing yet: give --allow-prefix"),
         (["pubsub://mine", "--allow-prefix", "/in"], "write projects/PROJECT/subscriptions/NAME"),

@@ -19,7 +19,6 @@ import soxr
 
 from af3pipe.audio.blocks import CODEC_FRAMES, Channels, StreamChanged, channel_blocks
 from af3pipe.audio.decoding import Asked, Decoding, Part, Piece, Samples, channel_index, resampled_length
-from af3pipe.audio.decoding import OpenDecoding as OpenDecoding  # also known by this name
 from af3pipe.audio.headers import ogg_breaks_off
 from af3pipe.audio.probe import Source, open_source, raise_out_of_memory
 from af3pipe.schemas import MIX, Reason, Rejected

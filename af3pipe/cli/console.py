@@ -6,8 +6,17 @@ import typer
 from rich.console import Console
 
 EXIT_FAILED = 1
+"""The command did not succeed: a run failed, its counts do not reconcile, an audit found problems."""
 EXIT_WRONG_JOB = 2
+"""Nothing was started: the job or the command line is wrong, or the folder is not an output."""
 EXIT_DEAD_LETTERS = 3
+"""The run has more dead letters than `--fail-on-dead-letters` allows."""
+EXIT_NO_ANSWERS = 4
+"""The run processed recordings, and every one of them failed."""
+EXIT_INTERRUPTED = 130
+"""Ended by Ctrl-C (128 + SIGINT)."""
+EXIT_TERMINATED = 143
+"""Ended by SIGTERM (128 + SIGTERM)."""
 
 OUT = Console()
 ERR = Console(stderr=True)

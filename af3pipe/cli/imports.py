@@ -1,4 +1,4 @@
-"""Imports Beam and what else a command needs, as quickly as that goes."""
+"""Speeds up the import of Beam and of what else a command needs."""
 
 import gc
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Declares the commands that run jobs: `af3pipe demo`, `run`, `watch`, `redrive` and `finish`.
 
-What they do is in `running`, which takes seconds to import, and is imported when one of them runs.
+`running`, which runs them, takes seconds to import and is imported only when one of them is called.
 """
 
 from typing import Annotated, Any
@@ -12,12 +12,14 @@ from af3pipe.cli.imports import quick_imports
 
 
 def demo(
-    output: Annotated[str, typer.Option(help="Folder for the Parquet.")] = "af3pipe-demo",
+    output: Annotated[
+        str, typer.Option(help="Folder or URL that the Parquet tables are written to.")
+    ] = "af3pipe-demo",
 ) -> None:
     """Run the whole pipeline on sample recordings with a tiny trained model; both ship with the package.
 
-    One sample is broken and one is longer than the model takes: they show what a dead letter is. The model knows
-    forty-odd words and ten sounds, and when told to transcribe what is no speech, it makes words up.
+    One sample is broken and one exceeds the model's maximum duration: they become dead letters. The model knows
+    forty-odd words and ten sounds; when it transcribes audio without speech, it makes words up.
     """
     with quick_imports():
         from af3pipe.cli import running
@@ -39,9 +41,10 @@ def run(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Ask a model about recordings and write the answers as Parquet.
+    """Run a model on recordings and write its captions, transcripts and answers as Parquet.
 
-    Give inputs and options, or a job file with the same words as keys; options win over the file.
+    Give inputs and options, or a job file with the same names as keys; options take precedence over the file. Ctrl-C
+    or SIGTERM ends the run; the same command again processes what was not written.
     """
     with quick_imports():
         from af3pipe.cli import running
@@ -60,21 +63,25 @@ def watch(
             show_default=False,
         ),
     ] = None,
-    every: Annotated[str | None, typer.Option(help="How often to look: 30s by default.")] = None,
+    every: Annotated[str | None, typer.Option(help="Interval between listings: 30s by default.")] = None,
     window: Annotated[
-        str | None, typer.Option(help="Windows of the files' modification time that rows land in: 5m by default.")
+        str | None,
+        typer.Option(help="Length of the windows, by modification time of the files: 5m by default."),
     ] = None,
     pane_every: Annotated[
-        str | None, typer.Option(help="How long rows wait for others to land with: 60s by default.")
+        str | None,
+        typer.Option(help="Longest that a row waits for others of its window before it is written: 60s by default."),
     ] = None,
-    stop_after: Annotated[str | None, typer.Option(help="When to stop; the default is when it is told to.")] = None,
+    stop_after: Annotated[
+        str | None, typer.Option(help="Stop after this time, such as 8h; by default it runs until a signal.")
+    ] = None,
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Watch folders or messages, and ask a model about what lands or changes, until told to stop.
+    """Watch folders or messages, and run a model on each new or changed recording.
 
-    Ctrl-C (or SIGTERM) has it write what it has found, and end; a second one ends it at once. What is not written
-    then is asked by the next run or watch into the same output. What that has answered already is not asked again.
+    Ctrl-C or SIGTERM stops it when everything found so far is written; a second one cancels it at once. The next run
+    or watch with the same --output processes what was not written, and skips what is answered.
     """
     with quick_imports():
         from af3pipe.cli import running
@@ -86,30 +93,37 @@ def watch(
 
 def redrive(
     context: typer.Context,
-    output: Annotated[str, typer.Argument(metavar="OUT", help="What --output was.", show_default=False)],
+    output: Annotated[
+        str, typer.Argument(metavar="OUT", help="Output folder or URL of earlier runs.", show_default=False)
+    ],
     reason: Annotated[
-        list[str] | None, typer.Option(help="Only dead letters of this reason; may be repeated.")
+        list[str] | None, typer.Option(help="Only dead letters with this reason; may be repeated.")
     ] = None,
-    stage: Annotated[list[str] | None, typer.Option(help="Only those of this stage; may be repeated.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only dead letters of this stage; may be repeated.")] = None,
     retryable: Annotated[
         bool | None,
         typer.Option(
-            "--retryable/--not-retryable", help="Only those that may succeed by themselves, or only others."
+            "--retryable/--not-retryable",
+            help="Only dead letters whose retry may succeed with the same input, or only the others.",
         ),
     ] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a key of the job: `over_length=split`; the value is read as YAML."),
+        typer.Option(
+            "--set", help="Change a key of the job: `over_length=split`; the value is YAML; may be repeated."
+        ),
     ] = None,
     job_file: Annotated[
         str | None,
-        typer.Option("--job", help="Job file whose keys hold instead, for example for secrets in storage_options."),
+        typer.Option(
+            "--job", help="Job file whose keys replace those of the job, for example for secrets in storage_options."
+        ),
     ] = None,
 ) -> None:
-    """Run the dead letters of OUT again, from their own rows, into the same OUT.
+    """Process the dead letters of OUT again and write the results to the same OUT.
 
-    Each is asked what its own run was asked, and only what has no answer yet. What succeeds is no dead letter any
-    more in what `export` and the views of docs/output.md show; all earlier rows stay.
+    Each recording is processed with the job of its own run, and only the requests without an answer. A dead letter
+    that succeeds is not in the latest-results view any more (`export`, docs/output.md); no row is deleted.
     """
     with quick_imports():
         from af3pipe.cli import running
@@ -118,14 +132,16 @@ def redrive(
 
 
 def finish(
-    output: Annotated[str, typer.Argument(metavar="OUT", help="What --output was.", show_default=False)],
+    output: Annotated[
+        str, typer.Argument(metavar="OUT", help="Output folder or URL of earlier runs.", show_default=False)
+    ],
     run_id: Annotated[
-        str, typer.Argument(metavar="RUN_ID", help="As the launcher's log says it.", show_default=False)
+        str, typer.Argument(metavar="RUN_ID", help="Id of the run, from the launcher's log.", show_default=False)
     ],
 ) -> None:
-    """Close the books of a run that was submitted and left alone, as a Dataflow template leaves it.
+    """Finalize a detached run (such as a Dataflow Flex Template): verify its counts and write its run record.
 
-    Ends as `run` would have. While the run goes on, it says what is missing, and nothing is written.
+    Exit codes are those of `run`. While the run goes on, it reports what is missing and writes nothing.
     """
     with quick_imports():
         from af3pipe.cli import running

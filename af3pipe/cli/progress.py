@@ -1,4 +1,4 @@
-"""Shows how far a run is: a line on a terminal, log lines elsewhere."""
+"""Shows the progress of a run: one line on a terminal, log lines elsewhere."""
 
 import logging
 import sys
@@ -28,7 +28,7 @@ def progress_line() -> Iterator[Callable[[Progress], None]]:
 
 @contextmanager
 def no_progress() -> Iterator[Callable[[Progress], None]]:
-    """Workers in other processes count there; the runner's own page or log shows how far they are."""
+    """Shows nothing: workers outside this process count for themselves, and the runner shows their progress."""
     _log.info("running on workers outside this process; counts follow at the end")
     yield lambda progress: None
 
@@ -39,12 +39,12 @@ class _LogEvery:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._next_s = seconds
-        self._told: Progress | None = None
+        self._logged: Progress | None = None
 
     def __call__(self, progress: Progress) -> None:
         counts = progress._replace(elapsed_s=0.0)
-        if progress.elapsed_s >= self._next_s and counts != self._told:
-            self._next_s, self._told = progress.elapsed_s + self._seconds, counts
+        if progress.elapsed_s >= self._next_s and counts != self._logged:
+            self._next_s, self._logged = progress.elapsed_s + self._seconds, counts
             _log.info(_describe(progress))
 
 

@@ -1,14 +1,16 @@
-"""Prints what a run has made: its answers, its dead letters, its counts."""
+"""Prints what a run wrote (answers, dead letters, counts) and chooses the exit code of the command."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
 from af3pipe import storage
-from af3pipe.cli.console import EXIT_DEAD_LETTERS, EXIT_FAILED, OUT, say, stop
+from af3pipe.cli.console import EXIT_DEAD_LETTERS, EXIT_FAILED, EXIT_NO_ANSWERS, OUT, say, stop
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.pipelines.job import JobConfig
 from af3pipe.pipelines.report import RunReport
+from af3pipe.schemas import TerminalState
 from af3pipe.tables.layout import run_files
 from af3pipe.tables.reconcile import read_rows
 from af3pipe.transforms.verify import Verified
@@ -73,7 +75,7 @@ def _verified(verified: Verified) -> str:
 
 
 def exit_by(job: JobConfig, report: RunReport) -> None:
-    """Ends the program if the run did not go well, with the exit code that says how."""
+    """Ends the program with an exit code of `console` unless the run needs no attention."""
     counts = report.counts
     if not counts.reconciled:
         stop("the counts do not reconcile: " + "; ".join(counts.problems), EXIT_FAILED)
@@ -85,6 +87,14 @@ def exit_by(job: JobConfig, report: RunReport) -> None:
             f"{dead_letters} dead letters are more than --fail-on-dead-letters {job.fail_on_dead_letters} allows",
             EXIT_DEAD_LETTERS,
         )
+    if not _has_answers_or_nothing_to_do(counts.states):
+        stop("none of the recordings processed has an answer; their dead letters say why", EXIT_NO_ANSWERS)
+
+
+def _has_answers_or_nothing_to_do(states: Mapping[str, int]) -> bool:
+    """Whether some recording has an answer of this run, or all were processed by earlier runs."""
+    processed = {state: number for state, number in states.items() if number and state != TerminalState.SKIPPED_DONE}
+    return not processed or not processed.keys().isdisjoint({TerminalState.OK, TerminalState.OK_PARTIAL})
 
 
 def _rows(job: JobConfig, report: RunReport, tables: tuple[str, ...]) -> list[dict[str, Any]]:

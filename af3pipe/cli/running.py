@@ -1,7 +1,8 @@
-"""Runs what the commands of `jobs` declare: makes the job, starts it, prints what came of it."""
+"""Runs the commands that `jobs` declares: makes the job, runs it, prints its counts."""
 
 import logging
 import signal
+import sqlite3
 import tempfile
 import time
 import wave
@@ -9,25 +10,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from af3pipe import storage
 from af3pipe.cli.console import EXIT_FAILED, EXIT_WRONG_JOB, OUT, stop
+from af3pipe.cli.outputs import require_output
 from af3pipe.cli.progress import no_progress, progress_line
 from af3pipe.cli.results import exit_by, show_answers, show_counts, show_dead_letters
 from af3pipe.models.engine import ModelError
 from af3pipe.pipelines import batch, streaming
 from af3pipe.pipelines import redrive as redriving
-from af3pipe.pipelines.job import JobConfig, JobError, beam_options, load_job_values, make_job, split_beam_flags
+from af3pipe.pipelines.beam_flags import beam_options, split_beam_flags
+from af3pipe.pipelines.job import JobConfig, JobError, make_job
+from af3pipe.pipelines.job_file import load_job_values, load_yaml, merge_job
 from af3pipe.pipelines.report import RunReport
 from af3pipe.pipelines.submit import finish as finishing
+from af3pipe.runners.check import runner_of
 from af3pipe.schemas import Reason, Rejected, Stage
 from af3pipe.tables.latest import NotATable
 from af3pipe.transforms.stores import set_storage
 
 _SAME_SIGNAL_S = 1.0  # a terminal and a program that waits for this one may both pass one on
+_CANCELLED = "cancelled; the next run or watch with the same --output processes what was not written"
 
 _log = logging.getLogger("af3pipe")
 
@@ -47,7 +53,7 @@ def demo(output: str) -> None:
         job = _checked(lambda: make_job(values))
         report = run_job(job, [])
     show_answers(job, report)
-    OUT.print("The tiny model makes words up when told to transcribe what is no speech.\n", style="dim")
+    OUT.print("The tiny model makes words up when it transcribes audio without speech.\n", style="dim")
     show_dead_letters(job, report)
     show_counts(job, report)
     exit_by(job, report)
@@ -55,7 +61,7 @@ def demo(output: str) -> None:
 
 def run(inputs: list[str], flags: dict[str, Any]) -> None:
     """Runs `af3pipe run`: `inputs` may be a job file, `flags` are keys of a job."""
-    job, beam_flags = _checked(lambda: _job(inputs, flags))
+    job, beam_flags = _checked(lambda: merge_job(inputs, flags))
     report = run_job(job, beam_flags)
     show_counts(job, report)
     exit_by(job, report)
@@ -63,10 +69,10 @@ def run(inputs: list[str], flags: dict[str, Any]) -> None:
 
 def watch(inputs: list[str], flags: dict[str, Any]) -> None:
     """Runs `af3pipe watch`, with what `run` takes."""
-    job, beam_flags = _checked(lambda: _job(inputs, flags))
+    job, beam_flags = _checked(lambda: merge_job(inputs, flags))
     report = watch_job(job, beam_flags)
     if report is None:
-        stop("cancelled; what was not written is asked by the next run or watch into the same output", EXIT_FAILED)
+        stop(_CANCELLED, EXIT_FAILED)
     show_counts(job, report)
     exit_by(job, report)
 
@@ -85,16 +91,18 @@ def redrive(
     _known("--stage", stages, Stage)
     others, beam_flags = _checked(lambda: split_beam_flags(tokens))
     if others:
-        stop(f"redrive takes one OUT; what is {' '.join(others)}?", EXIT_WRONG_JOB)
+        stop(f"redrive takes one OUT, not also {' '.join(others)}", EXIT_WRONG_JOB)
     values = _checked(lambda: load_job_values(job_file)) if job_file else {}
     values = {key: value for key, value in values.items() if key not in ("inputs", "output")}
     values |= dict(map(_change, changes))
     set_storage(values.get("storage_options") or {})
     chosen = redriving.Chosen(reasons, stages, retryable)
-    with _faults_told(), progress_line() as show:
+    with _errors_end():
+        require_output(output)
+    with _errors_end(), progress_line() as show:
         runs = list(redriving.redrive(output, chosen, values, beam_flags, on_progress=show))
     if not runs:
-        OUT.print(f"No dead letter of {output} is to be run again.", highlight=False, markup=False)
+        OUT.print(f"No dead letter of {output} is selected.", highlight=False, markup=False)
     for job, report in runs:
         show_counts(job, report)
     for job, report in runs:
@@ -103,7 +111,8 @@ def redrive(
 
 def finish(output: str, run_id: str) -> None:
     """Runs `af3pipe finish`."""
-    with _faults_told():
+    with _errors_end():
+        require_output(output)
         job, report = finishing(output, run_id)
     show_counts(job, report)
     exit_by(job, report)
@@ -111,7 +120,7 @@ def finish(output: str, run_id: str) -> None:
 
 @contextmanager
 def _demo_inputs() -> Iterator[list[str]]:
-    """The clips in the package, and a recording longer than the model takes: 601 s of silence, made here."""
+    """Yields the clips in the package, and 601 s of silence, which is longer than the model's maximum duration."""
     with (
         resources.as_file(resources.files("af3pipe.demo") / "clips") as clips,
         tempfile.TemporaryDirectory(prefix="af3pipe-demo-") as folder,
@@ -133,25 +142,9 @@ def _change(text: str) -> tuple[str, Any]:
     if not found:
         stop(f"--set is {text!r}; it must be KEY=VALUE", EXIT_WRONG_JOB)
     try:
-        return key.strip().replace("-", "_"), yaml.safe_load(value)
+        return key.strip().replace("-", "_"), load_yaml(value)
     except yaml.YAMLError as error:
         stop(f"--set {text}: the value is not YAML: {error}", EXIT_WRONG_JOB)
-
-
-def _job(tokens: list[str], flags: dict[str, Any]) -> tuple[JobConfig, list[str]]:
-    """Inputs or a job file, and what is Beam's."""
-    inputs, beam_flags = split_beam_flags(tokens)
-    job_files = [name for name in inputs if name.endswith((".yaml", ".yml"))]
-    if not job_files:
-        return make_job({"inputs": inputs, **flags}), beam_flags
-    if len(job_files) > 1:
-        raise JobError(f"one job file at a time, not {', '.join(job_files)}")
-    values = load_job_values(job_files[0])
-    others = [name for name in inputs if name not in job_files]
-    if "watch" in flags:
-        in_file = values.get("watch") or {}
-        flags = flags | {"watch": in_file | flags["watch"] if isinstance(in_file, dict) else in_file}
-    return make_job(values | flags | ({"inputs": others} if others else {}), job_files[0]), beam_flags
 
 
 def _checked(make: Callable[[], Any]) -> Any:
@@ -163,40 +156,54 @@ def _checked(make: Callable[[], Any]) -> Any:
 
 def run_job(job: JobConfig, beam_flags: list[str]) -> RunReport:
     """Runs a batch job to its end, showing how far it is."""
-    with _faults_told():
-        live = batch.is_in_process(beam_options(job, beam_flags))
+    with _errors_end():
+        live = runner_of(beam_options(job, beam_flags)).is_in_process
         with progress_line() if live else no_progress() as show:
             return batch.run(job, beam_flags, on_progress=show)
 
 
 def watch_job(job: JobConfig, beam_flags: list[str]) -> RunReport | None:
-    """Runs a watch until it is stopped, or cancelled by a second signal: then there is no report."""
-    with _faults_told(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
+    """Runs a watch until a signal stops it; a second signal cancels it, and ends the program.
+
+    Returns:
+        What it did; None where it was cancelled at its runner.
+    """
+    with _errors_end(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
         watching = streaming.Watch(job, beam_flags)
         _log.info("watching %s, run %s; Ctrl-C ends it", ", ".join(job.inputs), watching.run_id)
-    told_at: list[float] = []
+    received: list[_Signal] = []
     with (
-        _faults_told(),
+        _errors_end(),
         progress_line() as show,
-        _signals_are(lambda *_: told_at.append(time.monotonic())),
+        _signals_are(lambda number, _: received.append(_Signal(number, time.monotonic()))),
     ):
-        _until_stopped(watching, show, told_at)
-        return watching.report()
+        _until_stopped(watching, show, received)
+        report = watching.report()
+    if report is None and received:
+        stop(_CANCELLED, 128 + received[-1].number)
+    return report
 
 
-def _until_stopped(watching: streaming.Watch, show: Callable[[batch.Progress], None], told_at: list[float]) -> None:
-    """Until it has ended; `told_at` is when signals came, which only this loop acts upon."""
+class _Signal(NamedTuple):
+    number: int
+    at_s: float
+
+
+def _until_stopped(
+    watching: streaming.Watch, show: Callable[[batch.Progress], None], received: list[_Signal]
+) -> None:
+    """Waits until the watch has ended; acts upon the signals, which a handler only collects."""
     is_stopping = False
     while not watching.wait(0.5):
         show(watching.progress())
-        if told_at and not is_stopping:
-            _log.warning("stopping: what was found is written first; once more ends it now")
+        if received and not is_stopping:
+            _log.warning("stopping when what was found is written; a second signal ends it at once")
             try:
                 watching.stop()
                 is_stopping = True
             except storage.StorageError as error:
-                _log.warning("it cannot be stopped now, which is tried again: %s", error)
-        if told_at and told_at[-1] - told_at[0] > _SAME_SIGNAL_S:
+                _log.warning("the watch could not be stopped, which is tried again: %s", error)
+        if received and received[-1].at_s - received[0].at_s > _SAME_SIGNAL_S:
             watching.cancel()
             return
 
@@ -212,13 +219,15 @@ def _signals_are(handler: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _faults_told() -> Iterator[None]:
+def _errors_end() -> Iterator[None]:
+    """Ends the program with a message and an exit code where its block raises an error that a person can mend."""
     try:
         yield
     except (JobError, ModelError) as error:
         stop(str(error), EXIT_WRONG_JOB)
     except batch.RunFailed as error:
         _log.debug("the pipeline failed", exc_info=error)
-        stop(f"the run failed: {error}", EXIT_FAILED)
+        full = f"; is the folder for temporary files full ({tempfile.gettempdir()}, set by TMPDIR)?"
+        stop(f"the run failed: {error}{full if isinstance(error.__cause__, sqlite3.Error) else ''}", EXIT_FAILED)
     except (storage.StorageError, Rejected, NotATable) as error:
-        stop(f"the output or the run's books cannot be read or written: {error}", EXIT_FAILED)
+        stop(f"the output cannot be read or written: {error}", EXIT_FAILED)

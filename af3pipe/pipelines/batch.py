@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from af3pipe import storage
 from af3pipe.audio.guard import acquire_decoders, release_decoders
@@ -21,13 +21,14 @@ from af3pipe.models.engine import ModelError, hold_engine, release_engine
 from af3pipe.models.family import Checkpoint, adapter_revision, open_checkpoint
 from af3pipe.models.tasks import resolve
 from af3pipe.pipelines import graph
+from af3pipe.pipelines.beam_flags import beam_options
 from af3pipe.pipelines.handover import Found, take_found, take_verified, verified_uri
-from af3pipe.pipelines.job import JobConfig, JobError, beam_options
+from af3pipe.pipelines.job import JobConfig, JobError
 from af3pipe.pipelines.plan import Plan
 from af3pipe.pipelines.report import RunReport, write_record, write_started
-from af3pipe.runners.check import RunnerError, check_runner
-from af3pipe.runners.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
-from af3pipe.runners.options import IN_PROCESS
+from af3pipe.runners.check import check_runner, runner_of
+from af3pipe.runners.pipeline import new_pipeline
+from af3pipe.runners.runner import RunnerError
 from af3pipe.schemas import DeadLetter, Reason, Recording, RecordingResult
 from af3pipe.tables.layout import new_run_id
 from af3pipe.tables.reconcile import count_run
@@ -83,7 +84,7 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
         storage.check_writable(job.output)
     except storage.StorageError as error:
         raise JobError(f"output: {error}") from error
-    workers_are_here = _workers_are_here(options)
+    workers_are_here = runner_of(options).workers_are_here
     try:
         if job.adapter is not None:
             adapter_revision(job.adapter)
@@ -101,13 +102,6 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
     for task in job.all_tasks():
         resolve(task, checkpoint.family)  # raises where the family has no prompt for it, or nobody knows its parser
     return checkpoint
-
-
-def _workers_are_here(options: PipelineOptions) -> bool:
-    """Whether it is this machine that has to have the model."""
-    runner = options.view_as(StandardOptions).runner
-    environment = options.view_as(PortableOptions).environment_type
-    return runner in IN_PROCESS or (runner == "PrismRunner" and environment in (None, "LOOPBACK"))
 
 
 def _check_inputs(job: JobConfig) -> None:
@@ -171,18 +165,19 @@ def run(
         StorageError, Rejected: The pipeline is done, but its books cannot be written or read back.
     """
     options = beam_options(job, list(beam_flags))
+    runner = runner_of(options)
     set_storage(job.storage_options)
     checkpoint = preflight(job, options, check_inputs=again is None)
     run_id = new_run_id()
     # A branch may move while the run lasts: every worker takes the commit that was looked at here.
     pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
-    if job.device == "auto" and is_in_process(options):
+    if job.device == "auto" and runner.is_in_process:
         pinned["device"] = "all"  # no other worker will come for the other GPUs of this machine
     ran_job = job.model_copy(update=pinned)
-    in_chunks = again is not None or is_in_process(options)
-    job_name = name_job(options, run_id) if options.view_as(StandardOptions).runner in MAY_BE_FLINK else ""
+    in_chunks = again is not None or runner.is_in_process
+    runner.name_job(run_id)
     try:
-        pipeline = beam.Pipeline(options=options)
+        pipeline = new_pipeline(options)
         if not in_chunks:  # they have graphs of their own
             graph.build(pipeline, ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
@@ -191,17 +186,18 @@ def run(
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     write_started(job, run_id)
     before = metrics.tally()
-    background = Background(
-        lambda: (
-            _run_in_chunks(ran_job, options, run_id, again) if in_chunks else _run_whole(pipeline, ran_job, run_id)
-        )
-    )
     try:
+        background = Background(
+            lambda: (
+                _run_in_chunks(ran_job, options, run_id, again)
+                if in_chunks
+                else _run_whole(pipeline, ran_job, run_id)
+            )
+        )
         while not background.wait(progress_every_s):
             on_progress(progress(metrics.tally() - before, time.monotonic() - started))
     except KeyboardInterrupt:
-        if job_name:
-            cancel_job(options, job_name)  # it would go on, and nobody wait for it
+        runner.cancel_job()  # it would go on, and nobody wait for it
         raise
     found, counted, chunks = background.result()
     wall_s = time.monotonic() - started
@@ -241,7 +237,7 @@ def _run_whole(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> _Ran:
 
 def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again: Items | None) -> _Ran:
     """Planned in this process first, then processed chunk by chunk, with one engine and one set of decoders."""
-    is_here = is_in_process(options)
+    is_here = runner_of(options).is_in_process
     how = graph.asking(job)
     counted: Counter[str] = Counter()
     chunks = []
@@ -268,7 +264,7 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
             # Of the sample, each chunk has the share that it has of the recordings.
             total = max(plan.to_do, done)
             sample = job.verify_sample * done // total - job.verify_sample * before // total
-            pipeline = beam.Pipeline(options=options)
+            pipeline = new_pipeline(options)
             sampled = job.model_copy(update={"verify_sample": sample})
             graph.build_chunk(pipeline, sampled, run_id, chunk, number, here=is_here)
             counted += _run_pipeline(pipeline)
@@ -415,11 +411,3 @@ def counters(result: Any) -> Counter[str]:
             committed = counter.committed  # some runners only tell what was attempted
             total[counter.key.metric.name] += (counter.attempted if committed is None else committed) or 0
     return total
-
-
-def is_in_process(options: PipelineOptions) -> bool:
-    """Whether the run counts in this process, so that its progress can be shown live."""
-    return (
-        options.view_as(StandardOptions).runner in IN_PROCESS
-        and options.get_all_options().get("direct_running_mode") != "multi_processing"
-    )

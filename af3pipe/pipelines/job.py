@@ -1,14 +1,10 @@
-"""A job: what to read, ask and write. The one place where YAML, flags and Beam's options meet."""
+"""Defines what a job may hold (what to read, ask and write) and validates it."""
 
-import argparse
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-import yaml
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from af3pipe import storage
@@ -17,8 +13,8 @@ from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
 from af3pipe.audio.recording import OverLength
 from af3pipe.models.engine import ENGINES, EngineOptions
 from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.models.questions import question_keys
 from af3pipe.models.tasks import DEFAULT_QUESTION_TOKENS, answer, caption, prompt, table_of, transcript
-from af3pipe.runners.options import ON_BY_DEFAULT, runner_name
 from af3pipe.schemas import MIX, Decoding, Task, channel_text, stream_index
 from af3pipe.tables.layout import check_partition_by
 from af3pipe.transforms.ask import check_tasks
@@ -26,7 +22,7 @@ from af3pipe.transforms.decode import OnSilent, SplitAt, check_split
 
 
 class JobError(Exception):
-    """The job as it was written cannot run: the message names the key, the value and what is allowed."""
+    """A job is invalid: the message names the key, the value and what is allowed."""
 
 
 def _as_list(value: Any) -> Any:
@@ -40,10 +36,10 @@ class _Strict(BaseModel):
 
 
 class _Asked(_Strict):
-    """What every task and question may set. The names are those of `Decoding` and of the task factories.
+    """Keys that every task and question may set, named as in `Decoding` and the task factories.
 
     Attributes:
-        think: Whether the model is asked to reason first; None for what the job says.
+        think: Whether the model is prompted to reason first; None for the job's value.
         json_schema: Keys and values in YAML, or JSON text.
     """
 
@@ -69,7 +65,7 @@ class _Asked(_Strict):
         return self
 
     def decoding(self, max_new_tokens: int) -> Decoding:
-        """How its reply is chosen, this long at most."""
+        """Returns the decoding parameters for replies of at most this many tokens."""
         return Decoding(
             max_new_tokens=max_new_tokens,
             do_sample=self.do_sample,
@@ -101,7 +97,7 @@ class TaskConfig(_Asked):
         return self
 
     def to_tasks(self, max_new_tokens: int | None, think: bool) -> Iterator[Task]:
-        """The task as the transforms take it; the job's limit and wish to think hold where it has none of its own."""
+        """Returns the task for the transforms; the job's limit and `think` apply where it sets none."""
         think = think if self.think is None else self.think
         if self.name in _FACTORIES:
             task = _FACTORIES[self.name](prompt=self.prompt, think=think)
@@ -116,11 +112,11 @@ _FACTORIES: dict[str, Callable[..., Task]] = {"caption": caption, "transcript": 
 
 
 class QuestionConfig(_Asked):
-    """A question asked of every recording; a plain string stands for `{question: ...}`.
+    """A question about every recording; `models.questions.question_keys` reads it, as in a manifest.
 
     Attributes:
-        constrained: Whether the model can say nothing but one of the choices.
-        then: Questions that follow it up, in the same conversation.
+        constrained: Whether decoding is constrained to the choices.
+        then: Follow-up questions, in the same conversation.
     """
 
     question: str
@@ -130,7 +126,7 @@ class QuestionConfig(_Asked):
     then: Annotated[tuple["QuestionConfig", ...], BeforeValidator(lambda value: _question_configs(value))] = ()
 
     def to_tasks(self, max_new_tokens: int | None, think: bool, after: Task | None = None) -> Iterator[Task]:
-        """The question as a task, and after it what follows it up."""
+        """Yields the question as a task, and then its follow-ups."""
         task = answer(
             self.question,
             self.choices,
@@ -152,7 +148,7 @@ def _task_configs(value: Any) -> Any:
 
 
 def _question_configs(value: Any) -> Any:
-    return [{"question": item} if isinstance(item, str) else item for item in _as_list(value)]
+    return [item if isinstance(item, QuestionConfig) else question_keys(item) for item in _as_list(value)]
 
 
 def _are_storage_options(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -162,9 +158,6 @@ def _are_storage_options(value: dict[str, dict[str, Any]]) -> dict[str, dict[str
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)?")
 _UNITS_S = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-_A_YEAR_S = 365 * 24 * 3600
 
 
 def _seconds(value: Any) -> Any:
@@ -179,14 +172,14 @@ Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
 class WatchConfig(_Strict):
-    """How `af3pipe watch` looks for recordings and writes what it has. Times are `30s`, `5m`, `1h`, or seconds.
+    """Settings of `af3pipe watch`. Times are `30s`, `5m`, `1h`, or seconds.
 
     Attributes:
-        every: From one listing to the next; a file without an etag must stay the same for one of them.
-        window: Length of the windows, by the objects' modification time, that rows land in.
-        pane_every: How long rows wait for others of their window before they land.
-        stop_after: When to stop by itself; None for never.
-        shards: How many sets of files rows of a window land in at a time.
+        every: Interval between listings; a file without an etag must be unchanged for one interval.
+        window: Length of the windows, by modification time of the objects, whose rows are written together.
+        pane_every: Longest that a row waits for others of its window before it is written.
+        stop_after: Time after which it stops by itself; None for never.
+        shards: Number of sets of files that the rows of a window are written to at a time.
     """
 
     every: Seconds = 30.0
@@ -197,11 +190,11 @@ class WatchConfig(_Strict):
 
 
 class JobConfig(_Strict):
-    """All of a job but Beam's own options.
+    """A job: what to read, what to ask the model, how, and where to write.
 
     Attributes:
         inputs: Files, folders, globs, manifests, tar shards, or data sets of Parquet or Arrow, on any fsspec URL.
-        allow_prefixes: URLs below which a manifest from elsewhere may name audio, beside its own bucket or folder.
+        allow_prefixes: URL prefixes below which manifests may reference audio, beside their own bucket or folder.
         output: Folder for the Parquet tables.
         partition_by: Hive folders below each table: `date`, `run`, or a metadata column of the manifest.
         model: Hub id, local directory, or `demo`. NVIDIA's released weights are for non-commercial use, and an
@@ -211,30 +204,30 @@ class JobConfig(_Strict):
         attention: Of the audio encoder, by Hugging Face's name for it.
         cuda_graphs: Whether decoding steps are captured as CUDA graphs.
         adapter: Directory of a PEFT LoRA, on the workers: the `think` folder of the released checkpoint, for example.
-        quantize: Whether the language model's weights are held in fewer bits.
-        think: Whether all tasks and questions ask the model to reason first, but those that say otherwise.
-        tasks: What is asked of every recording.
-        questions: Asked beside the tasks.
-        over_length: What becomes of recordings longer than the model takes.
-        decode_guard: Whether decoders run in processes of their own, where a crash costs one recording.
-        decode_timeout_s: Longest that opening a recording, or decoding 10 s of it, may take there.
-        decode_memory_mib: Most memory that decoding may take there.
-        split_at: Where `over_length: split` cuts: at the cap, or at the quietest point before it.
-        split_tolerance_s: How long before the cap that point may be; 15 where it is not given.
-        on_silent: Whether a silent segment is asked about and flagged, or becomes a dead letter.
+        quantize: Number format that the language model's weights are quantized to.
+        think: Whether the model is prompted to reason first, for tasks and questions that do not set it.
+        tasks: Requests about every recording.
+        questions: Further requests about every recording.
+        over_length: How recordings beyond the model's maximum duration are treated.
+        decode_guard: Whether audio is decoded in separate processes, where a crash costs one recording.
+        decode_timeout_s: Timeout for opening a recording, and for decoding 10 s of it, in such a process.
+        decode_memory_mib: Memory limit of such a process.
+        split_at: Where `over_length: split` cuts: at the maximum duration, or at the quietest point before it.
+        split_tolerance_s: How long before the maximum duration that point may be; 15 by default.
+        on_silent: Whether a silent segment is processed and flagged, or becomes a dead letter.
         silent_below: In dBFS: a segment whose peak is at or below this is silent.
-        channel: What is heard of each: `mix`, `left`, `right`, or an index; a manifest's own column goes before it.
-        stream: Index among the audio streams of a container; a manifest's own column goes before it.
+        channel: Audio channel: `mix`, `left`, `right`, or an index; a manifest's column takes precedence.
+        stream: Index among the audio streams of a container; a manifest's column takes precedence.
         accelerator: Beam's accelerator hint for the workers that hold the model.
-        resume: Whether what earlier runs answered in `output` is left as it is, and only the rest is asked.
-        chunk_recordings: How many recordings a worker asks before it writes their rows; with the first one that is
-            answered after ten minutes it writes those it has. A run in one process asks one chunk after the other.
+        resume: Whether requests that earlier runs answered in `output` are skipped.
+        chunk_recordings: Number of recordings that a worker processes before it writes their rows; after ten minutes
+            it writes those it has. A run in one process processes one chunk after the other.
         fail_on_dead_letters: A count (`0`) or a percentage (`5%`): more dead letters than this fail the run.
-        verify_sample: How many requests, drawn at random, are asked again one at a time by plain `generate`.
+        verify_sample: Number of randomly sampled requests that are run again one at a time by plain `generate`.
         storage_options: URL prefix (`s3://archive/`) to fsspec's options for what is below it: `endpoint_url`,
-            `profile`, `anon`, `requester_pays`, ...; the longest prefix holds. What none covers has its credentials
-            from the environment, where secrets are better kept.
-        watch: Only of `af3pipe watch`, see `WatchConfig`.
+            `profile`, `anon`, `requester_pays`, ...; the longest prefix applies. URLs that none covers take their
+            credentials from the environment, where secrets are better kept.
+        watch: Settings of `af3pipe watch` only, see `WatchConfig`.
         beam: Beam's pipeline options.
     """
 
@@ -306,16 +299,16 @@ class JobConfig(_Strict):
         return self
 
     def all_tasks(self) -> list[Task]:
-        """What is asked of every recording; a caption where the job names nothing."""
+        """Returns the requests about every recording; a caption where the job has none."""
         configs: list[TaskConfig | QuestionConfig] = [*self.tasks, *self.questions] or [TaskConfig(name="caption")]
         return [task for config in configs for task in config.to_tasks(self.max_new_tokens, self.think)]
 
     def tables(self) -> list[str]:
-        """The folders below `output` that its rows land in."""
+        """Returns the names of the tables that the job writes."""
         return sorted({"recordings", "dead_letters", *(table_of(task.name) for task in self.all_tasks())})
 
     def dead_letters_allowed(self, recordings: int) -> float:
-        """How many dead letters the run may have."""
+        """Returns how many dead letters a run over so many recordings may have."""
         if self.fail_on_dead_letters is None:
             return float("inf")
         if self.fail_on_dead_letters.endswith("%"):
@@ -333,25 +326,6 @@ def make_job(values: Mapping[str, Any], source: str = "command line") -> JobConf
         return JobConfig.model_validate(dict(values))
     except ValidationError as error:
         raise JobError("\n".join(f"{source}: {_explain(dict(found))}" for found in error.errors())) from error
-
-
-def load_job_values(path: str) -> dict[str, Any]:
-    """The keys of a YAML job file, not yet validated, so that flags can go on top.
-
-    Raises:
-        JobError: There is no such file, or it is not a YAML mapping.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise JobError(f"{path}: is not UTF-8: {error}") from error
-    except yaml.YAMLError as error:
-        raise JobError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise JobError(f"{path}: must hold keys and values, for example `inputs: [archive/]`")
-    return values
 
 
 def _explain(found: dict[str, Any]) -> str:
@@ -376,126 +350,3 @@ def _allowed_keys(loc: Sequence[Any]) -> list[str]:
     nested: dict[Any, type[BaseModel]] = {"tasks": TaskConfig, "questions": QuestionConfig, "watch": WatchConfig}
     owner = nested.get(loc[0], JobConfig) if len(loc) > 1 else JobConfig
     return list(owner.model_fields)
-
-
-def beam_options(
-    job: JobConfig, flags: Sequence[str] = (), *, default_runner: str = "FnApiRunner"
-) -> PipelineOptions:
-    """The job's `beam` keys and the command line's flags for Beam; flags win.
-
-    The default runner is Beam's in-process one, by name: `DirectRunner` first looks for another to download.
-
-    Raises:
-        JobError: A setting that loses elements, or a runner that is not known.
-    """
-    listed = [
-        flag
-        for key, value in job.beam.items()
-        for flag in _beam_flags(_beam_name(f"--{key}", f"beam.{key}").removeprefix("--"), value)
-    ]
-    options = PipelineOptions([*listed, *map(_as_beam_spells, flags)])
-    found = options.get_all_options()
-    try:
-        options.view_as(StandardOptions).runner = runner_name(found.get("runner") or default_runner)
-    except ValueError as error:
-        raise JobError(str(error)) from error
-    # Beam ends the stream that tells a job's state when this is over, however well the job is: 300 s by default.
-    if found.get("job_server_timeout") == PortableOptions([]).job_server_timeout:
-        options.view_as(PortableOptions).job_server_timeout = _A_YEAR_S
-    # 0 workers are as many as there are cores.
-    if found.get("direct_running_mode") == "multi_threading" and found.get("direct_num_workers") not in (None, 1):
-        raise JobError(
-            "direct_running_mode is 'multi_threading' with several workers, which loses elements in Beam's "
-            "in-process runner; use multi_processing"
-        )
-    return options
-
-
-def _beam_flags(key: str, value: Any) -> list[str]:
-    if isinstance(value, bool) and key in ON_BY_DEFAULT:
-        return [f"--{key}={str(value).lower()}"]
-    if value is True:
-        return [f"--{key}"]
-    if value is False or value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{key}={item}" for item in value]
-    return [f"--{key}={value}"]
-
-
-def split_beam_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is left of a command line: the inputs, and the flags that are Beam's, spelt as Beam spells them.
-
-    Raises:
-        JobError: A flag that neither knows, so that a misspelt one is not taken for an input.
-    """
-    for token in tokens:
-        if token.startswith("-") and token != "-":
-            _beam_name(token.split("=")[0], token)
-    spelt = [_as_beam_spells(token) for token in tokens]
-    _, inputs = _beam_parser().parse_known_args(spelt)
-    left = list(inputs)
-    flags = []
-    for token in spelt:
-        if left and token == left[0]:
-            left.pop(0)
-        else:
-            flags.append(token)
-    return inputs, flags
-
-
-class _Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one sentence, and lets the caller end the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise JobError(f"option for Beam: {message}")
-
-
-def _beam_parser() -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for options in PipelineOptions.__subclasses__():
-        options._add_argparse_args(_Tolerant(parser))
-    return parser
-
-
-def _beam_names() -> set[str]:
-    return {known for action in _beam_parser()._actions for known in action.option_strings}
-
-
-def _as_beam_spells(token: str) -> str:
-    """An option with `_` for `-`, as in `--flink-master=...`, where Beam knows that one."""
-    name, found, value = token.partition("=")
-    spelt = f"--{name[2:].replace('-', '_')}"
-    is_known = name.startswith("--") and name not in (names := _beam_names()) and spelt in names
-    return f"{spelt}{found}{value}" if is_known else token
-
-
-def _beam_name(name: str, as_written: str) -> str:
-    """Beam's spelling of an option. Raises JobError where it has none such."""
-    spelt, names = _as_beam_spells(name), _beam_names()
-    if spelt not in names:
-        own = {f"--{key.replace('_', '-')}" for key in JobConfig.model_fields} | {
-            "--task",
-            "--question",
-            "--prompt",
-            "--allow-prefix",
-            *(f"--{key.replace('_', '-')}" for key in WatchConfig.model_fields),
-        }
-        near = difflib.get_close_matches(name, sorted(names | own), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise JobError(f"{as_written} is neither an option of af3pipe nor of Beam{hint}")
-    return spelt
-
-
-class _Tolerant:
-    """Beam's option classes may add the same flag twice; the first one counts here."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parser = parser
-
-    def add_argument(self, *names: str, **settings: Any) -> None:
-        if not any(name in self._parser._option_string_actions for name in names):
-            self._parser.add_argument(*names, **(settings | {"required": False}))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._parser, name)

@@ -20,21 +20,19 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from af3pipe import storage
 from af3pipe.schemas import AudioObject, DeadLetter, Recording, RecordingResult, Rejected
+from af3pipe.storage import ObjectInfo
 from af3pipe.tables.existing import ExistingRecording, ExistingRow, ExistingRows, read_existing
 from af3pipe.tables.keys import KeySet, Mask, hashes_of
-from af3pipe.tables.latest import table_files
 from af3pipe.tables.layout import partition_folder
+from af3pipe.tables.reader import table_files
 from af3pipe.transforms.inputs.identity import check_id, has_own_id
 from af3pipe.transforms.outcome import public_uri
 from af3pipe.transforms.plan import STAT_THREADS, WorkKeys, plan_object, stat_object
-from af3pipe.transforms.resume import is_gone
 
 MOST_PARTITIONS = 1000
 _BATCH = 1000
 _log = logging.getLogger(__name__)
-_ATTEMPTS = 3
 _HASHED_AT_ONCE = 100_000
 
 
@@ -105,25 +103,13 @@ class Plan:
         objects = self._keys("SELECT uri FROM mention UNION SELECT uri FROM own")
         ids = self._keys("SELECT DISTINCT id FROM own")
 
-        def wanted(batch: pa.RecordBatch) -> Mask:
-            of_object = objects.has(hashes_of(pa.chunked_array([batch["uri"]])))
-            return (
-                of_object | ids.has(hashes_of(pa.chunked_array([batch["recording_id"]]))) if ids.size else of_object
-            )
+        def wanted(rows: pa.Table) -> Mask:
+            of_object = objects.has(hashes_of(rows["uri"]))
+            return of_object | ids.has(hashes_of(rows["recording_id"])) if ids.size else of_object
 
-        done: set[str] = set()
-        for attempts_left in reversed(range(_ATTEMPTS)):
-            try:
-                for table, infos in table_files(output).items():
-                    for info in infos:
-                        if info.uri not in done:
-                            self._add_rows(read_existing(table, info, wanted))
-                            done.add(info.uri)
-                return
-            except storage.StorageError as error:
-                # A compaction at work: the rows are in another file by now. What is read twice is no harm.
-                if not is_gone(error) or not attempts_left:
-                    raise
+        for table, infos in table_files(output).items():
+            for info in infos:
+                self._add_rows(read_existing(output, table, info, wanted))
 
     def _keys(self, query: str) -> KeySet:
         """The distinct texts of a query, as hashes: memory does not hold them as text."""
@@ -245,5 +231,5 @@ class Plan:
         return [pickle.loads(row) for (row,) in rows]
 
 
-def _stat(mentions: list[Recording]) -> storage.ObjectInfo | Rejected | None:
+def _stat(mentions: list[Recording]) -> ObjectInfo | Rejected | None:
     return stat_object(mentions) if mentions else None

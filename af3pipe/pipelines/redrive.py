@@ -1,4 +1,4 @@
-"""Dead letters run again, from their own rows, into the same output."""
+"""Processes the dead letters of an output again and writes the results to the same output."""
 
 import json
 import re
@@ -21,14 +21,14 @@ _COLUMNS = ["recording_id", "uri", "stage", "reason", "retryable", "input", "run
 
 
 class Chosen(NamedTuple):
-    """Which dead letters are run again: those that every one of these holds for; empty and None hold for all."""
+    """Selects dead letters that match all of these; an empty collection or None matches every one."""
 
     reasons: Collection[str] = ()
     stages: Collection[str] = ()
     retryable: bool | None = None
 
     def holds_for(self, row: Mapping[str, Any]) -> bool:
-        """Of a row of `dead_letters/`."""
+        """Returns whether a row of `dead_letters/` is selected."""
         return (
             (not self.reasons or row["reason"] in self.reasons)
             and (not self.stages or row["stage"] in self.stages)
@@ -47,20 +47,20 @@ def redrive(
     *,
     on_progress: Callable[[batch.Progress], None] = lambda progress: None,
 ) -> Iterator[tuple[JobConfig, RunReport]]:
-    """Runs the dead letters that hold now again: a run for each job they come from, one after the other.
+    """Processes the current dead letters of an output again: a run for each job they come from, one after the other.
 
-    A recording is looked at afresh, so that a file that was repaired is read; what of it is answered already is not
-    asked again. What fails the same way is the same dead letter, and no new row.
+    Each recording is read again, so that a file that was repaired is found; only requests without an answer are
+    processed. A retry that fails for the same reason does not add a new dead-letter row.
 
     Args:
         output: Folder with the tables of earlier runs.
-        chosen: Which of them.
-        changes: Keys of the job that are to be other than they were, for example `{"over_length": "split"}`.
+        chosen: Which dead letters.
+        changes: Keys of the job that replace those of the earlier run, for example `{"over_length": "split"}`.
         beam_flags: Options for Beam, as on its command line.
         on_progress: As of `batch.run`.
 
     Raises:
-        JobError: The job is not known any more, or a change is wrong.
+        JobError: The job of a run is not recorded any more, or a change is wrong.
         Rejected: The output cannot be read.
         ModelError, RunFailed, StorageError: As `batch.run`.
     """
@@ -71,7 +71,7 @@ def redrive(
         run_id = row["run_id"]
         if run_id not in jobs:
             jobs[run_id] = _job_of(output, run_id, changes or {})
-        # Runs that differ in what they read alone were asked the same.
+        # Runs that differ in their inputs only are processed as one job.
         asked = {key: value for key, value in jobs[run_id].items() if key != "inputs"}
         by_job[json.dumps(asked, sort_keys=True)].append(row)
     for asked_json, letters in by_job.items():
@@ -85,27 +85,27 @@ def _job_of(output: str, run_id: str, changes: Mapping[str, Any]) -> dict[str, A
         values = read_job(output, run_id)
     except Rejected as rejected:
         raise JobError(
-            f"what run {run_id} was asked is not known any more ({rejected.detail}); run the job itself again, which "
-            "asks what has no answer and may turn out otherwise"
+            f"the job of run {run_id} cannot be read ({rejected.detail}); run the job itself again, which processes "
+            "requests without an answer and retryable failures"
         ) from rejected
     masked = [key for key, value in values.items() if key not in (*changes, "inputs") and "***" in json.dumps(value)]
     if masked:
         raise JobError(
-            f"{', '.join(masked)} of run {run_id} held secrets, which its record does not hold; give them anew by "
-            "--job FILE, a job file with these keys"
+            f"{', '.join(masked)} of run {run_id} had secrets, which are not recorded; give them by --job FILE, a "
+            "job file with these keys"
         )
     return {**values, "output": output, **changes}
 
 
 def _is_of_a_message(row: Mapping[str, Any]) -> bool:
-    """Whether it is a message that could not be read: nothing can be opened again, it has to be published again."""
+    """Returns whether the row is of a message that could not be parsed, which has to be published again."""
     return "message" in json.loads(row["input"])
 
 
 def _again(
     output: str, job: JobConfig, letters: list[Mapping[str, Any]]
 ) -> Iterator[Recording | DeadLetter | RecordingResult]:
-    """The recordings of dead letters, to be looked at afresh; what could not be listed is listed again."""
+    """Yields the recordings of dead letters, to be read afresh; lists again what could not be listed."""
     letters = [row for row in letters if not _is_of_a_message(row)]
     unlisted = [row for row in letters if row["stage"] == Stage.LIST.value]
     for row in letters:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ _LISTED_SCHEMA = pa.schema(
         ("uri", pa.string()),
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),
-        ("mtime", pa.string()),
+        ("mtime", pa.timestamp("us", tz="UTC")),
         ("offset_s", pa.float64()),
         ("duration_s", pa.float64()),
         ("channel", pa.string()),
@@ -66,7 +67,9 @@ def relist(
     listed = _list(inputs, chosen)
     columns = ["recording_id", "uri", "size_bytes", "etag", "mtime"]
     held = view.read("recordings", columns)
-    at = pc.index_in(listed["recording_id"], value_set=held["recording_id"].combine_chunks()).combine_chunks()
+    # An id that was given to two files is two recordings.
+    ids, held_ids = (pc.binary_join_element_wise(rows["recording_id"], rows["uri"], "\0") for rows in (listed, held))
+    at = pc.index_in(ids, value_set=held_ids.combine_chunks()).combine_chunks()
     both = listed.filter(at.is_valid())
     then = held.take(at.drop_null())
     differ = {name: pc.fill_null(pc.not_equal(both[name], then[name]), False) for name in columns[2:]}
@@ -76,7 +79,7 @@ def relist(
         listed=len(listed),
         never=_first(listed.filter(at.is_null())),
         changed=_first(both.filter(changed)),
-        gone=_first(held.filter(pa.array(~is_in(held["recording_id"], listed["recording_id"])))),
+        gone=_first(held.filter(pa.array(~is_in(held_ids, ids)))),
     )
 
 
@@ -90,7 +93,7 @@ def _list(inputs: Sequence[str], chosen: dict[str, Any]) -> pa.Table:
     held: list[dict[str, Any]] = []
     for found in _listed(inputs, chosen):
         recording = found if isinstance(found, Recording) else Recording(found.recording_id, found.uri)
-        held.append({name: getattr(recording, name) for name in _LISTED_SCHEMA.names})
+        held.append(_columns(recording))
         if len(held) == _LISTED_AT_ONCE:
             pieces.append(pa.Table.from_pylist(held, _LISTED_SCHEMA))
             held = []
@@ -99,10 +102,16 @@ def _list(inputs: Sequence[str], chosen: dict[str, Any]) -> pa.Table:
     repeated = np.bincount(same)[same] > 1 if len(same) else np.zeros(0, bool)
     mentions: dict[str, list[Recording]] = defaultdict(list)
     for row in rows.filter(pa.array(repeated)).to_pylist():
-        mentions[row["recording_id"]].append(Recording(**row))
+        mtime = row["mtime"] and row["mtime"].isoformat()
+        mentions[row["recording_id"]].append(Recording(**row | {"mtime": mtime}))
     named = [found for group in mentions.values() for found in _named(group)]
-    once = [{name: getattr(found, name, None) for name in _LISTED_SCHEMA.names} for found in named]
+    once = [_columns(found) for found in named]
     return pa.concat_tables([rows.filter(pa.array(~repeated)), pa.Table.from_pylist(once, _LISTED_SCHEMA)])
+
+
+def _columns(found: Recording | DeadLetter) -> dict[str, Any]:
+    columns = {name: getattr(found, name, None) for name in _LISTED_SCHEMA.names}
+    return columns | {"mtime": columns["mtime"] and datetime.fromisoformat(columns["mtime"])}
 
 
 def _named(mentions: list[Recording]) -> Iterator[Recording | DeadLetter]:

@@ -1,22 +1,22 @@
 """The streaming pipeline: what lands in folders, or is told of by messages, is answered until it is stopped."""
 
 import logging
-import shutil
 import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, PrismRunnerOptions, StandardOptions
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.runner import PipelineState
 
 from af3pipe import storage
 from af3pipe.pipelines import batch, graph
-from af3pipe.pipelines.job import JobConfig, JobError, beam_options
+from af3pipe.pipelines.beam_flags import beam_options
+from af3pipe.pipelines.job import JobConfig, JobError
 from af3pipe.pipelines.relist import InputError, relist
 from af3pipe.pipelines.report import RunReport, write_record, write_started
-from af3pipe.runners.flink_jobs import MAY_BE_FLINK, cancel_job, name_job
-from af3pipe.runners.options import FlinkOptions
+from af3pipe.runners.check import runner_of
+from af3pipe.runners.pipeline import new_pipeline
+from af3pipe.runners.runner import RunnerError
 from af3pipe.schemas import DeadLetter, Reason, Rejected, TerminalState
 from af3pipe.tables.latest import Latest, NotATable, table_files
 from af3pipe.tables.layout import new_run_id
@@ -28,15 +28,9 @@ from af3pipe.transforms.inputs.pubsub import is_subscription, reach, subscriptio
 from af3pipe.transforms.inputs.watch import check_watched
 from af3pipe.transforms.stores import set_storage
 
-_CHECKPOINT_MS = 10_000
 _LOOK_EVERY_S = 2.0
 _GRACE_S = 5.0  # other portable runners end by themselves
 _log = logging.getLogger(__name__)
-_PRISM = (
-    "cannot start Prism, Beam's runner for streams on one machine: {}. Where it cannot be downloaded, build it "
-    "(`go install github.com/apache/beam/sdks/v2/go/cmd/prism@v" + beam.__version__ + "`) and put it on the path or "
-    "give --prism_location"
-)
 
 
 class Watch:
@@ -59,15 +53,13 @@ class Watch:
         _check_inputs(job)
         self.run_id = new_run_id()
         self._job = job
-        self._runner = options.view_as(StandardOptions).runner
-        # Flink's sources stay open after the end, for the checkpoints: to see it, and to end the job, is left to us.
-        self._may_go_on = self._runner in MAY_BE_FLINK
+        self._runner = runner_of(options)
+        self._may_go_on = not self._runner.ends_by_itself  # then we have to see the end, and to end the job
         self._looked_at = self._ended_at = 0.0
-        self._options = options
-        self._job_name = name_job(options, self.run_id) if self._may_go_on else ""
+        self._runner.name_job(self.run_id)
         revision = self._checkpoint.revision if self._checkpoint and not self._checkpoint.path else job.revision
         try:
-            pipeline = beam.Pipeline(options=options)
+            pipeline = new_pipeline(options)
             graph.build_stream(
                 pipeline, job.model_copy(update={"revision": revision}), self.run_id, tell_end=self._may_go_on
             )
@@ -81,8 +73,7 @@ class Watch:
             self._result = pipeline.run()
         except Exception as error:
             storage.delete(started_uri(job.output, self.run_id))
-            text = batch.explain_failure(error)
-            raise batch.RunFailed(_PRISM.format(text) if self._runner == "PrismRunner" else text) from error
+            raise batch.RunFailed(self._runner.explain_start(batch.explain_failure(error))) from error
         self._is_cancelled = False
         self._background = batch.Background(self._wait)
 
@@ -110,7 +101,7 @@ class Watch:
     def _cancel(self) -> None:
         self._result.cancel()
         if self._may_go_on:
-            cancel_job(self._options, self._job_name)
+            self._runner.cancel_job()
 
     def progress(self) -> batch.Progress:
         """How far it is, as far as this process can see."""
@@ -152,7 +143,13 @@ class Watch:
             counts = counts._replace(problems=(*counts.problems, lost))
         report = RunReport(self.run_id, counts, wall_s, dict(sorted(counted.items())))
         fill_empty_tables(job.output, job.tables(), self.run_id, job.partition_by)
-        write_record(job, self._checkpoint, self._runner, self._started_at, report)
+        write_record(
+            job,
+            self._checkpoint,
+            self._runner.options.view_as(StandardOptions).runner,
+            self._started_at,
+            report,
+        )
         self._forget()
         _tell_left(job)
         return report
@@ -203,24 +200,11 @@ def stream_options(job: JobConfig, flags: list[str]) -> PipelineOptions:
         JobError: The runner does not stream.
     """
     options = beam_options(job, flags, default_runner="PrismRunner")
-    standard, prism = options.view_as(StandardOptions), options.view_as(PrismRunnerOptions)
-    if batch.is_in_process(options):
-        raise JobError(
-            f"runner {standard.runner} gives nothing before its input ends, and a watched one does not end; leave "
-            "--runner away, which takes Prism, or name Flink or Dataflow"
-        )
-    standard.streaming = True
-    flink = options.view_as(FlinkOptions)
-    if standard.runner in MAY_BE_FLINK:
-        # A bundle that is not full ends at a checkpoint. Sources may not shut down (shutdown_sources_after_idle_ms):
-        # where its input has ended, a step fires all timers at once, the clock's without end, and no checkpoint can
-        # be finished.
-        if flink.checkpointing_interval is None:
-            flink.checkpointing_interval = _CHECKPOINT_MS
-        if flink.finish_bundle_before_checkpointing is None:
-            flink.finish_bundle_before_checkpointing = True
-    if standard.runner == "PrismRunner" and not prism.prism_location:
-        prism.prism_location = shutil.which("prism")
+    options.view_as(StandardOptions).streaming = True
+    try:
+        runner_of(options).configure_stream()
+    except RunnerError as error:
+        raise JobError(str(error)) from error
     return options
 
 

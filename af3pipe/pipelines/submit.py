@@ -1,20 +1,22 @@
-"""A run that nobody waits for: started on workers elsewhere, and its books closed when it is done."""
+"""Starts detached runs on remote workers, and finalizes them when they are done."""
 
 import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 
-import apache_beam as beam
 from apache_beam.options.pipeline_options import StandardOptions
 
 from af3pipe import storage
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import open_checkpoint
 from af3pipe.pipelines import graph
-from af3pipe.pipelines.batch import RunFailed, is_in_process, preflight, tell_unfinished
+from af3pipe.pipelines.batch import RunFailed, preflight, tell_unfinished
+from af3pipe.pipelines.beam_flags import beam_options
 from af3pipe.pipelines.handover import read_found, take_found, take_verified, verified_uri
-from af3pipe.pipelines.job import JobConfig, JobError, beam_options, make_job
+from af3pipe.pipelines.job import JobConfig, JobError, make_job
 from af3pipe.pipelines.report import RunReport, write_record, write_started
+from af3pipe.runners.check import runner_of
+from af3pipe.runners.pipeline import new_pipeline
 from af3pipe.schemas import Rejected
 from af3pipe.tables.layout import new_run_id
 from af3pipe.tables.reconcile import count_run
@@ -24,25 +26,25 @@ from af3pipe.transforms.stores import set_storage
 
 
 def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
-    """Starts a job and does not wait for it: what the launcher of a Dataflow Flex Template has to do.
+    """Starts a job without waiting for it, as the launcher of a Dataflow Flex Template has to.
 
     Returns:
-        The run's id. `finish` closes the books when the runner says that the job is done.
+        The run's id. `finish` finalizes the run when the runner reports that the job is done.
 
     Raises:
         JobError, ModelError: Found before anything was started.
     """
     options = beam_options(job, list(beam_flags))
     runner = options.view_as(StandardOptions).runner
-    if is_in_process(options):
-        raise JobError(f"runner is {runner!r}, which ends with this program; name the one to leave the job with")
+    if runner_of(options).is_in_process:
+        raise JobError(f"runner is {runner!r}, which ends with this program; name a runner on which the job goes on")
     set_storage(job.storage_options)
     checkpoint = preflight(job, options)
-    # A branch may move while the run lasts: every worker takes the commit that was looked at here.
+    # A branch may move while the run lasts: every worker uses the commit that was checked here.
     pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
     run_id = new_run_id()
     try:
-        pipeline = beam.Pipeline(options=options)
+        pipeline = new_pipeline(options)
         graph.build(pipeline, job.model_copy(update=pinned), run_id)
         tell_unfinished(job)
         write_started(job, run_id, runner)
@@ -57,18 +59,18 @@ def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
 
 
 def finish(output: str, run_id: str) -> tuple[JobConfig, RunReport]:
-    """Counts what a submitted run wrote, and writes its record.
+    """Verifies the counts of a detached run and writes its run record.
 
     Raises:
-        JobError: No run of this id was begun there.
-        RunFailed: The books do not reconcile, most likely because the run goes on: nothing is written.
-        StorageError, Rejected: They cannot be read or written.
+        JobError: The output has no unfinished run of this id.
+        RunFailed: The counts do not reconcile, most likely because the run goes on: nothing is written.
+        StorageError, Rejected: The output cannot be read or written.
     """
     try:
         started = read_started(output, run_id)
     except Rejected as rejected:
         raise JobError(
-            f"{output} has no run {run_id} to be finished: it is finished already, or was never begun "
+            f"{output} has no unfinished run {run_id}: it is finished already, or was never started "
             f"({rejected.detail})"
         ) from rejected
     job = make_job(started["job"] | {"output": output}, f"the job of run {run_id}")
@@ -77,11 +79,11 @@ def finish(output: str, run_id: str) -> tuple[JobConfig, RunReport]:
         wants_verified = job.verify_sample and counts.reconciled
         verified = take_verified([verified_uri(output, run_id, 0)]) if wants_verified else None
     except Rejected as rejected:
-        raise RunFailed(f"run {run_id} has not come far enough to be counted: {rejected.detail}") from rejected
+        raise RunFailed(f"run {run_id} has not written enough to be counted: {rejected.detail}") from rejected
     if not counts.reconciled:
         raise RunFailed(
-            f"run {run_id} goes on, or something of it was lost: {'; '.join(counts.problems)}. Look whether the "
-            "runner says that it is done; if it is, run the job again into the same output"
+            f"run {run_id} goes on, or rows of it were lost: {'; '.join(counts.problems)}. Check whether the runner "
+            "reports the job as done; if so, run the job again with the same output"
         )
     started_at = datetime.fromisoformat(started["started_at"])
     report = RunReport(run_id, counts, time.time() - started_at.timestamp(), {}, verified)

@@ -225,13 +225,19 @@ def list_files(folder: str) -> list[str]:
     return [info.uri for info in find_files(folder)]
 
 
-def find_files(folder: str) -> list[ObjectInfo]:
-    """All files below `folder`, sorted by URI; none where there is no such folder."""
+def find_files(folder: str, prefix: str = "") -> list[ObjectInfo]:
+    """All files below `folder`, sorted by URI; none where there is no such folder.
+
+    Args:
+        folder: A URL, or a local path.
+        prefix: Only those whose path below the folder begins so: a store lists no others, in one request where they
+            are few.
+    """
     fs, path = _locate(folder)
     try:
-        if _info(fs, path, folder, Stage.LIST)["type"] != "directory":
+        if not prefix and _info(fs, path, folder, Stage.LIST)["type"] != "directory":
             return []
-        return sorted(list_wanted(fs, Wanted(path, is_glob=False), folder))
+        return sorted(list_wanted(fs, Wanted(path, is_glob=False, prefix=prefix), folder))
     except Rejected as rejected:
         if rejected.reason is Reason.NOT_FOUND:
             return []

@@ -27,6 +27,7 @@ class Wanted:
     Args:
         path: Of the folder, or the glob, in the store's words.
         is_glob: Which of the two.
+        prefix: Of a folder, only the files whose path below it begins so.
         exclude: Folders, in the same words and without a slash at their end: nothing in them is meant.
 
     Attributes:
@@ -34,14 +35,15 @@ class Wanted:
         is_by_folder: Whether a file's own name alone decides, in all folders alike.
     """
 
-    def __init__(self, path: str, *, is_glob: bool, exclude: Sequence[str] = ()) -> None:
+    def __init__(self, path: str, *, is_glob: bool, prefix: str = "", exclude: Sequence[str] = ()) -> None:
         self._exclude = tuple(exclude)
         self.is_by_folder = True
         self._parts = path.split("/")
         self._first_stars = len(self._parts)
         self._files: re.Pattern[str] | None = None
         if not is_glob:
-            self.stem = f"{path.rstrip('/')}/" if path else ""
+            self.stem = (f"{path.rstrip('/')}/" if path else "") + prefix
+            self._begins = self.stem if prefix else ""
             return
         self.stem = _WILD.split(path, maxsplit=1)[0]
         self._first_stars = self._parts.index("**") if "**" in self._parts else len(self._parts) + 1
@@ -53,7 +55,8 @@ class Wanted:
 
     def has_file(self, name: str) -> bool:
         """Returns whether a file of this name, in the store's words, is meant."""
-        return (self._files is None or self._files.match(name) is not None) and not self.excludes(name)
+        is_meant = name.startswith(self._begins) if self._files is None else self._files.match(name) is not None
+        return is_meant and not self.excludes(name)
 
     def is_deep(self, stem: str) -> bool:
         """Returns whether files may be meant however deep below it they are."""
@@ -63,7 +66,9 @@ class Wanted:
         """Returns whether there may be such files below a folder, named without a slash at its end."""
         if self.excludes(folder):
             return False
-        if self._files is None or (depth := folder.count("/") + 1) > self._first_stars:
+        if self._files is None:
+            return f"{folder}/".startswith(self._begins)
+        if (depth := folder.count("/") + 1) > self._first_stars:
             return True
         return depth < len(self._folders) and self._folders[depth].match(folder) is not None
 

@@ -7,12 +7,12 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple, get_type_hints
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from af3pipe import storage
 from af3pipe.schemas import (
+    NO_METADATA,
     Answer,
     Covered,
     DeadLetter,
@@ -27,7 +27,9 @@ from af3pipe.schemas import (
     to_metadata,
 )
 from af3pipe.storage import ObjectInfo
-from af3pipe.storage.parquet import ParquetFile
+from af3pipe.tables.formats import NotATable
+from af3pipe.tables.keys import Mask
+from af3pipe.tables.reader import read_file
 
 _RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
 _BATCH_ROWS = 16_384
@@ -38,7 +40,7 @@ _RECORDING_COLUMNS = (
 )
 _ANSWER_COLUMNS = (
     *("uri", "recording_id", "source_key", "answer_key", "task", "question_id", "start_s", "end_s", "segments"),
-    *("duration_s", *Levels._fields, "etag", "size_bytes", "mtime", "metadata"),
+    *("duration_s", *Levels._fields, "etag", "size_bytes", "mtime", "metadata", "created_at"),
 )
 _LETTER_COLUMNS = ("uri", "recording_id", "dead_letter_key", "run_id")
 
@@ -67,16 +69,24 @@ class ExistingRecording(NamedTuple):
     created_at: int
 
 
+class Place(NamedTuple):
+    """A Parquet file of an output."""
+
+    output: str
+    table: str
+    file: str
+
+
 class ExistingAnswer(NamedTuple):
-    """What resuming needs of an answer, and where its row is: a file, and a row's number in it."""
+    """What resuming needs of an answer, and where its row is."""
 
     uri: str
     recording_id: str
     source_key: str | None
     covered: Covered
     metadata: str
-    file: str
-    row: int
+    place: Place
+    created_at: int
 
 
 class ExistingLetter(NamedTuple):
@@ -92,42 +102,31 @@ ExistingRow = ExistingRecording | ExistingAnswer | ExistingLetter
 
 
 def read_existing(
-    table: str, info: ObjectInfo, wanted: Callable[[pa.RecordBatch], npt.NDArray[np.bool_]] | None = None
+    output: str, table: str, info: ObjectInfo, wanted: Callable[[pa.Table], Mask] | None = None
 ) -> Iterator[ExistingRow]:
     """Reads the rows of one Parquet file of an output, as far as resuming needs them.
 
     Args:
+        output: Folder of the tables.
         table: That the file is of.
-        info: The file.
-        wanted: Which rows of a batch with the columns `uri` and `recording_id` to read; all by default.
+        info: The file, as it was listed. A compaction may have replaced it since.
+        wanted: Which rows, of some with the columns `uri` and `recording_id`, to read; all by default.
 
     Raises:
         StorageError: It cannot be read. To pass over it would be to process its recordings again.
     """
     columns, make = _READERS.get(table, (_ANSWER_COLUMNS, _answer))
+    place = Place(output, table, info.uri)
     try:
-        with storage.open_input(info.uri, size_bytes=info.size_bytes) as file:
-            parquet = ParquetFile(file)
-            names = [name for name in columns if name in parquet.schema_arrow.names]
-            first = 0
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=names):
-                rows = np.arange(first, first + len(batch))
-                first += len(batch)
-                if wanted is not None:
-                    mask = wanted(batch)
-                    if not mask.any():
-                        continue
-                    batch, rows = batch.filter(pa.array(mask)), rows[mask]
-                for number, row in zip(rows, batch.to_pylist(), strict=True):
-                    yield make(defaultdict(_none, row), info.uri, int(number))
+        for rows in read_file(output, table, info, columns):
+            kept = rows if wanted is None else rows.filter(pa.array(wanted(rows)))
+            for batch in kept.to_batches(_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    yield make(row, place)
     except Rejected as rejected:
         raise _unusable(info.uri, rejected.detail) from rejected
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise _unusable(info.uri, str(error)) from error
-
-
-def _none() -> None:
-    return None
+    except (NotATable, pa.ArrowException, OSError, AttributeError, TypeError, ValueError) as error:
+        raise _unusable(info.uri, str(error).removeprefix(info.uri).strip()) from error
 
 
 def _unusable(uri: str, why: str) -> storage.StorageError:
@@ -137,32 +136,23 @@ def _unusable(uri: str, why: str) -> storage.StorageError:
     )
 
 
-def _recording(row: Mapping[str, Any], _: str, __: int) -> ExistingRecording:
-    created: datetime = row["created_at"]
+def _recording(row: Mapping[str, Any], _: Place) -> ExistingRecording:
+    is_skip = row["terminal_state"] == TerminalState.SKIPPED_DONE.value
+    found = {name: row[name] for name in ExistingRecording._fields}
+    for name in ("answer_keys", "dead_letter_keys", "reasons"):
+        found[name] = tuple(found[name] or ())
     return ExistingRecording(
-        row["uri"],
-        row["recording_id"],
-        row["source_key"],
-        row["work_key"],
-        row["settled_state"] or row["terminal_state"],
-        tuple(row["answer_keys"] or ()),
-        tuple(row["dead_letter_keys"] or ()),
-        tuple(row["reasons"] or ()),
-        _metadata(row["metadata"]),
-        row["offset_s"] or 0.0,
-        row["channel"] or "mix",
-        row["stream"],
-        row["duration_s"],
-        row["covered_s"] or 0.0,
-        row["peak_dbfs"],
-        row["rms_dbfs"],
-        row["clipped_share"],
-        row["silent"],
-        round(created.timestamp() * 1e6),
+        **found
+        | {
+            "terminal_state": (is_skip and row["settled_state"]) or row["terminal_state"],
+            "metadata": row["metadata"] or NO_METADATA,
+            "covered_s": row["covered_s"] or 0.0,
+            "created_at": _microseconds(row["created_at"]),
+        }
     )
 
 
-def _answer(row: Mapping[str, Any], uri: str, number: int) -> ExistingAnswer:
+def _answer(row: Mapping[str, Any], place: Place) -> ExistingAnswer:
     pieces = tuple((piece["start_s"], piece["end_s"]) for piece in row["segments"] or ())
     covered = Covered(
         row["answer_key"],
@@ -172,73 +162,74 @@ def _answer(row: Mapping[str, Any], uri: str, number: int) -> ExistingAnswer:
         Levels(row["peak_dbfs"], row["rms_dbfs"], row["clipped_share"], row["silent"]),
         row["etag"] or f"{row['size_bytes']}:{_iso(row['mtime'])}",
     )
-    return ExistingAnswer(
-        row["uri"], row["recording_id"], row["source_key"], covered, _metadata(row["metadata"]), uri, number
-    )
+    metadata = row["metadata"] or NO_METADATA
+    created_at = _microseconds(row["created_at"])
+    return ExistingAnswer(row["uri"], row["recording_id"], row["source_key"], covered, metadata, place, created_at)
 
 
-def _letter(row: Mapping[str, Any], _: str, __: int) -> ExistingLetter:
+def _letter(row: Mapping[str, Any], _: Place) -> ExistingLetter:
     return ExistingLetter(row["uri"], row["recording_id"], row["dead_letter_key"], row["run_id"])
 
 
-def _metadata(value: Any) -> str:
-    """As JSON text; format 1 has a map."""
-    return value if isinstance(value, str) else to_metadata(dict(value or ()))
+def _iso(value: datetime | None) -> str | None:
+    """A modification time as `Recording` has it."""
+    return None if value is None else value.isoformat()
 
 
-def _iso(value: Any) -> str | None:
-    """A modification time as `Recording` has it; format 1 has text."""
-    return value.isoformat() if isinstance(value, datetime) else value
+def _microseconds(value: datetime) -> int:
+    return round(value.timestamp() * 1e6)
 
 
-_READERS: dict[str, tuple[Sequence[str], Callable[[Mapping[str, Any], str, int], ExistingRow]]] = {
+_READERS: dict[str, tuple[Sequence[str], Callable[[Mapping[str, Any], Place], ExistingRow]]] = {
     "recordings": (_RECORDING_COLUMNS, _recording),
     "dead_letters": (_LETTER_COLUMNS, _letter),
 }
 
 
-def read_answers(places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Answer]:
-    """Reads whole answers by file and row.
+def read_answers(wanted: Iterable[ExistingAnswer]) -> list[Answer]:
+    """Reads whole answers.
 
     Raises:
         StorageError: A file cannot be read.
     """
-    by_file: dict[str, list[int]] = defaultdict(list)
-    for file, row in places:
-        by_file[file].append(row)
-    found: dict[tuple[str, int], Answer] = {}
-    for file, rows in by_file.items():
-        table = _answer_table(file).take(rows)
-        found.update(((file, row), _whole(columns)) for row, columns in zip(rows, table.to_pylist(), strict=True))
-    return found
+    by_place: dict[Place, list[tuple[str, str]]] = defaultdict(list)
+    for found in wanted:
+        by_place[found.place].append((found.recording_id, found.covered.answer_key))
+    answers: dict[tuple[str, str], Answer] = {}
+    for place, keys in by_place.items():
+        rows = _rows_of(place)
+        among = pa.array([key for _, key in keys], pa.string())
+        for row in rows.filter(pc.is_in(rows["answer_key"], value_set=among)).to_pylist():
+            if (row["recording_id"], row["answer_key"]) in keys:
+                answers[row["recording_id"], row["answer_key"]] = _whole(row)
+    return list(answers.values())
 
 
-@lru_cache(4)
-def _answer_table(uri: str) -> pa.Table:
+@lru_cache(2)
+def _rows_of(place: Place) -> pa.Table:
+    """A file's rows; the last ones are kept, since the next object's answers are often in the same file."""
     try:
-        with storage.open_input(uri) as file:
-            return ParquetFile(file).read()
+        info = ObjectInfo(place.file, None, None, None)
+        return pa.concat_tables(read_file(place.output, place.table, info), promote_options="default")
     except Rejected as rejected:
-        raise _unusable(uri, rejected.detail) from rejected
-    except (pa.ArrowException, OSError) as error:
-        raise _unusable(uri, str(error)) from error
+        raise _unusable(place.file, rejected.detail) from rejected
+    except (NotATable, pa.ArrowException, OSError) as error:
+        raise _unusable(place.file, str(error)) from error
 
 
 def _whole(columns: dict[str, Any]) -> Answer:
-    hints = get_type_hints(Answer)
-    found: dict[str, Any] = {name: columns.get(name) for name in Answer._fields}
-    for name, hint in hints.items():
+    found: dict[str, Any] = {name: columns[name] for name in Answer._fields}
+    for name, hint in get_type_hints(Answer).items():
         if str(hint).startswith("tuple"):
             found[name] = tuple(found[name] or ())
-    created: datetime = columns["created_at"]
     return Answer(
         **found
         | {
             "source_key": found["source_key"] or "",
             "mtime": _iso(found["mtime"]),
             "segments": tuple(TimedText(**piece) for piece in found["segments"]),
-            "metadata": _metadata(found["metadata"]),
-            "created_at": round(created.timestamp() * 1e6),
+            "metadata": found["metadata"] or NO_METADATA,
+            "created_at": _microseconds(columns["created_at"]),
         }
     )
 
@@ -270,7 +261,7 @@ class ExistingRows:
         """The row of an earlier run that has done all that is requested of a recording, and would not end otherwise.
 
         So it is when a row has the same work and metadata, all rows that it names are still there, and none of its
-        dead letters is one that the next attempt may not meet.
+        dead letters is one that the next attempt may not meet; and no newer row has other metadata.
 
         Args:
             recording: With its `work_key`.
@@ -278,12 +269,14 @@ class ExistingRows:
         """
         if not (recording.etag or recording.mtime):
             return None  # some web servers: nobody can tell whether it is what it was
+        own = [row for row in self.recordings if row.recording_id == recording.recording_id]
+        if not own or not is_same_metadata(own[0], recording.metadata):
+            return None
         answers = {found.covered.answer_key for found in self._own_answers(recording)}
-        for row in self.recordings:
+        for row in own:
             if (
-                row.recording_id == recording.recording_id
-                and row.work_key == recording.work_key
-                and is_same_metadata(row.metadata, recording.metadata)
+                row.work_key == recording.work_key
+                and is_same_metadata(row, recording.metadata)
                 and answers.issuperset(row.answer_keys)
                 and self._letters_are_final(row, retry=retry)
             ):
@@ -334,10 +327,13 @@ class ExistingRows:
         )
 
     def _own_answers(self, recording: Recording) -> Iterator[ExistingAnswer]:
+        """Of each answer to the recording the newest row, which readers see, where that has its metadata."""
+        newest: dict[str, ExistingAnswer] = {}
         for found in self.answers:
-            is_own = found.recording_id == recording.recording_id
-            if is_own and is_same_metadata(found.metadata, recording.metadata):
-                yield found
+            if found.recording_id == recording.recording_id:
+                key = found.covered.answer_key
+                newest[key] = max(newest.get(key, found), found, key=lambda answer: answer.created_at)
+        yield from (found for found in newest.values() if is_same_metadata(found, recording.metadata))
 
 
 def _is_same_source(found: ExistingAnswer, recording: Recording) -> bool:
@@ -356,9 +352,9 @@ def copy_of(answer: Answer, recording: Recording, uri: str) -> Answer:
     )
 
 
-def is_same_metadata(there: str, here: str) -> bool:
-    """Whether two `metadata` columns say the same; format 1 wrote numbers as text."""
-    return there == here or there == _as_text(here)
+def is_same_metadata(there: ExistingRecording | ExistingAnswer, here: str) -> bool:
+    """Whether a row has this metadata; format 1, whose rows have no source_key, wrote numbers as text."""
+    return there.metadata == here or (there.source_key is None and there.metadata == _as_text(here))
 
 
 def _as_text(metadata: str) -> str:

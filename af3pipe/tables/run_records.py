@@ -1,30 +1,32 @@
-"""What an audit counts: the records that runs left, and the keys of their rows."""
+"""Reads the records of the runs of an output, and the rows of each that compactions have dropped."""
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+from typing import Any
 
 from af3pipe import storage
-from af3pipe.storage import ObjectInfo
-from af3pipe.tables.latest import codes, done_compactions, each, open_compactions, read_keys
+from af3pipe.tables.compaction_record import done_compactions, open_compactions
+from af3pipe.tables.prefetch import each
 
 Counts = dict[str, Counter[str]]
-"""Rows by what the run's record calls them: `recordings` by state, `answers` by table, `dead_letters` by reason."""
+"""Numbers of rows: of `recordings` by state, of `answers` by table, of `dead_letters` by reason."""
 
 
 class Runs:
-    """What the runs left below `_runs/`: a record at their end, a marker before.
+    """The records below `_runs/`: each run writes a started file at its beginning and its record at its end.
+
+    Args:
+        output: Folder of the tables.
 
     Attributes:
         records: Of finished runs, by id.
-        started: Markers, by id.
-        unfinished: Ids of runs with a marker only.
+        started: Started files, by id.
+        unfinished: Ids of runs with a started file only.
         dropped: Rows that compactions have dropped, by run.
+
+    Raises:
+        Rejected: The store cannot be read.
+        NewerFormat: A later version of af3pipe compacted the output.
     """
 
     def __init__(self, output: str) -> None:
@@ -49,7 +51,7 @@ class Runs:
 
     @property
     def known(self) -> set[str]:
-        """All runs that left something there."""
+        """Ids of all runs that have a record or a started file."""
         return {*self.records, *self.started}
 
     def later(self, run_id: str) -> list[str]:
@@ -69,69 +71,3 @@ def _read_json(uri: str) -> dict[str, Any]:
 
 def _inputs(record: dict[str, Any]) -> Any:
     return (record.get("job") or {}).get("inputs")
-
-
-class KeyedRows(NamedTuple):
-    """The keys of one or more tables' rows.
-
-    Attributes:
-        files: That they are in, in order.
-        keys: As `read_keys` gives them; `file` counts through `files`; `category` as of `Counts`.
-        encoded: Their `identity` as a dictionary array.
-    """
-
-    files: list[ObjectInfo]
-    keys: pa.Table
-    encoded: pa.DictionaryArray
-
-    @classmethod
-    def of(cls, files: dict[str, list[ObjectInfo]], tables: Sequence[str], category: str | None) -> "KeyedRows":
-        infos: list[ObjectInfo] = []
-        found = []
-        for table in tables:
-            keys = read_keys(files[table], table, [category] if category else [])
-            names = keys[category] if category else pa.array([table] * len(keys), pa.string()).dictionary_encode()
-            at = keys["file"].to_numpy() + np.int32(len(infos))
-            keys = keys.select(["identity", "run_id", "created_at"]).append_column("category", names)
-            found.append(keys.append_column("file", pa.array(at)))
-            infos += files[table]
-        keys = pa.concat_tables(found).unify_dictionaries()
-        return cls(infos, keys, keys["identity"].combine_chunks().dictionary_encode())
-
-    @property
-    def identity(self) -> npt.NDArray[np.int32]:
-        """Of each row a number, the same for the same row."""
-        return codes(self.encoded)
-
-    @property
-    def run_ids(self) -> list[str]:
-        """By the number that `runs` gives."""
-        return list(self.keys["run_id"].combine_chunks().dictionary.to_pylist())
-
-    @property
-    def runs(self) -> npt.NDArray[np.int32]:
-        """Of each row, the number of its run."""
-        return codes(self.keys["run_id"])
-
-    def counts(self) -> dict[str, Counter[str]]:
-        """Rows by run and category, a run's copies of a row once."""
-        pairs = self.identity.astype(np.int64) * (len(self.run_ids) + 1) + self.runs
-        _, first = np.unique(pairs, return_index=True)
-        rows = self.keys.select(["run_id", "category"])
-        rows = rows.take(pa.array(first)) if len(first) < len(rows) else rows
-        counted = rows.group_by(["run_id", "category"]).aggregate([([], "count_all")]).to_pylist()
-        found: dict[str, Counter[str]] = defaultdict(Counter)
-        for row in counted:
-            found[row["run_id"]][row["category"]] = row["count_all"]
-        return found
-
-    def shown(self, row: int) -> str:
-        """A row's identity, for people."""
-        return str(self.keys["identity"][row].as_py()).replace("\0", " ")
-
-    def where(self, rows: npt.NDArray[np.int64], most: int = 3) -> str:
-        """Which runs and files some rows are of."""
-        numbers = dict.fromkeys(self.keys["file"].take(pa.array(rows[:most])).to_pylist())
-        runs = dict.fromkeys(self.keys["run_id"].take(pa.array(rows[:most])).to_pylist())
-        names = ", ".join(storage.name(self.files[number].uri) for number in numbers)
-        return f"runs {', '.join(runs)}; files {names}"

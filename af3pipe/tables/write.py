@@ -23,7 +23,8 @@ from af3pipe.schemas import (
     RecordingResult,
     RecordingRow,
 )
-from af3pipe.tables.layout import FORMAT, FORMAT_KEY, TABLE_SCHEMAS, partition_folder
+from af3pipe.tables.formats import with_format
+from af3pipe.tables.layout import TABLE_SCHEMAS, partition_folder
 
 ROWS_PER_FILE = 50_000
 _WRITERS = 8
@@ -81,11 +82,6 @@ def to_table(rows: Iterable[Any], schema: pa.Schema) -> pa.Table:
         pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: A value does not fit its column.
     """
     return pa.Table.from_pylist([_columns(row) for row in rows], schema=with_format(schema))
-
-
-def with_format(schema: pa.Schema) -> pa.Schema:
-    """The schema with the version of the tables' columns, which goes into the footer of a Parquet file."""
-    return schema.with_metadata({**(schema.metadata or {}), FORMAT_KEY: str(FORMAT).encode()})
 
 
 def _columns(row: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import apache_beam as beam
 
 from af3pipe import storage
-from af3pipe.audio.decode import OpenDecoding, open_decoding
+from af3pipe.audio.decoding import OpenDecoding, open_in_process
 from af3pipe.audio.guard import DEFAULT_LIMITS, IS_SUPPORTED, acquire_decoders, check_limits, release_decoders
 from af3pipe.audio.guarded import DecoderLimits
 from af3pipe.audio.levels import FLOOR_DBFS, SILENT_BELOW_DBFS
@@ -44,7 +44,7 @@ def open_segments(
     over_length: OverLength = "dead-letter",
     split_tolerance_s: float = 0.0,
     silent_below_dbfs: float = SILENT_BELOW_DBFS,
-    open_decoding: OpenDecoding = open_decoding,
+    open_decoding: OpenDecoding = open_in_process,
 ) -> Iterator[Segment]:
     """Opens a recording and decodes it, front to back, into segments: what DecodeAudio does, without Beam.
 
@@ -128,7 +128,7 @@ class Decoder(SentByLauncher):
         set_storage(self._storage_options)
         with self.telling_where():
             self._limits = open_checkpoint(self._model, self._revision).limits
-        self._open_decoding: OpenDecoding = open_decoding
+        self._open_decoding: OpenDecoding = open_in_process
         if self.guard is not None:
             self._open_decoding = acquire_decoders(self.guard).open
 
@@ -178,6 +178,8 @@ class Decoder(SentByLauncher):
                     silent_below_dbfs=self._silent_below_dbfs,
                     open_decoding=self._open_decoding,
                 ):
+                    if isinstance(part, Rejected) and part.reason is Reason.CHANGED:
+                        raise part
                     if not isinstance(part, Segment) or part.is_last:
                         ended.add(index)
                     yield index, part

@@ -120,7 +120,8 @@ def to_dead_letter(
     if segment is not None:
         decoder = decoder or segment.info.decoder
         position_s = segment.start_s if position_s is None else position_s
-    input_json = redact(_input_json(recording, segment, tasks))
+    recording = recording._replace(metadata=_redact_metadata(recording.metadata))
+    input_json = _input_json(recording, segment, tasks)
     key = dead_letter_key(recording.recording_id, stage, reason, input_json)
     return DeadLetter(
         recording_id=recording.recording_id,
@@ -138,7 +139,7 @@ def to_dead_letter(
         dead_letter_key=key,
         run_id=dict(recording.existing.dead_letters).get(key, ""),
         created_at=now_us(),
-        metadata=redact(recording.metadata) if recording.metadata != NO_METADATA else NO_METADATA,
+        metadata=recording.metadata,
     )
 
 
@@ -148,14 +149,38 @@ def public_uri(recording: Recording) -> str:
 
 
 def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task, ...]) -> str:
-    """All that it takes to try again, readable without this package."""
+    """All that it takes to try again, readable without this package; secrets are masked."""
     found: dict[str, Any] = {"recording": plain(recording)}
     del found["recording"]["work_key"], found["recording"]["existing"]  # they follow from the run, not from the input
     if segment is not None:
         found["segment"] = {"index": segment.segment_index, "start_s": segment.start_s, "end_s": segment.end_s}
     if tasks:
         found["tasks"] = [plain(task) for task in tasks]
-    return json.dumps(found, ensure_ascii=False)
+    masked = _redacted(found)
+    masked["recording"]["metadata"] = recording.metadata  # as it is: JSON text, redacted before
+    return json.dumps(masked, ensure_ascii=False)
+
+
+def _redact_metadata(metadata: str) -> str:
+    if metadata == NO_METADATA:
+        return metadata
+    columns = json.loads(metadata)
+    masked = _redacted(columns)
+    return metadata if masked == columns else to_metadata(masked)
+
+
+def _redacted(value: Any, name: str = "") -> Any:
+    """Redacts each text in a JSON-like value; done on JSON text, a mask could take quotes and brackets along."""
+    if isinstance(value, dict):
+        return {redact(key): _redacted(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item, name) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    begin = f"{name}="  # by some names the value is a secret
+    shown = f"{begin}{value}"
+    masked = redact(shown)
+    return value if masked == shown else masked.removeprefix(begin)
 
 
 def recording_of(input_json: str) -> Recording:

@@ -16,6 +16,7 @@ from af3pipe.tables.existing import (
     ExistingLetter,
     ExistingRecording,
     ExistingRows,
+    Place,
     copy_of,
     read_answers,
 )
@@ -33,7 +34,7 @@ STAT_THREADS = 32
 FOUND = "found"
 SKIPPED = "skipped"
 
-for _row_class in (ExistingRecording, ExistingAnswer, ExistingLetter):
+for _row_class in (ExistingRecording, ExistingAnswer, ExistingLetter, Place):
     registry.register_coder(_row_class, RowTupleCoder)
 
 
@@ -128,8 +129,7 @@ def plan_object(
                     ready.append(repeated_result(recording, done))
                 continue
             recording, answers = existing.of(recording)
-            places = read_answers((answer.file, answer.row) for answer in answers)
-            copies += [copy_of(answer, recording, public_uri(recording)) for answer in places.values()]
+            copies += [copy_of(answer, recording, public_uri(recording)) for answer in read_answers(answers)]
         wanted.append(recording)
         if own:
             by_id[recording.recording_id] = {letter.dead_letter_key: letter for letter in own}

@@ -1,6 +1,5 @@
 """Reads what earlier runs wrote into the output, for a pipeline that leaves it out: in bulk, or beside a stream."""
 
-import logging
 import pickle
 import sqlite3
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 
 from af3pipe import storage
-from af3pipe.schemas import AudioObject, DeadLetter, Reason, Recording, Rejected
+from af3pipe.schemas import AudioObject, DeadLetter, Recording
 from af3pipe.storage import ObjectInfo
 from af3pipe.tables.existing import (
     ExistingLetter,
@@ -22,8 +21,8 @@ from af3pipe.tables.existing import (
     ExistingRows,
     read_existing,
 )
-from af3pipe.tables.latest import table_files
 from af3pipe.tables.layout import is_file_of
+from af3pipe.tables.reader import table_files
 from af3pipe.transforms import metrics
 from af3pipe.transforms.ask import Asker
 from af3pipe.transforms.decode import Decoder
@@ -34,32 +33,6 @@ from af3pipe.transforms.plan import SKIPPED, WorkKeys, plan_object, stat_object
 from af3pipe.transforms.stores import set_storage
 
 _File = tuple[str, ObjectInfo]
-_log = logging.getLogger(__name__)
-
-
-def is_gone(error: storage.StorageError) -> bool:
-    """Whether a file was not there any more: a compaction has put its rows into another one."""
-    return isinstance(error.__cause__, Rejected) and error.__cause__.reason is Reason.NOT_FOUND
-
-
-def existing_rows(output: str) -> Iterator[ExistingRow]:
-    """Reads all rows of an output, as far as resuming needs them.
-
-    Raises:
-        StorageError, Rejected: It cannot be listed; one of its files cannot be used.
-    """
-    done: set[str] = set()
-    for attempts_left in reversed(range(3)):
-        try:
-            for table, infos in table_files(output).items():
-                for info in infos:
-                    if info.uri not in done:
-                        yield from read_existing(table, info)
-                        done.add(info.uri)
-            return
-        except storage.StorageError as error:
-            if not is_gone(error) or not attempts_left:  # what is read twice does no harm
-                raise
 
 
 class _FilesDoFn(beam.DoFn):
@@ -80,7 +53,7 @@ class _FilesDoFn(beam.DoFn):
 
 
 class _RowsDoFn(beam.DoFn):
-    """(table, file) to its rows; to those of what a compaction has made of it meanwhile."""
+    """(table, file) to its rows."""
 
     def __init__(self, output: str, storage_options: storage.StorageOptions) -> None:
         self._output = output
@@ -90,16 +63,7 @@ class _RowsDoFn(beam.DoFn):
         set_storage(self._storage_options)
 
     def process(self, file: _File) -> Iterator[ExistingRow]:
-        table, info = file
-        try:
-            yield from read_existing(table, info)
-        except storage.StorageError as error:
-            if not is_gone(error):
-                raise
-            _log.warning("%s was replaced by a compaction; what that wrote is read instead", info.uri)
-            for other in table_files(self._output)[table]:
-                if storage.name(other.uri).startswith("compacted-"):
-                    yield from read_existing(table, other)
+        return read_existing(self._output, *file)
 
 
 class ReadExisting(beam.PTransform):
@@ -141,7 +105,9 @@ class _ExistingIndex:
             "INSERT INTO rows VALUES (?, ?, ?)",
             (
                 (row.uri, row.recording_id if isinstance(row, ExistingRecording) else None, pickle.dumps(row))
-                for row in existing_rows(output)
+                for table, infos in table_files(output).items()
+                for info in infos
+                for row in read_existing(output, table, info)
             ),
         )
         self._rows.execute("CREATE INDEX by_uri ON rows (uri)")

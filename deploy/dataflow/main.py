@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from af3pipe.models.engine import ModelError
-from af3pipe.pipelines.job import JobConfig, JobError, make_job, split_beam_flags
+from af3pipe.pipelines.beam_flags import split_beam_flags
+from af3pipe.pipelines.job import JobConfig, JobError, make_job
 from af3pipe.pipelines.submit import submit
 from af3pipe.schemas import Rejected
 from af3pipe.storage import StorageError

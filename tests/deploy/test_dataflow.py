@@ -18,7 +18,9 @@ from google.cloud.dataflow_v1beta3 import TemplateMetadata
 from google.protobuf.json_format import ParseDict
 from packaging.requirements import Requirement
 
-from af3pipe.pipelines.job import JobConfig, JobError, load_job_values, make_job, split_beam_flags
+from af3pipe.pipelines.beam_flags import split_beam_flags
+from af3pipe.pipelines.job import JobConfig, JobError, make_job
+from af3pipe.pipelines.job_file import load_job_values
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "dataflow"

@@ -12,7 +12,9 @@ import jsonschema
 import pytest
 import yaml
 
-from af3pipe.pipelines.job import beam_options, load_job_values, make_job, split_beam_flags
+from af3pipe.pipelines.beam_flags import beam_options, split_beam_flags
+from af3pipe.pipelines.job import make_job
+from af3pipe.pipelines.job_file import load_job_values
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -184,6 +186,7 @@ def test_the_run_is_one():
     command, path, *rest = container("Job/af3pipe-run")["args"]
     assert (command, Path(path).name) == ("run", "job.yaml")
     inputs, flags = split_beam_flags(rest)
+    assert f"--flink_master={CLUSTER['metadata']['name']}-rest:8081" in flags  # to cancel the job there
     job = make_job(load_job_values(str(FOLDER / "job.yaml")))
     options = beam_options(job, flags).get_all_options()
     assert not inputs

@@ -10,7 +10,8 @@ import pytest
 
 from af3pipe.models import ModelError, open_checkpoint
 from af3pipe.pipelines import batch
-from af3pipe.pipelines.job import JobError, beam_options, make_job
+from af3pipe.pipelines.beam_flags import beam_options
+from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.schemas import Reason, Recording, Rejected
 from af3pipe.transforms.decode import open_segments
 from af3pipe.transforms.inputs.read import list_recordings

@@ -13,11 +13,11 @@ import soundfile
 from typer.testing import CliRunner
 
 from af3pipe.cli import app
-from af3pipe.pipelines import submit as submitting
 from af3pipe.pipelines.batch import RunFailed
 from af3pipe.pipelines.handover import found_uri
 from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.pipelines.submit import finish, submit
+from af3pipe.runners.local import Local
 from af3pipe.tables.run_record import record_uri, unfinished_runs
 from tests.integration.servers import store_server, using
 
@@ -116,7 +116,7 @@ def values(tmp_path):
 @pytest.mark.slow
 def test_a_job_that_was_left_is_counted_when_it_is_done(values, job_service):
     run_id = submit(make_job(values | {"device": "cpu"}), job_service)
-    with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not come far enough)"):
+    with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not written enough)"):
         finish(values["output"], run_id)
     _, report = finish_when_it_is_done(values["output"], run_id)
     look_at_finished(values["output"], report, "PortableRunner")
@@ -124,14 +124,14 @@ def test_a_job_that_was_left_is_counted_when_it_is_done(values, job_service):
 
 def test_what_a_job_that_was_left_wrote_is_counted_once_it_is_all_there(values, engines, monkeypatch):
     """As above, but for the runner: the one of this process waits for the job's end, so part of it is taken away."""
-    monkeypatch.setattr(submitting, "is_in_process", lambda options: False)
+    monkeypatch.setattr(Local, "is_in_process", False)
     output = values["output"]
     run_id = submit(make_job(values | {"engine": "constant", "decode_guard": False}))
     (started,) = unfinished_runs(output)
     assert started["run_id"] == run_id
     for part in (found_uri(output, run_id), *map(str, Path(output, "recordings").iterdir())):
         Path(part).rename(f"{part}.away")
-        with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not come far enough)"):
+        with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not written enough)"):
             finish(output, run_id)
         Path(f"{part}.away").rename(part)
     _, report = finish(output, run_id)
@@ -146,11 +146,11 @@ def look_at_finished(output, report, runner):
     assert report.verified.requests == 1
     assert list(unfinished_runs(output)) == []
     assert [path.name for path in Path(output, "_runs").iterdir()] == [f"{run_id}.json"]
-    with pytest.raises(JobError, match=f"has no run {run_id} to be finished"):
+    with pytest.raises(JobError, match=f"has no unfinished run {run_id}"):
         finish(output, run_id)
     told = CliRunner().invoke(app, ["finish", output, run_id])
     assert told.exit_code == 2
-    assert f"has no run {run_id} to be finished" in told.output
+    assert f"has no unfinished run {run_id}" in told.output
 
 
 def test_a_job_is_not_left_with_a_runner_that_ends_with_the_program(tmp_path):

@@ -229,11 +229,11 @@ def test_a_run_that_is_interrupted_ends_at_the_cluster_and_keeps_what_it_has_ans
     with subprocess.Popen(run, stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: len(written(store, "interrupted")) > 8 or process.poll() is not None, "rows", 240)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             _, told = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130, told
+    assert process.returncode == 143, told
     assert "Traceback" not in told
     wait_until(lambda: cluster.jobs()[0]["state"] == "CANCELED", "the job to be cancelled at the cluster")
     done = written(store, "interrupted")

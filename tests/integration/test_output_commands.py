@@ -12,7 +12,8 @@ from af3pipe import cli
 from af3pipe.pipelines.audit import audit
 from af3pipe.tables import write
 from af3pipe.tables.compact import compact, recover
-from af3pipe.tables.latest import latest, open_compactions
+from af3pipe.tables.compaction_record import open_compactions
+from af3pipe.tables.latest import latest
 from af3pipe.transforms.inputs.read import list_recordings
 from tests import fixtures_audio as make
 from tests import outputs
@@ -52,7 +53,7 @@ def test_a_real_run_is_right(ran):
     assert "Rows: 2 in captions/, 2 in transcripts/, 3 in recordings/, 1 in dead_letters/, in 4 files" in done.output
     assert "Recordings now: 3 = 1 dead_letter, 2 ok" in done.output
     assert "Recordings in the input: 3" in done.output
-    assert "All is right." in done.output
+    assert "The output is consistent." in done.output
     assert all(path.parent.name.startswith("date=20") for path in (ran / "out").rglob("*.parquet"))
 
 
@@ -77,11 +78,36 @@ def test_what_is_wrong_is_said_with_what_to_do(tmp_path):
     assert {problem["kind"] for problem in report["problems"]} == {"missing", "miscounted"}
 
 
-def test_nothing_to_audit_compact_or_export(tmp_path):
-    done = command("audit", tmp_path / "nowhere")
-    assert done.exit_code == 2
-    assert "no tables and no runs" in done.output
-    assert command("export", tmp_path / "nowhere", tmp_path).exit_code == 2
+COMMANDS = {
+    "audit": [],
+    "compact": [],
+    "export": ["TARGET"],
+    "redrive": [],
+    "finish": ["20260102T030405Z-abcdef"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "other files", "bucket", "empty bucket"])
+def test_what_is_no_output_is_refused_and_left_as_it_is(name, kind, tmp_path, s3):
+    output = tmp_path / "out"
+    if kind in ("empty", "other files"):
+        output.mkdir()
+    if kind == "file":
+        output.write_text("notes")
+    if kind == "other files":
+        (output / "captions").mkdir()
+        (output / "captions" / "a.txt").write_text("mine")
+    uri = {"bucket": "s3://no-such-bucket/out", "empty bucket": "s3://labels/none"}.get(kind, str(output))
+    before = sorted(map(str, tmp_path.rglob("*"))), s3.find("labels")
+    done = command(name, uri, *(str(tmp_path / "clean") if more == "TARGET" else more for more in COMMANDS[name]))
+    assert done.exit_code == 2, done.output
+    assert f"{uri} has no tables and no runs of af3pipe" in done.output.replace("\n", "")
+    assert "Traceback" not in done.output
+    assert (sorted(map(str, tmp_path.rglob("*"))), s3.find("labels")) == before
+
+
+def test_an_unknown_table_is_refused(tmp_path):
     assert command("export", tmp_path, tmp_path, "--table", "caption").exit_code == 2
 
 
@@ -91,8 +117,8 @@ def test_compact_says_what_it_did(tmp_path):
     done = command("compact", tmp_path, "--latest")
     assert done.exit_code == 0, done.output
     assert "12 files are now 2, with 40 rows" in done.output
-    assert "20 rows were there twice and are dropped" in done.output
-    assert "20 rows held no longer" in done.output
+    assert "20 duplicate rows were deleted" in done.output
+    assert "20 superseded rows were deleted" in done.output
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from af3pipe.pipelines.audit import audit
 from af3pipe.tables.latest import latest
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
+from tests.outputs import FIRST, write_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("engines")]
 FINE = make.wav(make.sound(1, 16000), 16000)
@@ -138,7 +139,7 @@ def test_a_row_that_was_corrected_is_read_from_the_manifest_again(again):
         (["--set", "over_length"], "it must be KEY=VALUE"),
         (["--set", "over_lenght=split"], "did you mean 'over_length'?"),
         (["--set", "over_length=cut"], "over_length is 'cut'"),
-        (["another"], "redrive takes one OUT; what is another?"),
+        (["another"], "redrive takes one OUT, not also another"),
     ],
 )
 def test_what_cannot_be_redriven_says_why(once, arguments, said):
@@ -151,9 +152,9 @@ def test_runs_that_were_asked_the_same_are_one_run_again(again, model):
     archive, output = again
     (archive / "other.wav").write_text("no audio either")
     asked = ("--model", model, "--engine", "constant", "--no-decode-guard")
-    assert run("run", archive / "other.wav", "--output", output, *asked).exit_code == 0
+    assert run("run", archive / "other.wav", "--output", output, *asked).exit_code == 4
     done = run("redrive", output, "--reason", "unsupported_format", "--stage", "probe")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 4, done.output  # they fail again
     assert "2 found = 2 dead_letter" in done.output
     assert len(list((output / "_runs").glob("*.json"))) == 3
 
@@ -173,6 +174,7 @@ def test_what_was_secret_has_to_be_given_again(again, tmp_path):
 
 
 def test_an_output_without_dead_letters(tmp_path):
+    write_run(tmp_path, FIRST, range(3))
     done = run("redrive", tmp_path)
     assert done.exit_code == 0
     assert "No dead letter" in done.output

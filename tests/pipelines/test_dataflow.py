@@ -22,8 +22,10 @@ from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
 from apache_beam.transforms.window import FixedWindows
 from google.protobuf.json_format import MessageToDict
 
+from af3pipe.pipelines.beam_flags import beam_options
 from af3pipe.pipelines.graph import build, build_stream
-from af3pipe.pipelines.job import beam_options, load_job_values, make_job
+from af3pipe.pipelines.job import make_job
+from af3pipe.pipelines.job_file import load_job_values
 from af3pipe.schemas import Recording, Segment
 from af3pipe.transforms import AskAudioFlamingo, DecodeAudio
 from af3pipe.transforms.decode import _DecodeDoFn

@@ -1,7 +1,10 @@
 import pytest
+import yaml
 
 from af3pipe.models import resolve
-from af3pipe.pipelines.job import JobError, beam_options, load_job_values, make_job, split_beam_flags
+from af3pipe.pipelines.beam_flags import beam_options, split_beam_flags
+from af3pipe.pipelines.job import JobError, make_job
+from af3pipe.pipelines.job_file import load_job_values, load_yaml
 from af3pipe.schemas import Decoding
 
 BASE = {"inputs": ["a.wav"], "output": "out"}
@@ -156,6 +159,40 @@ def test_job_file_that_is_none(tmp_path, text, says):
         load_job_values(str(path))
     with pytest.raises(JobError, match="cannot be read"):
         load_job_values(str(tmp_path / "none.yaml"))
+
+
+def keys_twice(depth, style):
+    """YAML in which the innermost of nested mappings has a key twice; the line of the second."""
+    if style == "flow":
+        return "inputs: [a.wav]\n" + "x: " + "{y: " * depth + "{model: a, model: b}" + "}" * depth + "\n", 2
+    lines = ["inputs: [a.wav]", *("  " * level + f"k{level}:" for level in range(depth))]
+    indent = "  " * depth
+    if style == "list":
+        lines += [f"{indent}tasks:", f"{indent}- model: a", f"{indent}  'model': b"]
+    else:
+        lines += [f"{indent}model: a", f"{indent}output: out", f'{indent}"model": b']
+    return "\n".join(lines) + "\n", len(lines)
+
+
+@pytest.mark.parametrize("style", ["block", "list", "flow"])
+@pytest.mark.parametrize("depth", range(4))
+def test_a_key_given_twice_is_an_error_that_names_key_and_line(tmp_path, depth, style):
+    text, line = keys_twice(depth, style)
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(JobError, match=rf"job.yaml: line {line}: the key 'model' is given twice, first in line \d"):
+        load_job_values(str(tmp_path / "job.yaml"))
+
+
+def test_a_key_may_replace_one_that_is_merged_in(tmp_path):
+    """Also where what is merged in merges something in itself, whatever is read first."""
+    text = "base: &b {x: 1, z: 1}\nmiddle: &m {<<: *b, x: 2}\ntop: {<<: *m, x: 3}\nsame: [{x: 1}, {x: 1}]\n"
+    (tmp_path / "job.yaml").write_text(text)
+    assert load_job_values(str(tmp_path / "job.yaml")) == yaml.safe_load(text)
+
+
+def test_a_question_has_each_key_once_on_the_command_line_too():
+    with pytest.raises(yaml.YAMLError, match="line 1: the key 'id' is given twice"):
+        load_yaml("[{question: Who, id: a, id: b}]")
 
 
 def runner(job, *flags):

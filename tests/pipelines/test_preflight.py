@@ -5,7 +5,8 @@ import pytest
 from af3pipe.models import ModelError, open_checkpoint
 from af3pipe.models.family import ADAPTER_CONFIG, adapter_revision
 from af3pipe.pipelines.batch import preflight
-from af3pipe.pipelines.job import beam_options, make_job
+from af3pipe.pipelines.beam_flags import beam_options
+from af3pipe.pipelines.job import make_job
 from af3pipe.pipelines.report import _model_record
 from tests import fixtures_audio as make
 

@@ -7,7 +7,7 @@ from apache_beam.options.pipeline_options import PrismRunnerOptions, StandardOpt
 from af3pipe.pipelines.graph import build_stream
 from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.pipelines.streaming import _check_inputs, stream_options
-from af3pipe.runners.options import FlinkOptions
+from af3pipe.runners.flink_options import FlinkOptions
 from tests import fixtures_audio as make
 from tests.fused import fuse
 
@@ -130,7 +130,7 @@ def test_other_runners_are_not_told_of_checkpoints():
 @pytest.mark.parametrize("runner", ["local", "FnApiRunner", "DirectRunner"])
 def test_a_runner_that_waits_for_the_end_is_refused(runner):
     with pytest.raises(
-        JobError, match=r"gives nothing before its input ends.* leave --runner away, which takes Prism"
+        JobError, match=r"writes nothing before its input ends.* leave --runner out, which takes Prism"
     ):
         stream_options(job_of(), [f"--runner={runner}"])
 

@@ -14,10 +14,14 @@ from apache_beam.portability.api import beam_fn_api_pb2_grpc, beam_job_api_pb2, 
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
 
 from af3pipe.pipelines import batch
-from af3pipe.pipelines.job import JobError, beam_options, make_job, split_beam_flags
-from af3pipe.runners import check as reach
-from af3pipe.runners.check import RunnerError, check_runner
-from af3pipe.runners.options import FlinkOptions, runner_name
+from af3pipe.pipelines.beam_flags import beam_options, split_beam_flags
+from af3pipe.pipelines.job import JobError, make_job
+from af3pipe.runners import flink as flink_runner
+from af3pipe.runners import job_server as servers
+from af3pipe.runners.check import check_runner
+from af3pipe.runners.flink_options import FlinkOptions
+from af3pipe.runners.names import runner_name
+from af3pipe.runners.runner import RunnerError
 from tests.integration.servers import free_port
 
 BASE = {"inputs": ["a.wav"], "output": "out", "model": "demo"}
@@ -80,8 +84,8 @@ def test_options_of_beam_may_be_written_with_dashes():
         ["a-b.wav"],
         ["--flink_master", "h:1", "--job_endpoint=h-1:2"],
     )
-    assert options("--flink-master", "h:1").view_as(FlinkRunnerOptions).flink_master == "h:1"
-    assert options(**{"flink-master": "h:1"}).view_as(FlinkRunnerOptions).flink_master == "h:1"
+    assert options("--runner=flink", "--flink-master", "h:1").view_as(FlinkRunnerOptions).flink_master == "h:1"
+    assert options(**{"runner": "flink", "flink-master": "h:1"}).view_as(FlinkRunnerOptions).flink_master == "h:1"
     with pytest.raises(JobError, match=r"--flink-mastr is neither.* did you mean --flink_master"):
         split_beam_flags(["--flink-mastr", "h:1"])
     with pytest.raises(JobError, match=r"beam.flink-mastr is neither"):
@@ -89,11 +93,13 @@ def test_options_of_beam_may_be_written_with_dashes():
 
 
 def test_flinks_own_options_are_known_and_unset_ones_have_no_value():
-    given = options("--checkpointing-interval=30000", "--max_bundle_time_millis", "500", operator_chaining=False)
+    given = options(
+        "--checkpointing-interval=30000", "--max_bundle_time_millis", "500", runner="flink", operator_chaining=False
+    )
     found = given.view_as(FlinkOptions)
     assert (found.checkpointing_interval, found.max_bundle_time_mills, found.operator_chaining) == (30000, 500, False)
     assert (found.object_reuse, found.savepoint_path, found.attached_mode) == (None, None, None)
-    switched = options("--object-reuse", attached_mode=True, faster_copy=False).view_as(FlinkOptions)
+    switched = options("--object-reuse", runner="flink", attached_mode=True, faster_copy=False).view_as(FlinkOptions)
     assert (switched.object_reuse, switched.attached_mode, switched.faster_copy) == (True, True, None)
     with pytest.raises(JobError, match=r"did you mean --checkpointing_interval"):
         split_beam_flags(["--checkpoint-interval=30000"])
@@ -104,7 +110,8 @@ def test_flinks_own_options_are_known_and_unset_ones_have_no_value():
 @pytest.fixture
 def impatient(monkeypatch):
     """Waits for what will not answer a tenth of the usual time."""
-    monkeypatch.setattr(reach, "_TIMEOUT_S", reach._TIMEOUT_S / 10)
+    for module in (servers, flink_runner):
+        monkeypatch.setattr(module, "TIMEOUT_S", module.TIMEOUT_S / 10)
 
 
 class _JobServer(beam_job_api_pb2_grpc.JobServiceServicer):
@@ -300,6 +307,73 @@ def test_a_pool_beside_task_managers_elsewhere_is_not_looked_for_here(java, capl
         elsewhere = master.replace("127.0.0.1", "0.0.0.0")  # this machine, but by no name of loopback
         check_runner(options("--runner=flink", f"--flink-master={elsewhere}", "--flink-version=1.19", *external))
     assert caplog.text == ""
+
+
+OWN_FLAGS = {
+    "--dry-run=true": ("dataflow",),
+    "--region=r": ("dataflow",),
+    "--temp-location=gs://b/t": ("dataflow",),
+    "--num-workers=3": ("dataflow",),
+    "--flink-master=h:8081": ("flink", "portable"),
+    "--checkpointing-interval=500": ("flink", "portable"),
+    "--object-reuse": ("flink", "portable"),
+    "--max-bundle-time-millis=5": ("flink", "portable"),
+    "--job-endpoint=h:1": ("flink", "portable", "prism", "spark"),
+    "--environment-type=LOOPBACK": ("flink", "portable", "prism", "spark"),
+    "--prism-location=/opt/prism": ("prism",),
+    "--direct-num-workers=2": ("local",),
+    "--direct-running-mode=multi_processing": ("local",),
+    "--spark-version=3": ("spark",),
+    "--sdk-container-image=i": ("dataflow", "flink", "portable", "prism", "spark"),
+}
+FOR_ALL = ["--job-name=n", "--experiments=e", "--save-main-session", "--sdk-harness-log-level-overrides={}"]
+
+
+@pytest.mark.parametrize("runner", ["local", "DirectRunner", "flink", "portable", "prism", "dataflow", "spark"])
+@pytest.mark.parametrize("flag", [*OWN_FLAGS, *FOR_ALL])
+def test_an_option_of_another_runner_is_refused(flag, runner):
+    """On the command line and as a key of the job; the message names the option and the runner that reads it."""
+    readers = OWN_FLAGS.get(flag)
+    name, _, value = flag[2:].partition("=")
+    as_key = {"runner": runner, name: value or True}
+    if readers is None or ("local" if runner == "DirectRunner" else runner) in readers:
+        options(f"--runner={runner}", flag)
+        options(**as_key)
+        return
+    says = rf"is an option of the {readers[0]}\b.* runner, which the .* runner ignores: .* add --runner {readers[0]}"
+    with pytest.raises(JobError, match=f"^--{name.replace('-', '_')} {says}"):
+        options(f"--runner={runner}", flag)
+    with pytest.raises(JobError, match=f"^beam.{name} {says}"):
+        options(**as_key)
+
+
+def test_each_option_of_another_runner_is_named():
+    with pytest.raises(JobError) as error:
+        options("--dry_run=true", "--flink_master=h:1")
+    assert [line.split()[0] for line in str(error.value).splitlines()] == ["--dry_run", "--flink_master"]
+
+
+def test_a_flag_that_changes_the_runner_leaves_out_what_only_the_jobs_runner_reads(caplog):
+    of_dataflow = {"runner": "dataflow", "project": "p", "region": "r", "job_name": "mine"}
+    found = options("--runner=local", **of_dataflow).get_all_options()
+    assert (found["runner"], found["project"], found["region"], found["job_name"]) == (
+        "FnApiRunner",
+        None,
+        None,
+        "mine",
+    )
+    assert "the local runner ignores it: beam.project, beam.region" in caplog.text
+    assert options(**of_dataflow).get_all_options()["project"] == "p"
+
+
+def test_what_is_not_set_belongs_to_no_runner():
+    options(dry_run=False, flink_master=None)
+    with pytest.raises(JobError, match=r"^beam.operator_chaining"):
+        options(operator_chaining=False)  # on by default, so that this sets it
+
+
+def test_a_runner_of_ones_own_may_read_any_option():
+    options("--runner=apache_beam.runners.direct.direct_runner.DirectRunner", "--dry-run=true", "--flink-master=h:1")
 
 
 def test_dataflow_says_what_it_needs(monkeypatch, tmp_path):

@@ -121,7 +121,7 @@ def test_rows_of_a_killed_run_are_no_orphans_but_ask_for_another_run(output):
     (problem,) = report.problems
     assert problem.kind == "unfinished"
     assert "if it is still running, wait" in problem.advice
-    assert any(f"1 answers left by run {SECOND}" in note for note in report.notes)
+    assert any(f"1 answers were written by run {SECOND}, which did not finish" in note for note in report.notes)
     write_run(output, THIRD, [99], later_s=60)
     assert not found(output).keys() - {"duplicate"}  # here the third wrote the row again; a real one takes it over
 
@@ -191,7 +191,7 @@ def test_history_that_lost_its_rows_is_no_error(output):
     assert run_of == {True, False}
     report = audit(str(output))
     assert report.right, report.problems
-    assert any("once held" in note for note in report.notes)
+    assert any("that only older rows of recordings/ name have no row" in note for note in report.notes)
 
 
 def test_no_output_is_said_so(tmp_path):
@@ -235,8 +235,8 @@ def test_new_changed_and_gone_recordings_are_told(archive):
     (archive / "c.wav").unlink()
     report = audit(str(archive.parent / "out"), [str(archive)])
     problems = {problem.kind: problem for problem in report.problems}
-    assert set(problems) == {"never_settled", "changed"}
-    assert (problems["never_settled"].number, problems["never_settled"].example) == (1, str(archive / "d.wav"))
+    assert set(problems) == {"never_processed", "changed"}
+    assert (problems["never_processed"].number, problems["never_processed"].example) == (1, str(archive / "d.wav"))
     assert (problems["changed"].number, problems["changed"].example) == (1, str(archive / "b.wav"))
     assert any(
         f"1 recordings are not in the input any more, for example {archive / 'c.wav'}" in n for n in report.notes
@@ -258,7 +258,7 @@ def test_a_manifest_without_sizes_says_nothing_of_changes(archive, tmp_path):
     manifest = tmp_path / "list.csv"
     manifest.write_text("uri\n" + "".join(f"{archive / name}\n" for name in ("a.wav", "b.wav", "b.wav", "d.wav")))
     report = audit(str(archive.parent / "out"), [str(manifest)])
-    assert [problem.kind for problem in report.problems] == ["never_settled"]
+    assert [problem.kind for problem in report.problems] == ["never_processed"]
     assert report.listed == 3
 
 

@@ -1,6 +1,5 @@
 import functools
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -20,7 +19,10 @@ from af3pipe.storage.parquet import ParquetFile
 from af3pipe.tables import compact as module
 from af3pipe.tables import write
 from af3pipe.tables.compact import CompactError, compact, recover
-from af3pipe.tables.latest import Compaction, latest, open_compactions
+from af3pipe.tables.compaction_record import Compaction, open_compactions
+from af3pipe.tables.formats import FORMAT_KEY, SCHEMAS
+from af3pipe.tables.latest import latest
+from af3pipe.tables.reader import possible_runs, read_batches
 from tests import outputs
 from tests.kills import killed_after
 from tests.outputs import FIRST, SECOND, THIRD, write_run
@@ -43,17 +45,27 @@ def holding(output):
     return {table: sorted(map(repr, view.read(table).to_pylist())) for table in TABLES}
 
 
+def history(output):
+    """All rows that there are, every column of them."""
+    return {
+        table: sorted(
+            repr(row) for rows in read_batches(str(output), table, SCHEMAS[table].names) for row in rows.to_pylist()
+        )
+        for table in TABLES
+    }
+
+
 def files(output, table):
     return sorted((output / table).rglob("*.parquet"))
 
 
 def test_many_files_become_one_and_every_row_stays(output):
     before = holding(output)
-    rows = {table: sorted(map(repr, read_table(output / table).to_pylist())) for table in TABLES}
+    rows = history(output)
     done = compact(str(output))
     assert (done.files_before, done.files_after) == (7 + 1 + 8 + 1 + 2, 3)
     assert {table: len(files(output, table)) for table in TABLES} == dict.fromkeys(TABLES, 1)
-    assert {table: sorted(map(repr, read_table(output / table).to_pylist())) for table in TABLES} == rows
+    assert history(output) == rows
     assert holding(output) == before
     assert audit(str(output)).right
     assert not [path for path in output.rglob("*") if path.name.startswith(".")]
@@ -65,7 +77,9 @@ def test_rows_are_sorted_by_recording_and_the_schema_is_the_same(output):
         (path,) = files(output, table)
         ids = read_table(path)["recording_id"].to_pylist()
         assert ids == sorted(ids)
-    assert pq.read_schema(files(output, "captions")[0]).equals(ANSWER_SCHEMA)
+    schema = pq.read_schema(files(output, "captions")[0])
+    assert schema.equals(SCHEMAS["captions"])
+    assert schema.metadata[FORMAT_KEY] == b"2"
     assert pq.read_metadata(files(output, "captions")[0]).row_group(0).column(0).compression == "ZSTD"
 
 
@@ -75,7 +89,9 @@ def test_row_groups_and_files_are_cut_as_asked_and_nothing_is_lost(tmp_path, mon
     largest = max(path.stat().st_size for path in files(tmp_path, "captions"))
     monkeypatch.setattr("af3pipe.tables.sort.ROWS_PER_GROUP", 40)
     work = module._Compaction
-    monkeypatch.setattr(module, "_Compaction", lambda output, record, _: work(output, record, 3 * largest))
+    monkeypatch.setattr(
+        module, "_Compaction", lambda output, record, _, beat: work(output, record, 3 * largest, beat)
+    )
     compact(str(tmp_path))
     found = [ParquetFile(path) for path in files(tmp_path, "captions")]
     assert 1 < len(found) < 10
@@ -242,16 +258,20 @@ def test_killed_after_any_write_or_delete_no_row_is_lost_or_double(tmp_path):
 
 def test_a_second_compaction_refuses_while_the_first_writes(output):
     other = Compaction("20260101T000000Z-ffffff", "writing", time.time() - 120, "elsewhere", 77)
-    storage.write_atomic(other.uri(str(output)), json.dumps(other._asdict() | {"dropped": {}}).encode())
-    with pytest.raises(CompactError, match=r"by process 77 on elsewhere, which last wrote 2 min ago.* 60 min"):
+    other.write(str(output))
+    two_minutes_ago = time.time() - 120
+    os.utime(other.uri(str(output)), (two_minutes_ago, two_minutes_ago))
+    with pytest.raises(
+        CompactError, match=r"by process 77 on elsewhere, which was last seen alive 2 min ago.* 60 min"
+    ):
         compact(str(output))
     assert [found.compaction_id for found in open_compactions(str(output))] == [other.compaction_id]
-    assert compact(str(output), killed_after_s=60).recovered == 1
+    assert compact(str(output), dead_after_s=60).recovered == 1
 
 
 def test_one_of_this_machine_whose_process_lives_is_waited_for(output):
     other = Compaction("20260101T000000Z-ffffff", "writing", time.time(), socket.gethostname(), os.getpid())
-    storage.write_atomic(other.uri(str(output)), json.dumps(other._asdict() | {"dropped": {}}).encode())
+    other.write(str(output))
     assert recover(str(output)) == []
 
 
@@ -261,10 +281,10 @@ def test_a_compaction_that_was_taken_for_killed_gives_up(output, monkeypatch):
 
     def put_and_be_undone(self, *args):
         put(self, *args)
-        assert recover(str(output), killed_after_s=0.0)
+        assert recover(str(output), dead_after_s=0.0)
 
     monkeypatch.setattr(module._Compaction, "_put", put_and_be_undone)
-    with pytest.raises(CompactError, match="took this compaction for killed"):
+    with pytest.raises(CompactError, match="took this compaction for dead"):
         compact(str(output))
     monkeypatch.undo()
     assert holding(output) == before
@@ -295,6 +315,6 @@ def test_leftovers_of_killed_writes_go_when_they_are_a_day_old(output):
 
 def test_a_file_is_of_its_run_whatever_pane_it_is():
     run = "20261121T222051Z-9accc5"
-    assert module._run_of(f"s3://out/captions/{run}-0c97898e53d72a52.parquet") == run
-    assert module._run_of(f"s3://out/captions/{run}-20261121T094000Z-0c97898e53d72a52.parquet") == run
-    assert module._run_of("s3://out/captions/compacted-1-0c97898e53d72a52.parquet") is None
+    assert possible_runs(f"s3://out/captions/{run}-0c97898e53d72a52.parquet") == (run,)
+    assert run in possible_runs(f"s3://out/captions/{run}-20261121T094000Z-0c97898e53d72a52.parquet")
+    assert possible_runs("s3://out/captions/compacted-1-0c97898e53d72a52.parquet") == ()

@@ -62,13 +62,13 @@ def test_an_answer_holds_for_its_own_recording_only(tmp_path):
 def test_large_files_are_read_in_pieces(tmp_path, monkeypatch):
     write_run(tmp_path, FIRST, range(50), in_files_of=50)
     whole = texts(tmp_path)
-    monkeypatch.setattr("af3pipe.tables.latest._SMALL_BYTES", 0)
+    monkeypatch.setattr("af3pipe.tables.reader._SMALL_BYTES", 0)
     assert texts(tmp_path) == whole
 
 
 def test_keys_that_come_in_many_pieces_meet_their_rows(tmp_path, monkeypatch):
     write_run(tmp_path, FIRST, range(50), broken=range(50, 60))
-    monkeypatch.setattr("af3pipe.tables.latest._KEYS_AT_ONCE", 8)
+    monkeypatch.setattr("af3pipe.tables.keys._KEYS_AT_ONCE", 8)
     assert len(texts(tmp_path)) == 50
 
 

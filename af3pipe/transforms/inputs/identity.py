@@ -41,7 +41,13 @@ def check_id(
             yield _clash(found, f"an earlier run into this output gave it to {where}")
         return
     if earlier is not None:
-        mentions.sort(key=lambda found: is_other_source(earlier, found))  # that one keeps its id
+        # The one that has the id keeps it, whatever comes later.
+        mentions.sort(
+            key=lambda found: (
+                is_other_source(earlier, found),
+                not is_same_metadata(earlier, found.metadata),
+            )
+        )
     first = mentions[0]
     for found in mentions:
         if found.source_key != first.source_key:
@@ -97,21 +103,31 @@ def name_recordings(
         if bare and len(unnamed) > 1 and not any(found.questions for found in bare):
             del groups[source, NO_METADATA]
             unnamed.remove(NO_METADATA)
-        earlier = [row for row in existing if (row.source_key or row.recording_id) == source]
+        ids = _ids_for(source, unnamed, existing)
         for (recording_id, metadata), group in groups.items():
-            own_id = recording_id
-            if recording_id == source:
-                own_id = _id_for(source, metadata, earlier, is_only=len(unnamed) == 1)
+            own_id = ids[metadata] if recording_id == source else recording_id
             yield from _merged([found._replace(recording_id=own_id) for found in group])
 
 
-def _id_for(source: str, metadata: str, earlier: Sequence[ExistingRecording], *, is_only: bool) -> str:
-    """Of a recording without an id of its own: the same in every run, however many others there are of its audio."""
-    with_metadata = _hash(source, metadata)
-    for row in earlier:
-        if row.recording_id in (source, with_metadata) and is_same_metadata(row.metadata, metadata):
-            return row.recording_id
-    return source if is_only else with_metadata
+def _ids_for(source: str, unnamed: Sequence[str], existing: Sequence[ExistingRecording]) -> dict[str, str]:
+    """Ids of recordings without one of their own, by metadata: the same in every run, whatever others there are.
+
+    One of them has the `source_key` itself: that which an earlier run gave it to, else the only one there is.
+    """
+    with_metadata = {metadata: _hash(source, metadata) for metadata in unnamed}
+    newest: dict[str, ExistingRecording] = {}
+    for row in existing:
+        if (row.source_key or row.recording_id) == source:
+            known = newest.setdefault(row.recording_id, row)
+            newest[row.recording_id] = max(known, row, key=lambda found: found.created_at)
+    unknown = [metadata for metadata in unnamed if with_metadata[metadata] not in newest]
+    holders = unknown if len(unnamed) == 1 else []
+    if source in newest:
+        there = newest[source]
+        # What format 1 wrote as text may be one of two: that which is text still.
+        same = sorted((one for one in unknown if is_same_metadata(there, one)), key=lambda one: one != there.metadata)
+        holders = same[:1] or holders
+    return with_metadata | dict.fromkeys(holders, source)
 
 
 def _merged(mentions: Sequence[Recording]) -> Iterator[Recording | DeadLetter]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa
 
 from af3pipe import storage
+from af3pipe.models.questions import QUESTION_KEYS, question_keys, read_choices, read_questions
 from af3pipe.models.tasks import answer
 from af3pipe.schemas import (
     MIX,
@@ -37,7 +38,6 @@ MANIFEST_SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFI
 URI_COLUMNS = ("uri", "audio_filepath", "path")
 ID_COLUMNS = ("id", "recording_id")
 _CONVERSATION_COLUMNS = ("conversation", "conversations")
-_QUESTION_KEYS = frozenset({"question", "choices", "id", "prompt"})
 _MOST_LINE_BYTES = 64 << 20
 _ROWS_AT_ONCE = 1024
 # In the text of a LLaVA-style turn these stand for the audio, which the model's own template puts where it belongs.
@@ -74,10 +74,9 @@ def read_manifest(
 
     Columns: `uri` (or NeMo's `audio_filepath`, or `path`; relative names start from the manifest's folder), and if
     wanted `id`, `offset` and `duration` in seconds, `channel` (`mix`, `left`, `right` or an index from 0), `stream`
-    (an index from 0), `question` with `choices` (a list, or text split at `|`) and `question_id`, `questions` (a
-    list of texts, or of objects with `question`, `choices`, `id`, `prompt`), `prompt` (given to the model as it
-    stands), `conversation` (user turns, each of which follows up the one before). All other columns ride along as
-    metadata.
+    (an index from 0), `question` with `choices` and `question_id`, `questions` (a list, of which
+    `models.questions.question_keys` reads each), `prompt` (given to the model verbatim), `conversation` (user turns,
+    each of which follows up the one before). All other columns are kept as metadata.
 
     Args:
         uri: A `.jsonl`, `.csv`, `.tsv` (each also with `.gz`) or `.parquet` file on any fsspec URL.
@@ -298,20 +297,20 @@ def _questions(columns: dict[str, Any]) -> tuple[tuple[Question, ...], dict[str,
         ValueError: A column that holds no question.
     """
     told: dict[str, Any] = {}
-    choices = _choices(columns.pop("choices", ()))
-    entries = [_entry(item, choices) for item in _as_list(columns.pop("question", []))]
+    choices = read_choices(columns.pop("choices")) if "choices" in columns else None
+    entries = [question_keys(item, choices) for item in _as_list(columns.pop("question", []))]
     if (prompt := columns.pop("prompt", None)) is not None:
         if len(entries) != 1:
-            entries.insert(0, {"question": prompt, "choices": choices})
-        entries[0]["prompt"] = _a_text(prompt, "prompt")
+            entries.insert(0, question_keys({"prompt": prompt}, choices))
+        entries[0]["prompt"] = prompt
     if len(entries) == 1 and "question_id" in columns:
-        entries[0]["id"] = str(columns.pop("question_id"))
+        entries[0]["id"] = columns.pop("question_id")
+    questions = [question for entry in entries for question in read_questions(entry)]
     if (listed := columns.pop("questions", None)) is not None:
         listed = _as_list(_unfolded(listed))
-        entries += [_entry(item, choices) for item in listed]
-        if any(isinstance(item, Mapping) and not _QUESTION_KEYS.issuperset(item) for item in listed):
+        questions += [question for item in listed for question in read_questions(item, choices)]
+        if any(isinstance(item, Mapping) and not QUESTION_KEYS.issuperset(item) for item in listed):
             told["questions"] = listed  # reference answers, for example
-    questions = [_question(**entry) for entry in entries]
     for name in _CONVERSATION_COLUMNS:
         if (turns := columns.pop(name, None)) is not None:
             turns = _as_list(_unfolded(turns))
@@ -325,41 +324,6 @@ def _questions(columns: dict[str, Any]) -> tuple[tuple[Question, ...], dict[str,
             f"one id for different questions: {', '.join(sorted({str(i) for i in ids if ids.count(i) > 1}))}"
         )
     return tuple(dict.fromkeys(questions)), told
-
-
-def _question(
-    question: str,
-    choices: tuple[str, ...] = (),
-    id: str | None = None,  # as users write it
-    prompt: str | None = None,
-) -> Question:
-    prompt = None if prompt == question and not choices else prompt  # it is given as it stands anyhow
-    return Question(answer(question, choices, id, prompt=prompt).question_id, question, choices, prompt)
-
-
-def _entry(item: Any, choices: tuple[str, ...]) -> dict[str, Any]:
-    """A question as a row has it: its text, or an object."""
-    if not isinstance(item, Mapping):
-        return {"question": str(item), "choices": choices}
-    given = {key: value for key, value in item.items() if key in _QUESTION_KEYS and value not in (None, "")}
-    if "question" not in given:
-        given["question"] = given.get("prompt")
-    found: dict[str, Any] = {"question": _a_text(given["question"], "question"), "choices": choices}
-    if "choices" in given:
-        found["choices"] = _choices(given["choices"])
-    if "id" in given:
-        found["id"] = str(given["id"])
-    if "prompt" in given:
-        found["prompt"] = _a_text(given["prompt"], "prompt")
-    return found
-
-
-def _choices(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = value.split("|")
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"choices is {value!r}; it must be a list, or text split at |")
-    return tuple(str(choice).strip() for choice in value)
 
 
 def _conversation(turns: Iterable[Any]) -> list[Question]:

@@ -22,7 +22,6 @@ from af3pipe.schemas import (
 )
 from af3pipe.transforms.inputs.containers import arrow_rows, container_rows, dataset_files
 from af3pipe.transforms.inputs.manifest import Row, is_manifest, is_text, manifest_rows, read_row
-from af3pipe.transforms.inputs.own_files import excluded
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, outcomes, to_dead_letter
 from af3pipe.transforms.overlap import OverlapDoFn
 from af3pipe.transforms.plan import STAT_THREADS, PlanObjects

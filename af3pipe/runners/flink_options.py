@@ -1,44 +1,9 @@
-"""Runners by their short names, and the options of theirs that Beam for Python does not know."""
+"""Declares the options of Beam's Flink runner that Beam for Python leaves out."""
 
 import argparse
-import difflib
-import importlib
 from typing import Any
 
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-
-IN_PROCESS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
-RUNNERS = ("local", "flink", "prism", "portable", "dataflow")
-"""Those that jobs are known to run on."""
-
-_BEAMS: dict[str, str] = {name.lower(): name for name in StandardOptions.KNOWN_RUNNER_NAMES} | {
-    "localrunner": "FnApiRunner"
-}
-
-
-def runner_name(name: str) -> str:
-    """Beam's name for a runner: `flink` and `FLINKRUNNER` are `FlinkRunner`, `local` is Beam's in-process one.
-
-    Args:
-        name: In any case; or the module and class of a runner that is not Beam's own.
-
-    Raises:
-        ValueError: No such runner.
-    """
-    key = name.lower().replace("-", "").replace("_", "")
-    if found := _BEAMS.get(key) or _BEAMS.get(f"{key}runner"):
-        return found
-    module, _, class_name = name.rpartition(".")
-    if not module:
-        near = difflib.get_close_matches(key, [*RUNNERS, *_BEAMS], n=1)
-        hint = f"did you mean {_BEAMS.get(near[0], near[0])}? " if near else ""
-        raise ValueError(f"runner is {name!r}, which is not known; {hint}Choose from {', '.join(RUNNERS)}")
-    try:
-        getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"runner is {name!r}, which cannot be imported: {error}") from error
-    return name
-
+from apache_beam.options.pipeline_options import PipelineOptions
 
 _NUMBERS = (
     "auto_watermark_interval",
@@ -82,7 +47,7 @@ _SWITCHES = (
     "use_data_stream_for_batch",
 )
 ON_BY_DEFAULT = ("attached_mode", "fail_on_checkpointing_errors", "operator_chaining")
-"""Switches of Flink's that are on: they take true or false."""
+"""Flink's switches that are on by default; they take true or false."""
 
 
 def _true_or_false(text: str) -> bool:
