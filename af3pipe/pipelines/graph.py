@@ -28,7 +28,7 @@ from af3pipe.transforms.inputs.dedup import Once
 from af3pipe.transforms.inputs.pubsub import is_subscription, subscription_of
 from af3pipe.transforms.inputs.read import ListRecordings, list_recordings
 from af3pipe.transforms.launcher import CheckWorkers
-from af3pipe.transforms.plan import PlannedObjects, PlanObjects
+from af3pipe.transforms.plan import PlanObjects
 from af3pipe.transforms.resume import PlanStream, ReadExisting
 from af3pipe.transforms.write import WriteRows
 from af3pipe.transforms.written import NotWritten, ReadWritten
@@ -256,7 +256,7 @@ class _CountFound(beam.PTransform):
         self._read_written = ReadWritten(job.output, run_id, storage_options=job.storage_options)
         self._storage_options = job.storage_options
 
-    def expand(self, planned: PlannedObjects) -> Any:
+    def expand(self, planned: Any) -> Any:
         written = planned.found.pipeline | "WrittenId" >> self._read_written
         found = (planned.found, written) | "AllIds" >> beam.Flatten() | "DistinctIds" >> beam.Distinct()
         skipped = planned.skipped | "SkippedIds" >> beam.Keys() | "DistinctSkipped" >> beam.Distinct()

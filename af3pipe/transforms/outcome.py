@@ -170,7 +170,7 @@ def _redact_metadata(metadata: str) -> str:
 
 
 def _redacted(value: Any, name: str = "") -> Any:
-    """Redacts each text in a JSON-like value; done on its JSON text, a mask could take quotes and brackets with it."""
+    """Redacts each text in a JSON-like value: on its JSON text, a mask could take quotes and brackets along."""
     if isinstance(value, dict):
         return {redact(key): _redacted(item, key) for key, item in value.items()}
     if isinstance(value, list):

@@ -24,7 +24,7 @@ from af3pipe.transforms.ask import Asker
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.decode import Decoder
 from af3pipe.transforms.inputs.identity import check_id, has_own_id, name_recordings
-from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, public_uri, recording_of, to_dead_letter
+from af3pipe.transforms.outcome import DEAD_LETTERS, public_uri, recording_of, to_dead_letter
 from af3pipe.transforms.overlap import OverlapDoFn
 from af3pipe.transforms.stores import count_retries, set_storage
 
@@ -249,7 +249,7 @@ class PlanObjects(beam.PTransform):
         self._existing = existing
         self._dofn = PlanDoFn(decoder, asker, storage_options)
 
-    def expand(self, listed: Outcome) -> Any:
+    def expand(self, listed: Any) -> Any:
         own = listed.good | "OwnIds" >> beam.Filter(has_own_id)
         unnamed = listed.good | "NoOwnIds" >> beam.Filter(lambda found: not has_own_id(found))
         by_id: dict[str, Any] = {

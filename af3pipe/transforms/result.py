@@ -20,7 +20,7 @@ from af3pipe.schemas import (
 )
 from af3pipe.transforms.outcome import now_us, public_uri, recording_of
 
-_NOTHING = Covered("", "", ((0.0, 0.0),), None, Levels(0.0, 0.0, 0.0, False))
+_NOTHING = Covered("", "", ((0.0, 1.0),), None, Levels(0.0, 0.0, 0.0, False))
 
 
 class Unaccounted(Exception):
@@ -114,7 +114,8 @@ def gone_result(recording: Recording) -> RecordingResult:
     result = make_result(recording, (), (), kept=(_NOTHING,))
     levels = dict.fromkeys(Levels._fields)
     row = result.row._asdict() | levels | {"terminal_state": TerminalState.SKIPPED_DONE, "work_key": None}
-    return RecordingResult(RecordingRow(**row | {"kept_answers": 0, "answer_keys": (), "duration_s": None}))
+    nothing = {"kept_answers": 0, "answer_keys": (), "duration_s": None, "covered_s": 0.0}
+    return RecordingResult(RecordingRow(**row | nothing))
 
 
 def rejected_result(dead_letters: Sequence[DeadLetter]) -> RecordingResult:

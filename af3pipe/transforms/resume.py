@@ -29,7 +29,7 @@ from af3pipe.transforms.ask import Asker
 from af3pipe.transforms.decode import Decoder
 from af3pipe.transforms.inputs.identity import check_id, has_own_id
 from af3pipe.transforms.launcher import SentByLauncher
-from af3pipe.transforms.outcome import Outcome, public_uri
+from af3pipe.transforms.outcome import public_uri
 from af3pipe.transforms.plan import SKIPPED, WorkKeys, plan_object, stat_object
 from af3pipe.transforms.stores import set_storage
 
@@ -236,7 +236,7 @@ class PlanStream(beam.PTransform):
         super().__init__()
         self._dofn = _PlanEachDoFn(output, decoder, asker, dict(storage_options))
 
-    def expand(self, found: Outcome) -> Any:
+    def expand(self, found: Any) -> Any:
         plan = beam.ParDo(self._dofn).with_output_types(AudioObject, **{SKIPPED: tuple[str, str]})
         planned = (
             (found.good, found.dead_letters)

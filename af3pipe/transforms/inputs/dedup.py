@@ -63,7 +63,7 @@ class Once(beam.PTransform):
         super().__init__()
         self._remember_s = remember_s
 
-    def expand(self, found: Outcome) -> Any:
+    def expand(self, found: Any) -> Any:
         once = (
             (found.good, found.dead_letters)
             | "RecordingsAndLetters" >> beam.Flatten()
