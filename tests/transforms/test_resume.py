@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from af3pipe.transforms.reconcile import covered_by, failed_by, settle
+from af3pipe.transforms.settle import settle_letters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,9 +47,7 @@ from af3pipe.transforms import AskAudioFlamingo, DecodeAudio, Outcome, ResumeRec
 from af3pipe.transforms.ask import AskDoFn, make_answer, stitch_group
 from af3pipe.transforms.inputs.clock import Ticks
 from af3pipe.transforms.outcome import recording_of, to_dead_letter
-from af3pipe.transforms.reconcile import covered_by, failed_by, settle
 from af3pipe.transforms.resume import Settled, Told, WorkKeys, read_earlier, resume
-from af3pipe.transforms.settle import settle_letters
 from tests.collected import Collected
 from tests.rows import rows
 
