@@ -271,7 +271,7 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
             if sample:
                 chunks.append(number)
         counted["storage_retries"] += storage.take_retries()
-        return _Ran(Found(plan.found, plan.skipped), counted, tuple(chunks))
+        return _Ran(Found(plan.found, plan.skipped, plan.kept_dead_letters), counted, tuple(chunks))
 
 
 def _hold(how: graph.Asking, held: ExitStack) -> None:

@@ -265,9 +265,11 @@ class _CountFound(beam.PTransform):
         written = planned.found.pipeline | "WrittenId" >> self._read_written
         found = (planned.found, written) | "AllIds" >> beam.Flatten() | "DistinctIds" >> beam.Distinct()
         skipped = planned.skipped | "SkippedIds" >> beam.Keys() | "DistinctSkipped" >> beam.Distinct()
+        letters = planned.kept_dead_letters | "DistinctDeadLetters" >> beam.Distinct()
         kinds = (
             found | "Found" >> beam.Map(lambda _: "found").with_output_types(str),
             skipped | "Skipped" >> beam.Map(lambda _: "skipped").with_output_types(str),
+            letters | "KeptDeadLetters" >> beam.Map(lambda _: "kept_dead_letters").with_output_types(str),
         )
         return (
             kinds

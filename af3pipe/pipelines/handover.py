@@ -15,17 +15,24 @@ def found_uri(output: str, run_id: str) -> str:
 
 
 class Found(NamedTuple):
-    """How many recordings a pipeline found, and how many of them it skipped because an earlier run has done them."""
+    """How many recordings a pipeline found.
+
+    Attributes:
+        found: All.
+        skipped: Those that an earlier run has done.
+        kept_dead_letters: That the skipped ones have.
+    """
 
     found: int
-    skipped: int
+    skipped: int = 0
+    kept_dead_letters: int = 0
 
 
 def write_found(counts: Mapping[str, int], uri: str, storage_options: storage.StorageOptions) -> None:
     """Writes what a pipeline has counted of its elements: metrics would count those of retried bundles twice."""
     set_storage(storage_options)
-    found = {"recordings_found": counts.get("found", 0), "recordings_skipped": counts.get("skipped", 0)}
-    storage.write_atomic(uri, json.dumps(found).encode())
+    found = Found(*(counts.get(name, 0) for name in Found._fields))
+    storage.write_atomic(uri, json.dumps(found._asdict()).encode())
 
 
 def read_found(output: str, run_id: str) -> Found:
@@ -34,8 +41,7 @@ def read_found(output: str, run_id: str) -> Found:
     Raises:
         Rejected: It is not there, or cannot be read.
     """
-    found = json.loads(storage.read_bytes(found_uri(output, run_id)))
-    return Found(found["recordings_found"], found.get("recordings_skipped", 0))
+    return Found(**json.loads(storage.read_bytes(found_uri(output, run_id))))
 
 
 def take_found(output: str, run_id: str) -> Found:

@@ -45,6 +45,7 @@ class Plan:
     Attributes:
         found: Recordings, each once, rejected ones too; known once it is made.
         skipped: How many of them an earlier run has done.
+        kept_dead_letters: How many dead letters those have.
         to_do: How many of them are in the chunks.
     """
 
@@ -66,6 +67,7 @@ class Plan:
         self._as_they_are: list[RecordingResult] = []
         self.found = 0
         self.skipped = 0
+        self.kept_dead_letters = 0
         self.to_do = 0
 
     def __enter__(self) -> "Plan":
@@ -153,6 +155,7 @@ class Plan:
                         planned = plan_object(uri, mentions, letters, info, existing, keys, retry=retry)
                         self.found += len(planned.found)
                         self.skipped += len(planned.skipped)
+                        self.kept_dead_letters += len(planned.kept_dead_letters)
                         if planned.work is not None:
                             self._count_partitions(planned.work)
                             number = len(planned.found) - len(planned.skipped)

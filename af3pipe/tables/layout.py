@@ -25,7 +25,8 @@ FORMAT_KEY = b"af3pipe.format"
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 """What Hive, Arrow, DuckDB and Polars read as null."""
 _RUN_DAY = re.compile(r"(\d{4})(\d\d)(\d\d)T\d{6}Z")
-_PARTITION_NAME = re.compile(r"[\w.-]{1,64}")
+_PARTITION_NAME = re.compile(r"[\w.-]+")
+_MOST_NAME_BYTES = 64
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _PANE_AT_END = re.compile(r"-\d{8}T\d{6}Z$")
 _MOST_VALUE_CHARACTERS = 120
@@ -64,9 +65,10 @@ def check_partition_by(partition_by: Sequence[str]) -> None:
                 f"partition_by names {name!r}, which is a column of the tables: a reader could not tell the two "
                 "apart; take date, run, or a metadata column of the manifest that is named otherwise"
             )
-        if not _PARTITION_NAME.fullmatch(name):
+        if not _PARTITION_NAME.fullmatch(name) or len(name.encode()) > _MOST_NAME_BYTES:
             raise ValueError(
-                f"partition_by names {name!r}; letters, digits, '_', '-' and '.' only: rename the manifest's column"
+                f"partition_by names {name!r}; letters, digits, '_', '-' and '.' only, and {_MOST_NAME_BYTES} bytes "
+                "at most: rename the manifest's column"
             )
         if list(partition_by).count(name) > 1:
             raise ValueError(f"partition_by names {name!r} twice")

@@ -49,7 +49,7 @@ def read_rows(uris: Iterable[str], columns: list[str] | None = None) -> Iterator
             yield from ParquetFile(file).read(columns).to_pylist()
 
 
-def count_run(output: str, run_id: str, found: int | None, skipped: int = 0) -> RunCounts:
+def count_run(output: str, run_id: str, found: int | None, skipped: int = 0, kept_dead_letters: int = 0) -> RunCounts:
     """Reads back what a run wrote and compares it with the number of recordings that it found.
 
     What is compared is kept on disk: memory does not grow with the run. A row that is there twice, because a runner
@@ -60,6 +60,7 @@ def count_run(output: str, run_id: str, found: int | None, skipped: int = 0) -> 
         run_id: Of the run.
         found: How many; None where nobody has counted them.
         skipped: How many of these an earlier run had done, so that they have no row.
+        kept_dead_letters: How many dead letters the skipped ones have.
 
     Raises:
         Rejected: The output cannot be read.
@@ -94,7 +95,7 @@ def count_run(output: str, run_id: str, found: int | None, skipped: int = 0) -> 
         states=states,
         answers=answers,
         dead_letters=reasons,
-        kept_dead_letters=int(kept),
+        kept_dead_letters=int(kept) + kept_dead_letters,
         audio_s=audio_s,
         problems=tuple(problems),
     )

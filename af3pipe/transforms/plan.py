@@ -33,6 +33,7 @@ from af3pipe.transforms.stores import count_retries, set_storage
 STAT_THREADS = 32
 FOUND = "found"
 SKIPPED = "skipped"
+KEPT_LETTERS = "kept_dead_letters"
 
 for _row_class in (ExistingRecording, ExistingAnswer, ExistingLetter, Place):
     registry.register_coder(_row_class, RowTupleCoder)
@@ -64,11 +65,13 @@ class Planned(NamedTuple):
         work: None where every recording of it is done.
         found: recording_id of each of its recordings.
         skipped: (recording_id, content identity) of each that an earlier run has done.
+        kept_dead_letters: Keys of the dead letters of those.
     """
 
     work: AudioObject | None
     found: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
+    kept_dead_letters: tuple[str, ...]
 
 
 def stat_object(mentions: Sequence[Recording]) -> ObjectInfo | Rejected:
@@ -118,6 +121,7 @@ def plan_object(
     wanted: list[Recording] = []
     copies: list[Answer] = []
     ready: list[RecordingResult] = []
+    kept_letters: list[str] = []
     for recording in recordings:
         own = existing.with_first_run(by_id.pop(recording.recording_id, {}).values())
         if keys is not None:
@@ -125,6 +129,7 @@ def plan_object(
             if (done := existing.done(recording, retry=retry)) is not None:
                 if existing.is_latest(done):
                     skipped.append((recording.recording_id, recording.content_identity))
+                    kept_letters += done.dead_letter_keys
                 else:
                     ready.append(repeated_result(recording, done))
                 continue
@@ -140,16 +145,17 @@ def plan_object(
         own = existing.with_first_run(by_id[recording_id].values())
         if keys is not None and existing.is_rejected(own, retry=retry):
             skipped.append((recording_id, recording_of(own[0].input).content_identity))
+            kept_letters += (letter.dead_letter_key for letter in own)
             del by_id[recording_id]
         else:
             by_id[recording_id] = {letter.dead_letter_key: letter for letter in own}
     rejected = tuple(letter for own in by_id.values() for letter in own.values())
     work = AudioObject(uri, tuple(wanted), rejected, tuple(copies), tuple(ready))
-    return Planned(work if wanted or rejected or ready else None, found, tuple(skipped))
+    return Planned(work if wanted or rejected or ready else None, found, tuple(skipped), tuple(kept_letters))
 
 
 class PlanDoFn(OverlapDoFn[tuple[str, dict[str, Iterable[Any]]], "ObjectInfo | Rejected | None"]):
-    """Emits `AudioObject`; ids of what was found to the tag `found`, and what is skipped to `skipped`.
+    """Emits `AudioObject`; ids of what was found, and what is skipped with its dead letters, to their tags.
 
     Takes (uri, {`mentions`, `letters`, `existing`}), the last two where there are any. Stores take a while to state
     an object: many threads wait for them at once.
@@ -197,6 +203,7 @@ class PlanDoFn(OverlapDoFn[tuple[str, dict[str, Iterable[Any]]], "ObjectInfo | R
         metrics.count("recordings_done", len(planned.skipped))
         yield from (beam.pvalue.TaggedOutput(FOUND, one) for one in planned.found)
         yield from (beam.pvalue.TaggedOutput(SKIPPED, one) for one in planned.skipped)
+        yield from (beam.pvalue.TaggedOutput(KEPT_LETTERS, one) for one in planned.kept_dead_letters)
         if planned.work is not None:
             yield planned.work
 
@@ -222,11 +229,12 @@ class _CheckIdDoFn(beam.DoFn):
 
 
 class PlannedObjects(NamedTuple):
-    """What `PlanObjects` gives: `AudioObject`s, the ids of all recordings found, and what is skipped."""
+    """What `PlanObjects` gives: `AudioObject`s, the ids of all recordings found, what is skipped, and its letters."""
 
     objects: Any
     found: Any
     skipped: Any
+    kept_dead_letters: Any
 
 
 class PlanObjects(beam.PTransform):
@@ -287,8 +295,12 @@ class PlanObjects(beam.PTransform):
         by_uri["letters"] = letters | "LettersByUri" >> beam.Map(
             lambda letter: (letter.uri, letter)
         ).with_output_types(tuple[str, DeadLetter])
-        plan = beam.ParDo(self._dofn).with_output_types(AudioObject, **{FOUND: str, SKIPPED: tuple[str, str]})
-        planned = (
-            by_uri | "SameObject" >> beam.CoGroupByKey() | "Plan" >> plan.with_outputs(FOUND, SKIPPED, main="objects")
+        plan = beam.ParDo(self._dofn).with_output_types(
+            AudioObject, **{FOUND: str, SKIPPED: tuple[str, str], KEPT_LETTERS: str}
         )
-        return PlannedObjects(planned.objects, planned[FOUND], planned[SKIPPED])
+        planned = (
+            by_uri
+            | "SameObject" >> beam.CoGroupByKey()
+            | "Plan" >> plan.with_outputs(FOUND, SKIPPED, KEPT_LETTERS, main="objects")
+        )
+        return PlannedObjects(planned.objects, planned[FOUND], planned[SKIPPED], planned[KEPT_LETTERS])

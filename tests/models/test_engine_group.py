@@ -24,7 +24,7 @@ from af3pipe.models import (
 from af3pipe.models.engine_group import EngineGroup
 from af3pipe.schemas import AudioInfo, Decoding, Reason, Recording, Rejected, Request, Segment, Stage, Task
 from af3pipe.transforms import AskAudioFlamingo
-from af3pipe.transforms.ask import AskDoFn
+from af3pipe.transforms.ask import Asker
 from tests.models.conftest import sounds
 from tests.waiting import wait_until
 
@@ -269,8 +269,9 @@ def test_on_a_real_runner(tiny_af3, group, single):
 
 
 def test_a_bundle_has_as_much_under_way_as_all_of_them_can_use(tiny_af3, group):
-    dofn = AskDoFn(options(tiny_af3), [CAPTION])
-    dofn.setup()
-    assert dofn.engine() is group
-    assert dofn._max_weight == 2 * AskDoFn(options(tiny_af3), [CAPTION])._max_weight
-    dofn.teardown()
+    asker = Asker(options(tiny_af3), [CAPTION])
+    asker.setup()
+    before = asker.most_pending
+    assert asker.engine() is group
+    assert asker.most_pending == (3 * 2 * SLOTS, 2 * before[1])
+    asker.close()

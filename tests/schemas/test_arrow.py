@@ -1,4 +1,8 @@
+"""Rows in Parquet; keys and ids, which tell work apart and stay what they are."""
+
 import json
+import math
+from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -6,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from af3pipe.schemas import Decoding, Recording, Task, answer_key, channel_text, source_key, stream_index
+from af3pipe.schemas import (
+    NO_METADATA,
+    Decoding,
+    Recording,
+    Task,
+    answer_key,
+    channel_text,
+    source_key,
+    stream_index,
+    to_metadata,
+)
 from af3pipe.storage.parquet import ParquetFile
 from af3pipe.tables.write import ANSWERS, DEAD_LETTER_ROWS, RECORDINGS, to_table
 from tests.rows import rows
@@ -30,13 +44,16 @@ def test_rows_survive_parquet(row_format, data):
     pq.write_table(to_table(written, row_format.schema), sink)
     read = ParquetFile(pa.BufferReader(sink.getvalue())).read()
     assert read.schema.equals(row_format.schema)
+    assert read.schema.metadata[b"af3pipe.format"] == b"2"
     assert to_table(written, row_format.schema).equals(read)
     for row, found in zip(written, read.to_pylist(), strict=True):
         assert found["recording_id"] == row.recording_id
         if "segments" in found:
             assert [tuple(piece.values()) for piece in found["segments"]] == [tuple(piece) for piece in row.segments]
         if "metadata" in found:
-            assert found["metadata"] == list(row.metadata)
+            assert found["metadata"] == row.metadata
+        if "mtime" in found:
+            assert found["mtime"] == (row.mtime and datetime.fromisoformat(row.mtime))
 
 
 BASE = Recording("id", "s3://b/a.flac", 10, "etag", None)
@@ -48,7 +65,7 @@ def key(recording=BASE, start_s=0.0, end_s=1.0, task=TASK, model="m", revision="
 
 
 def test_the_same_work_has_the_same_key_whatever_the_metadata():
-    assert key() == key(BASE._replace(metadata=(("speaker", "7"),), recording_id="other"))
+    assert key() == key(BASE._replace(metadata='{"speaker": 7}', recording_id="other"))
 
 
 @pytest.mark.parametrize(
@@ -111,3 +128,25 @@ def test_recording_ids_tell_ranges_and_channels_of_one_file_apart():
 
 def test_decoding_is_readable_json():
     assert json.loads(Decoding(max_new_tokens=7).to_json())["max_new_tokens"] == 7
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=9), st.integers() | st.floats() | st.text(max_size=9) | st.none() | st.booleans()
+    )
+)
+def test_metadata_is_json_in_one_spelling(columns):
+    text = to_metadata(columns)
+    assert to_metadata(dict(reversed(columns.items()))) == text
+    expected = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in columns.items()
+    }
+    assert json.loads(text) == expected
+    assert to_metadata({}) == NO_METADATA
+
+
+def test_metadata_keeps_what_json_has_no_word_for_as_text():
+    day = datetime(2026, 1, 2).date()
+    found = json.loads(to_metadata({"day": day, "nested": [{"n": float("nan")}, (1, float("inf"))], 7: "seven"}))
+    assert found == {"day": "2026-01-02", "nested": [{"n": None}, [1, None]], "7": "seven"}

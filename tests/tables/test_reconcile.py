@@ -1,4 +1,4 @@
-"""What a run wrote, held against what it says that it wrote."""
+"""What a run wrote, compared with what its rows say that it wrote."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +12,10 @@ RUN = "20260101T000000Z-abcdef"
 KEYS = {"captions": "answer_key", "transcripts": "answer_key", "dead_letters": "dead_letter_key"}
 
 
+def file_of(output, table, number=0, run_id=RUN):
+    return output / table / f"{run_id}-{number:016x}.parquet"
+
+
 def write(output, table, rows, keys="key"):
     """A file of a table; rows of the same recording and keys are the same row."""
     if table in KEYS:
@@ -19,7 +23,7 @@ def write(output, table, rows, keys="key"):
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     (output / table).mkdir(exist_ok=True)
     number = len(list((output / table).iterdir()))
-    pq.write_table(pa.table(columns), output / table / f"{RUN}-{number}.parquet")
+    pq.write_table(pa.table(columns), file_of(output, table, number))
 
 
 def recording(name, state="ok", covered_s=1.5, answers=1, dead_letters=0, kept_dead_letters=0, work="captions"):
@@ -36,7 +40,7 @@ def recording(name, state="ok", covered_s=1.5, answers=1, dead_letters=0, kept_d
 
 @pytest.fixture
 def output(tmp_path):
-    """Four recordings in two files: one with two answers, one with a dead letter, one that was skipped."""
+    """Four recordings in two files: one with two answers, one with a dead letter, one that is none any more."""
     write(tmp_path, "recordings", [recording("a"), recording("b", answers=2)])
     failed = recording("c", "dead_letter", 0.0, answers=0, dead_letters=1)
     write(tmp_path, "recordings", [failed, recording("d", "skipped_done", answers=0, kept_dead_letters=2)])
@@ -54,6 +58,17 @@ def test_right_books(output):
     assert counts.dead_letters == {"empty_file": 1}
     assert counts.kept_dead_letters == 2
     assert counts.audio_s == 3.0
+
+
+def test_what_is_skipped_is_counted_and_has_no_row(output):
+    counts = count_run(str(output), RUN, 9, 5)
+    assert counts.reconciled
+    assert counts.states == {"ok": 2, "dead_letter": 1, "skipped_done": 6}
+    assert count_run(str(output), RUN, 9, 4).problems == (
+        "9 recordings found, but 8 recordings with a terminal state",
+    )
+    all_of_it = count_run(str(output), "20990101T000000Z-abcdef", 3, 3)
+    assert (all_of_it.reconciled, all_of_it.states) == (True, {"skipped_done": 3})
 
 
 def test_nothing_found_and_nothing_written(tmp_path):
@@ -94,7 +109,7 @@ def test_rows_that_a_retry_wrote_again_under_another_name_are_counted_once(outpu
 
 def test_rows_that_are_missing_where_others_are_too_many(output):
     """As many as there should be, but of other recordings."""
-    (output / "captions" / f"{RUN}-0.parquet").unlink()
+    file_of(output, "captions").unlink()
     write(output, "captions", [{"recording_id": "a"}, {"recording_id": "c"}])
     assert count_run(str(output), RUN, 4).problems == (
         "3 answers expected, 3 rows written; 2 recordings differ, for example b",
@@ -102,14 +117,14 @@ def test_rows_that_are_missing_where_others_are_too_many(output):
 
 
 def test_a_dead_letter_that_is_missing(output):
-    (output / "dead_letters" / f"{RUN}-0.parquet").unlink()
+    file_of(output, "dead_letters").unlink()
     assert count_run(str(output), RUN, 4).problems == (
         "1 dead letters expected, 0 rows written; 1 recordings differ, for example c",
     )
 
 
 def test_other_runs_rows_do_not_count(output):
-    (output / "captions" / f"{RUN}-0.parquet").rename(output / "captions" / "20250101T000000Z-abcdef-0.parquet")
+    file_of(output, "captions").rename(file_of(output, "captions", run_id="20250101T000000Z-abcdef"))
     assert count_run(str(output), RUN, 4).problems == (
         "3 answers expected, 1 rows written; 2 recordings differ, for example a",
     )
@@ -121,7 +136,7 @@ def test_of_a_stream_nobody_knows_how_many_there_are_to_find(output):
     assert counts.found == 4
 
 
-def test_a_stream_may_have_settled_a_recording_twice(output):
+def test_a_stream_may_have_answered_a_recording_twice(output):
     """When it was written over; but each row says what it has, and no row may be missing."""
     write(output, "recordings", [recording("a", work="captions of what is there now")])
     assert count_run(str(output), RUN, None).problems == (

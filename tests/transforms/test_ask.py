@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import Future
 
 import apache_beam as beam
 import numpy as np
@@ -12,6 +13,7 @@ from apache_beam.testing.util import assert_that
 
 from af3pipe.audio.levels import measure
 from af3pipe.models import (
+    ENGINES,
     EngineFailed,
     EngineOptions,
     acquire_engine,
@@ -21,9 +23,10 @@ from af3pipe.models import (
     release_engine,
     resolve,
 )
-from af3pipe.schemas import AudioInfo, Question, Recording, Reply, Request, Segment
+from af3pipe.schemas import AudioInfo, Question, Reason, Recording, Reply, Request, Segment, Stage
 from af3pipe.transforms import AskAudioFlamingo
-from af3pipe.transforms.ask import AskDoFn, check_tasks, make_answer, request_seed
+from af3pipe.transforms.answer_rows import make_answer
+from af3pipe.transforms.ask import Asker, _AskDoFn, check_tasks, request_seed
 
 OPTIONS = EngineOptions("demo", device="cpu")
 NOISE = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
@@ -36,20 +39,20 @@ def segment(name, samples=NOISE, **changes):
 
 
 @pytest.fixture
-def dofn():
-    found = AskDoFn(OPTIONS, [caption(), answer("Is there speech?")])
+def asker():
+    found = Asker(OPTIONS, [caption(), answer("Is there speech?")])
     found.setup()
     yield found
-    found.teardown()
+    found.close()
 
 
-def test_a_question_asked_by_the_job_and_by_the_manifest_is_asked_once(dofn):
+def test_a_question_asked_by_the_job_and_by_the_manifest_is_asked_once(asker):
     questions = (
         Question(None, "Is there speech?"),
         Question(None, "How many beeps?"),
         Question("own", "How many beeps?"),
     )
-    tasks = dofn.tasks_of(Recording("id", "a.wav", questions=questions))
+    tasks = asker.tasks_of(Recording("id", "a.wav", questions=questions))
     assert [(task.name, task.question) for task in tasks] == [
         ("caption", None),
         ("answer", "Is there speech?"),
@@ -60,13 +63,13 @@ def test_a_question_asked_by_the_job_and_by_the_manifest_is_asked_once(dofn):
 
 def test_a_manifest_s_conversation_goes_on_from_the_job_s_own_question():
     worded = answer("Who speaks?", prompt="Who speaks? One word.", think=True)
-    dofn = AskDoFn(OPTIONS, [worded])
-    dofn.setup()
+    asker = Asker(OPTIONS, [worded])
+    asker.setup()
     first = Question(worded.question_id, "Who speaks?")
     second = Question("how", "How can you tell?", after=first.question_id)
     third = Question("sure", "Sure?", prompt="Sure? Yes or no.", after="how")
-    tasks = dofn.tasks_of(Recording("id", "a.wav", questions=(first, second, third)))
-    dofn.teardown()
+    tasks = asker.tasks_of(Recording("id", "a.wav", questions=(first, second, third)))
+    asker.close()
     check_tasks(tasks)
     assert [task.question_id for task in tasks] == [worded.question_id, "how", "sure"]
     assert tasks[1].history == tasks[0].turns
@@ -74,24 +77,24 @@ def test_a_manifest_s_conversation_goes_on_from_the_job_s_own_question():
     assert (tasks[2].prompt, tasks[2].history) == ("Sure? Yes or no.", tasks[1].turns)
 
 
-def test_the_process_holds_one_engine_and_lets_it_go(dofn):
-    others = [AskDoFn(OPTIONS, [caption()]) for _ in range(4)]
+def test_the_process_holds_one_engine_and_lets_it_go(asker):
+    others = [Asker(OPTIONS, [caption()]) for _ in range(4)]
     threads = [threading.Thread(target=other.setup) for other in others]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {id(other.engine()) for other in others} == {id(dofn.engine())}
-    held = dofn.engine()
+    assert {id(other.engine()) for other in others} == {id(asker.engine())}
+    held = asker.engine()
     for other in others:
-        other.teardown()
-    assert held.submit  # still open: dofn holds it
+        other.close()
+    assert held.submit  # still open: asker holds it
     assert engine._shared[OPTIONS].engine is held
-    dofn.teardown()
+    asker.close()
     assert engine._shared[OPTIONS].engine is None
     with pytest.raises(EngineFailed):
         held.submit(Request(NOISE, (caption(),)))
-    dofn.setup()  # a worker may come back after its bundle processor was thrown away
+    asker.setup()  # a worker may come back after its bundle processor was thrown away
 
 
 def test_an_engine_is_loaded_anew_after_it_was_let_go():
@@ -105,10 +108,10 @@ def test_an_engine_is_loaded_anew_after_it_was_let_go():
 def opened_in_turn(keep_engine, **changes):
     """The engine of each of two users, the second of whom comes when the first is gone."""
     for _ in range(2):
-        dofn = AskDoFn(OPTIONS._replace(**changes), [caption()], keep_engine=keep_engine)
-        dofn.setup()
-        yield dofn.engine()
-        dofn.teardown()
+        asker = Asker(OPTIONS._replace(**changes), [caption()], keep_engine=keep_engine)
+        asker.setup()
+        yield asker.engine()
+        asker.close()
 
 
 def test_a_kept_engine_outlives_its_users():
@@ -190,14 +193,51 @@ def test_answers_and_dead_letters_of_one_pipeline():
         assert_that(answers.dead_letters, check_bad, "bad")
 
 
-def test_an_engine_that_is_lost_ends_the_bundle_instead_of_making_dead_letters(dofn):
+def test_an_engine_that_is_lost_ends_the_bundle_instead_of_making_dead_letters(asker):
+    dofn = _AskDoFn(asker)
     dofn.start_bundle()
     found = list(dofn.process(segment("a"), 0, None))
     assert found == []
-    dofn.engine().close()
+    asker.engine().close()
     with pytest.raises(EngineFailed):
         list(dofn.process(segment("b"), 0, None)) + list(dofn.finish_bundle())
     dofn.start_bundle()
+
+
+def test_setting_up_opens_no_engine_and_nothing_to_ask_none(monkeypatch):
+    monkeypatch.setitem(ENGINES, "closed", "tests.closed_engine:ClosedEngine")
+    asker = Asker(OPTIONS._replace(engine="closed"), [caption()])
+    asker.setup()
+    assert asker.model[0] == "demo"
+    assert asker.submit(segment("a"), ()).result() == []
+    assert asker.replies(segment("a"), (), asker.submit(segment("a"), ())) == []
+    asker.count()
+    asker.close()
+
+
+def test_a_reply_too_few_is_the_engines_fault(asker):
+    tasks = asker.tasks_of(segment("a").recording)
+    short: Future = Future()
+    short.set_result([Reply("x", (1,), "stop", 1, 2)])
+    with pytest.raises(EngineFailed, match="1 replies to 2 tasks"):
+        asker.replies(segment("a"), tasks, short)
+
+
+def test_a_reply_that_is_not_what_the_task_allows_is_a_dead_letter(asker):
+    task = resolve(answer("Which?", ("cat", "dog")), "AudioFlamingo3")
+    good, bad = (asker.answer(segment("a"), task, Reply(text, (1,), "stop", 1, 2)) for text in ("cat", "a bird"))
+    assert (good.choice, good.recording_id) == ("cat", "a")
+    assert (bad.stage, bad.reason) == (Stage.PARSE, Reason.OUTPUT_INVALID)
+    assert '"Which?"' in bad.input
+
+
+def test_what_may_be_pending_follows_the_engine_once_it_is_open():
+    asker = Asker(OPTIONS._replace(slots=4, queue_audio_s=100.0), [caption()])
+    asker.setup()
+    assert asker.most_pending == (3, 200.0)
+    asker.engine()
+    assert asker.most_pending == (12, 200.0)
+    asker.close()
 
 
 def test_a_follow_up_needs_what_it_follows_before_it():
@@ -225,25 +265,26 @@ def test_the_row_of_a_follow_up_tells_what_was_asked_before():
     assert first.answer_key != second.answer_key
 
 
-def test_a_seed_is_the_recordings_own_on_every_run():
+def test_a_seed_is_the_audios_own_on_every_run_whatever_it_is_called():
     first = segment("a")
-    assert request_seed(first) == request_seed(segment("a")) == 3451505442
+    assert request_seed(first) == request_seed(segment("a")) == 4290071324
+    assert request_seed(first._replace(recording=first.recording._replace(recording_id="7"))) == 4290071324
     others = [segment("b"), first._replace(start_s=30.0)]
     assert len({request_seed(found) for found in [first, *others]}) == 3
     assert all(0 <= request_seed(found) < 2**32 for found in others)
 
 
-def test_a_request_carries_its_seed(dofn, monkeypatch):
+def test_a_request_carries_its_seed(asker, monkeypatch):
     asked = []
-    submit = dofn.engine().submit
-    monkeypatch.setattr(dofn.engine(), "submit", lambda request: asked.append(request) or submit(request))
-    dofn.submit(segment("a")).result()
+    submit = asker.engine().submit
+    monkeypatch.setattr(asker.engine(), "submit", lambda request: asked.append(request) or submit(request))
+    asker.submit(segment("a"), asker.tasks_of(segment("a").recording)).result()
     assert [request.seed for request in asked] == [request_seed(segment("a"))]
 
 
 def test_a_recordings_own_questions_think_where_the_job_does():
-    thinking = AskDoFn(OPTIONS, [caption()], question_think=True)
+    thinking = Asker(OPTIONS, [caption()], question_think=True)
     thinking.setup()
     tasks = thinking.tasks_of(Recording("id", "a.wav", questions=(Question("q", "Who?"),)))
-    thinking.teardown()
+    thinking.close()
     assert [task.prompt.endswith("before you respond.") for task in tasks] == [False, True]

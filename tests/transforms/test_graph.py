@@ -3,31 +3,40 @@
 import apache_beam as beam
 import pytest
 from apache_beam.pipeline import PipelineVisitor
-from apache_beam.transforms.periodicsequence import PeriodicImpulse
 
 from af3pipe.models import EngineOptions, answer, caption, prompt, transcript
 from af3pipe.pipelines.graph import build
 from af3pipe.pipelines.job import make_job
-from af3pipe.schemas import Segment
+from af3pipe.schemas import AudioObject, RecordingResult, Segment
 from af3pipe.transforms import (
+    AnswerRecordings,
+    Answers,
     AskAudioFlamingo,
+    DeadLetters,
     DecodeAudio,
     ReadRecordings,
-    WriteAnswers,
-    WriteDeadLetters,
+    Rows,
+    WriteResults,
 )
-from af3pipe.transforms.ask import AskDoFn
+from af3pipe.transforms.answer import AnswerDoFn
+from tests.fused import fuse
 
 HINT = "beam:resources:accelerator:v1"
-WRITE = "WriteSettledRecordings/WriteAsSettled"
+GPU = "type:nvidia-l4;count:1;install-nvidia-driver"
+ANSWER = "AnswerRecordings/Answer"
+WRITE = "WriteRows/WriteAsTheyCome"
 AT_SILENCE = {"over_length": "split", "split_at": "silence"}
 
 
-def proto(**changes):
+def laid(**changes):
     pipeline = beam.Pipeline()
     values = {"inputs": ["a.wav"], "output": "memory://out", "model": "demo", "tasks": ["caption"]}
     build(pipeline, make_job(values | changes), "run")
-    return pipeline.to_runner_api()
+    return pipeline
+
+
+def proto(**changes):
+    return laid(**changes).to_runner_api()
 
 
 def test_the_engine_is_opened_as_the_job_says():
@@ -49,13 +58,14 @@ def test_the_engine_is_opened_as_the_job_says():
 
     class Asking(PipelineVisitor):
         def visit_transform(self, node):
-            fn = getattr(getattr(node.transform, "fn", None), "_dofn", None)
-            found.extend([fn] if isinstance(fn, AskDoFn) else [])
+            fn = getattr(node.transform, "fn", None)
+            found.extend([fn] if isinstance(fn, AnswerDoFn) else [])
 
     pipeline.visit(Asking())
     (dofn,) = found
-    assert dofn._options == EngineOptions(**told)
-    assert (dofn._question_tokens, dofn._question_think) == (9, True)
+    asker = dofn._asker
+    assert asker.options == EngineOptions(**told)
+    assert (asker._question_tokens, asker._question_think, asker._keep_engine) == (9, True, True)
 
 
 def transforms(found):
@@ -67,83 +77,98 @@ def test_labels_read_as_the_job():
     top = {name for name in transforms(proto()) if name.partition("/")[0] == name}
     assert top == {
         "CheckWorkers",
-        "ReadRecordings",
-        "ResumeRecordings",
-        "JoinRejected",
-        "SettleSkipped",
-        "NotAsked",
-        "NotAskedNotWritten",
-        "WriteNotAsked",
-        "NotWritten",
-        "AnswerAndSettle",
-        "WriteSettledRecordings",
+        "ListRecordings",
+        "ReadExisting",
+        "PlanObjects",
         "CountFound",
+        "NotWritten",
+        "AnswerRecordings",
+        "WriteRows",
     }
-    assert {"AnswerAndSettle/Decode", "AnswerAndSettle/Ask"} < transforms(proto()).keys()
-
-
-def test_decoding_to_writing_share_one_environment_with_the_accelerator():
-    found = proto(accelerator="type:nvidia-l4;count:1;install-nvidia-driver")
-    named = transforms(found)
-    ids = {
-        named[name].environment_id
-        for name in ("NotWritten/NotWritten", "AnswerAndSettle/Decode", "AnswerAndSettle/Ask", WRITE)
-    }
-    assert len(ids) == 1
-    hints = found.components.environments[ids.pop()].resource_hints
-    assert hints[HINT] == b"type:nvidia-l4;count:1;install-nvidia-driver"
-    listing = named["ReadRecordings/List"].environment_id
-    assert HINT not in found.components.environments[listing].resource_hints
 
 
 @pytest.mark.parametrize("verify_sample", [0, 5])
-def test_segments_go_from_decoding_to_asking_and_nowhere_else(verify_sample):
-    leaves = {
-        name: found
-        for name, found in transforms(proto(verify_sample=verify_sample)).items()
-        if not found.subtransforms
-    }
-    segments = set(leaves["AnswerAndSettle/Decode"].outputs.values())
-    takers = [name for name, found in leaves.items() if segments & set(found.inputs.values())]
-    assert takers == ["AnswerAndSettle/Ask"]
+def test_from_the_objects_to_their_rows_is_one_stage(verify_sample):
+    fused = fuse(laid(accelerator=GPU, verify_sample=verify_sample))
+    stage = fused.stage_of("AnswerRecordings")
+    assert stage == fused.stage_of("NotWritten") == fused.stage_of("WriteRows")
+    assert stage.accelerator == GPU
+    assert fused.stage_of("ListRecordings/List").accelerator == ""
+    assert fused.audio_moved == []
+
+
+def test_decoding_to_writing_share_one_environment_with_the_accelerator():
+    found = proto(accelerator=GPU)
+    named = transforms(found)
+    ids = {named[name].environment_id for name in ("NotWritten/NotWritten", ANSWER, WRITE)}
+    assert len(ids) == 1
+    hints = found.components.environments[ids.pop()].resource_hints
+    assert hints[HINT] == GPU.encode()
+    listing = named["ListRecordings/List"].environment_id
+    assert HINT not in found.components.environments[listing].resource_hints
+
+
+def test_what_is_answered_crosses_a_shuffle_as_an_object_and_no_segment_is_in_the_graph():
+    pipeline = laid()
+    proto, context = pipeline.to_runner_api(return_context=True)
+    types = {key: context.pcollections.get_by_id(key).element_type for key in proto.components.pcollections}
+    assert Segment not in types.values()
+    named = {item.unique_name: item for item in proto.components.transforms.values()}
+    (taken,), (given,) = named[ANSWER].inputs.values(), named[ANSWER].outputs.values()
+    assert (types[taken], types[given]) == (AudioObject, RecordingResult)
 
 
 def test_verifying_adds_steps_only_where_it_is_asked_for():
     plain, verifying = transforms(proto(verify_sample=0)), transforms(proto(verify_sample=5))
     added = verifying.keys() - plain.keys()
-    outputs = {"AnswerAndSettle/Settle/ParDo(_GatherDoFn)"}  # Beam's own, of a step with several
+    outputs = {f"{ANSWER}/ParDo(AnswerDoFn)"}  # Beam's own, of a step with several
     assert {name.partition("/")[0] for name in added - outputs} == {"VerifyAnswers", "WriteVerified"}
     assert plain.keys() < verifying.keys()
-    settle = "AnswerAndSettle/Settle"
-    assert len(plain[settle].outputs) == 1
-    assert len(verifying[settle].outputs) == 2
+    assert len(plain[ANSWER].outputs) == 1
+    assert len(verifying[ANSWER].outputs) == 2
 
 
 def test_verifying_asks_where_the_model_is():
-    named = transforms(proto(verify_sample=5, accelerator="type:nvidia-l4;count:1;install-nvidia-driver"))
-    places = {"AnswerAndSettle/Ask", "VerifyAnswers/AskAlone"}
-    assert len({named[name].environment_id for name in places}) == 1
+    named = transforms(proto(verify_sample=5, accelerator=GPU))
+    alone = named["VerifyAnswers/AskAlone"].environment_id
+    assert alone in {item.environment_id for name, item in named.items() if name.startswith(ANSWER)}
     for name in ("VerifyAnswers/Sample", "VerifyAnswers/Total", "WriteVerified"):  # text, and numbers
-        assert named[name].environment_id != named["VerifyAnswers/AskAlone"].environment_id
+        assert named[name].environment_id != alone
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_earlier_runs_are_read_where_the_job_resumes_them(resume):
+    names = transforms(proto(resume=resume))
+    assert ("ReadExisting/Rows" in names) == resume
 
 
 def test_the_sketch_of_the_readme_builds():
     pipeline = beam.Pipeline()
-    answers = (
+    results = (
         pipeline
         | ReadRecordings("s3://archive/**/*.flac")
-        | DecodeAudio(over_length="split")
-        | AskAudioFlamingo(model="nvidia/audio-flamingo-3-hf", tasks=[caption(), transcript()])
+        | AnswerRecordings(
+            model="nvidia/audio-flamingo-3-hf", tasks=[caption(), transcript()], over_length="split", accelerator=GPU
+        )
     )
-    _ = answers.good | WriteAnswers("s3://out")
-    _ = answers.dead_letters | WriteDeadLetters("s3://out")
-    assert pipeline.to_runner_api().components.transforms
+    assert results.element_type is RecordingResult
+    _ = results | WriteResults("s3://out")
+    for rows in (Answers(), DeadLetters(), Rows()):
+        _ = results | rows
+    fused = fuse(pipeline)
+    stage = fused.stage_of("AnswerRecordings")
+    assert stage.accelerator == GPU
+    assert fused.audio_moved == []
 
 
-def test_segments_are_typed_for_the_next_transform():
+def test_segments_are_for_a_pipeline_of_ones_own():
     pipeline = beam.Pipeline()
     segments = pipeline | ReadRecordings("a.wav") | DecodeAudio(model="demo")
     assert segments.good.element_type is Segment
+    answers = segments | AskAudioFlamingo(model="demo", tasks=[caption()])
+    assert fuse(pipeline).stage_of("DecodeAudio") == fuse(pipeline).stage_of("AskAudioFlamingo/Ask")
+    assert fuse(pipeline).audio_moved == []
+    assert answers.dead_letters is not None
 
 
 @pytest.mark.parametrize(
@@ -160,7 +185,8 @@ def test_segments_are_typed_for_the_next_transform():
         (lambda: AskAudioFlamingo(tasks=[caption(), caption()]), "task 'caption' is asked twice"),
         (lambda: AskAudioFlamingo(tasks=[answer("Who?"), answer("Who?")]), "question 'Who\\?' is asked twice"),
         (lambda: beam.Pipeline() | ReadRecordings([]), "inputs is empty"),
-        (lambda: beam.Pipeline() | PeriodicImpulse() | WriteAnswers("out"), "WriteAnswers writes bounded"),
+        (lambda: WriteResults("out", run_id="a/b"), "run_id is 'a/b'; it must be"),
+        (lambda: WriteResults("out", partition_by=["task"]), "partition_by names 'task', which is a column"),
     ],
     ids=[
         "over_length",
@@ -174,7 +200,8 @@ def test_segments_are_typed_for_the_next_transform():
         "task twice",
         "question twice",
         "no input",
-        "a stream",
+        "run_id",
+        "partition",
     ],
 )
 def test_mistakes_are_found_while_the_graph_is_built(make, says):

@@ -14,9 +14,13 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.testing.util import assert_that, equal_to
 
 from af3pipe.models import EngineOptions, ModelError, caption
-from af3pipe.transforms import DecodeAudio
-from af3pipe.transforms.ask import AskDoFn
+from af3pipe.transforms import AskAudioFlamingo, DecodeAudio
+from af3pipe.transforms.answer import AnswerDoFn
+from af3pipe.transforms.ask import Asker, _AskDoFn
+from af3pipe.transforms.decode import _DecodeDoFn
 from af3pipe.transforms.launcher import CheckWorkers, Launcher, WorkerError, received, this_process
+from af3pipe.transforms.plan import PlanDoFn
+from af3pipe.transforms.resume import _PlanEachDoFn
 
 _opened = []
 
@@ -62,23 +66,44 @@ def test_a_patch_of_beam_or_python_is_no_other_version():
     assert this_process().python == f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
+DECODER = DecodeAudio(model="demo").decoder
+ASKER = AskAudioFlamingo(model="demo", device="cpu", tasks=[caption()]).asker
+
+
 @pytest.mark.parametrize(
     "dofn",
-    [AskDoFn(EngineOptions("demo", device="cpu"), [caption()]), DecodeAudio(model="demo").dofn],
-    ids=["ask", "decode"],
+    [
+        ASKER,
+        DECODER,
+        _AskDoFn(ASKER),
+        _DecodeDoFn(DECODER),
+        PlanDoFn(DECODER, ASKER, {}),
+        _PlanEachDoFn("out", DECODER, ASKER, {}),
+    ],
+    ids=lambda found: type(found).__name__,
 )
 def test_a_step_arrives_as_it_was_sent_and_knows_its_launcher(dofn):
     for load in (pickler.loads(pickler.dumps(dofn)), pickle.loads(pickle.dumps(dofn))):
         left = dict(vars(load))
         assert left.pop("launcher") == this_process()
-        assert {key: str(value) for key, value in left.items()} == {k: str(v) for k, v in vars(dofn).items()}
+        assert {key: shown(value) for key, value in left.items()} == {k: shown(v) for k, v in vars(dofn).items()}
     sent = pickle.dumps(dofn)
     assert b"received" in sent[:200]  # the versions come first
     assert sent.index(b"received") < sent.index(type(dofn).__name__.encode())
 
 
+def shown(value):
+    """Without the address of what has no text of its own."""
+    return type(value).__name__ if isinstance(value, Asker | type(DECODER)) else str(value)
+
+
+def test_the_step_that_answers_knows_its_launcher_by_its_parts():
+    sent = pickler.loads(pickler.dumps(AnswerDoFn(DECODER, ASKER)))
+    assert sent._asker.launcher == sent._decoder.launcher == this_process()
+
+
 def test_a_model_that_only_the_launcher_has_says_which_worker_lacks_it():
-    dofn = AskDoFn(EngineOptions("/no/such/model", device="cpu"), [caption()])
+    dofn = Asker(EngineOptions("/no/such/model", device="cpu"), [caption()])
     with pytest.raises(ModelError) as here:
         dofn.setup()
     assert "worker" not in str(here.value)

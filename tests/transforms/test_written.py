@@ -10,11 +10,11 @@ from af3pipe.models import ENGINES, EngineFailed
 from af3pipe.pipelines.graph import build
 from af3pipe.pipelines.handover import take_found
 from af3pipe.pipelines.job import make_job
-from af3pipe.schemas import Recording
+from af3pipe.schemas import AudioObject, Reason, Recording, Rejected, Stage
 from af3pipe.tables.reconcile import count_run
 from af3pipe.tables.write import RECORDINGS, write_folders
-from af3pipe.transforms import NotWritten, PlannedRecording
-from af3pipe.transforms.written import _NotWrittenDoFn
+from af3pipe.transforms.outcome import to_dead_letter
+from af3pipe.transforms.written import NotWritten, ReadWritten, _NotWrittenDoFn
 from tests import fixtures_audio as make
 from tests.collected import Collected
 from tests.echo_engine import EchoEngine
@@ -25,9 +25,15 @@ RUN = "20260103T030405Z-cccccc"
 
 
 def planned(*numbers):
-    return [
-        PlannedRecording(Recording(recording_row(n).recording_id, f"s3://archive/{n}.flac", 100)) for n in numbers
-    ]
+    return [AudioObject(recording(n).uri, (recording(n),)) for n in numbers]
+
+
+def recording(number):
+    return Recording(recording_row(number).recording_id, f"s3://archive/{number}.flac", 100)
+
+
+def letter_of(number):
+    return to_dead_letter(Rejected(Stage.LIST, Reason.NOT_FOUND, "gone"), recording(number), stage=Stage.LIST)
 
 
 def write(output, run_id, *numbers, partition_by=()):
@@ -52,9 +58,30 @@ def test_what_the_run_has_written_goes_no_further(tmp_path):
     write(tmp_path, SECOND, 5)
     found = Collected()
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        given = pipeline | beam.Create(planned(*range(7)), reshuffle=False).with_output_types(PlannedRecording)
+        given = pipeline | beam.Create(planned(*range(7)), reshuffle=False).with_output_types(AudioObject)
         _ = given | NotWritten(str(tmp_path), RUN) | found.into("left")
     assert sorted(found["left"]) == sorted(planned(0, 4, 5, 6))
+
+
+def test_of_an_object_the_recordings_that_are_written_are_left_out(tmp_path):
+    run_id = "20260106T030405Z-ffffff"
+    write(tmp_path, run_id, 1, 3)
+    new = letter_of(4)
+    mixed = AudioObject("a", (recording(1), recording(2)), (letter_of(3), new, letter_of(1)))
+    (left,) = left_of(opened(tmp_path, run_id), [mixed])
+    assert left == AudioObject("a", (recording(2),), (new,))
+    done = AudioObject("a", (recording(1),), (letter_of(3),))
+    assert left_of(opened(tmp_path, run_id), [done]) == []
+
+
+def test_all_ids_that_the_run_has_written_can_be_read(tmp_path):
+    run_id = "20260107T030405Z-abcdef"
+    write(tmp_path, run_id, 1, 2)
+    write(tmp_path, FIRST, 3)
+    found = Collected()
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        _ = pipeline | ReadWritten(str(tmp_path), run_id) | found.into("ids")
+    assert sorted(found["ids"]) == sorted(recording(n).recording_id for n in (1, 2))
 
 
 def test_a_bundle_that_comes_again_leaves_out_what_was_written_meanwhile(tmp_path):
@@ -139,7 +166,7 @@ def test_a_job_that_its_runner_begins_again_asks_what_it_has_not_written(tmp_pat
     dying.left = 12 - len(before)  # it fails where one is asked again
     begin()
     assert dying.left == 0
-    counts = count_run(str(output), RUN, take_found(str(output), RUN))
+    counts = count_run(str(output), RUN, *take_found(str(output), RUN))
     assert counts.reconciled, counts.problems
     assert counts.states == {"ok": 12, "dead_letter": 2}
     assert counts.answers == {"captions": 12, "transcripts": 12}

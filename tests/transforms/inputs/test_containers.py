@@ -78,8 +78,8 @@ def test_a_tar_shard_is_its_audio_with_what_stands_beside_it(tmp_path, kind):
     assert (first.recording_id, first.size_bytes, first.mtime) == ("first", 7, shard.mtime)
     assert first.etag == storage.stat(first.uri).etag == f"{shard.size_bytes}:{shard.mtime}"
     assert [question.text for question in first.questions] == ["Who?"]
-    assert first.metadata == (("speaker", '{"age": 7}'), ("txt", "Grüße"))
-    assert second.metadata == (("cls", "3"),)
+    assert json.loads(first.metadata) == {"speaker": {"age": 7}, "txt": "Grüße"}
+    assert json.loads(second.metadata) == {"cls": "3"}
     assert (elsewhere.uri, elsewhere.offset_s, elsewhere.duration_s) == (str(tmp_path / "more/c.wav"), 1, 2)
     assert len({row.recording_id for row in found}) == len(found)
 
@@ -202,7 +202,7 @@ def check_audio(found, folder, column):
     assert storage.read_bytes(first.uri) == CLIP
     assert storage.stat(first.uri)[1:3] == (len(CLIP), first.etag)
     assert first.size_bytes in (None, len(CLIP))
-    assert dict(first.metadata) == {"text": "one", "id": "1", "turns": '[{"n": 1}]'}
+    assert json.loads(first.metadata) == {"text": "one", "id": 1, "turns": [{"n": 1}]}
     assert (named.uri, named.size_bytes) == (str(folder / "more/b.wav"), None)
     assert storage.read_bytes(third.uri) == b"c"
     assert [row.detail for row in bad] == [f"row {n} of {column} holds no audio, and names none" for n in (3, 5)]
@@ -316,7 +316,9 @@ def dataset(datasets):
 def heard(found):
     good, bad = split(found)
     assert not bad
-    return [(storage.read_bytes(row.uri)[len(CLIP)], row.size_bytes, dict(row.metadata)["text"]) for row in good]
+    return [
+        (storage.read_bytes(row.uri)[len(CLIP)], row.size_bytes, json.loads(row.metadata)["text"]) for row in good
+    ]
 
 
 WANTED = [(index, len(CLIP) + 1, f"t{index}") for index in range(7)]

@@ -6,12 +6,12 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.testing.util import assert_that, equal_to
 
-from af3pipe.schemas import DeadLetter, Question, Recording
+from af3pipe.schemas import DeadLetter
 from af3pipe.transforms import ReadRecordings
 from af3pipe.transforms.inputs.manifest import is_manifest, read_manifest
-from af3pipe.transforms.inputs.read import list_recordings, merge
+from af3pipe.transforms.inputs.read import list_recordings
+from tests.collected import Collected
 
 
 def read(tmp_path, name, data):
@@ -52,24 +52,25 @@ def test_every_kind_of_manifest_gives_the_same_recording(tmp_path, name, data):
     assert (found.uri, found.offset_s, found.duration_s) == ("s3://b/a.flac", 1.5, 2.0)
     (question,) = found.questions
     assert (question.text, question.choices) == ("Who?", ("cat", "dog"))
-    assert found.metadata == (("speaker", "7"),)
+    # Text files know no numbers.
+    assert json.loads(found.metadata) == {"speaker": "7" if name.endswith(("csv", "tsv")) else 7}
 
 
 def test_nemo_manifests_and_relative_names(tmp_path):
     (found,) = read(tmp_path, "m.jsonl", json.dumps({"audio_filepath": "clips/a.wav", "duration": 3.2, "text": "hi"}))
     assert found.uri == str(tmp_path / "clips" / "a.wav")
-    assert found.metadata == (("text", "hi"),)
+    assert found.metadata == '{"text": "hi"}'
 
 
 def test_what_a_csv_says_is_kept_as_it_is_written(tmp_path):
     (found,) = read(tmp_path, "m.csv", "uri,id,speaker,day\n/a.wav,007,0012,2024-01-02\n")
     assert found.recording_id == "007"
-    assert found.metadata == (("day", "2024-01-02"), ("speaker", "0012"))
+    assert found.metadata == '{"day": "2024-01-02", "speaker": "0012"}'
 
 
 def test_a_separator_that_json_allows_in_a_string_splits_no_row(tmp_path):
     (found,) = read(tmp_path, "m.jsonl", '{"uri": "/a.wav", "text": "one\u2028two"}')
-    assert found.metadata == (("text", "one\u2028two"),)
+    assert json.loads(found.metadata) == {"text": "one\u2028two"}
 
 
 def test_a_glob_of_manifests_is_all_of_them(tmp_path):
@@ -131,17 +132,6 @@ def test_a_manifest_that_is_none_is_one_dead_letter(tmp_path):
         assert "manifest" in found.detail
 
 
-def test_one_recording_named_twice_is_one_with_all_questions():
-    plain = Recording("id", "a", 10, None, "now")
-    asked = Recording("id", "a", questions=(Question(None, "Who?"),), metadata=(("speaker", "7"),))
-    again = Recording("id", "a", questions=(Question(None, "Who?"), Question(None, "Where?")))
-    (merged,) = merge([asked, plain, again])
-    assert [merged] == list(merge([again, asked, plain]))
-    assert merged.size_bytes == 10
-    assert set(merged.questions) == {Question(None, "Who?"), Question(None, "Where?")}
-    assert merged.metadata == (("speaker", "7"),)
-
-
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -157,7 +147,7 @@ def test_channels_of_one_file_are_recordings_of_their_own(tmp_path, name, data):
     found = read(tmp_path, name, data)
     assert [(row.channel, row.stream) for row in found[:2]] == [("left", None), ("right", 1)]
     assert len({row.recording_id for row in found}) == len(found)
-    assert all(row.metadata == () for row in found)
+    assert all(row.metadata == "{}" for row in found)
     assert [(row.channel, row.stream) for row in found[2:]] == [("mix", None), ("0", 0)][: len(found) - 2]
 
 
@@ -177,50 +167,60 @@ def test_the_channel_is_part_of_what_is_listed(tmp_path):
         ReadRecordings(str(tmp_path), channel="middle")
 
 
-def test_one_id_for_two_channels_loses_neither():
-    first, second = Recording("7", "a.wav", channel="left"), Recording("7", "a.wav", channel="right")
-    kept, letter = merge([second, first])
-    assert kept == first
-    assert json.loads(letter.input)["recording"]["channel"] == "right"
+def objects_of(read):
+    found = Collected()
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        _ = pipeline | read | found.into("objects")
+    return {one.uri: one for one in found["objects"]}
 
 
-def test_an_id_given_to_two_recordings_loses_neither():
-    first, second = Recording("7", "a.wav"), Recording("7", "b.wav")
-    kept, letter = merge([second, first])
-    assert kept == first
-    assert (letter.uri, letter.reason.value) == ("b.wav", "unsupported_format")
-    assert "id '7' also names a.wav" in letter.detail
-    assert letter.recording_id != "7"
-
-
-def test_one_question_id_for_two_questions_of_a_recording_loses_neither():
-    first = Recording("7", "a.wav", questions=(Question("q", "Who?"), Question("r", "Where?")))
-    second = Recording("7", "a.wav", questions=(Question("q", "When?"),))
-    letter, kept = merge([second, first])
-    assert {letter.recording_id, kept.recording_id} == {"7"}
-    asked = {question.text for question in kept.questions}
-    assert asked | {q["text"] for q in json.loads(letter.input)["recording"]["questions"]} == {
-        "Who?",
-        "Where?",
-        "When?",
-    }
-    assert "question id 'q'" in letter.detail
-
-
-def test_listing_in_a_pipeline_gives_each_recording_once(tmp_path):
+def test_listing_in_a_pipeline_gives_each_object_once(tmp_path):
     for name in ("a.wav", "ä b.flac", "notes.txt"):
         (tmp_path / name).write_text("x")
-    with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        found = pipeline | ReadRecordings([str(tmp_path), str(tmp_path / "*.wav")])
-        assert_that(
-            found.good | beam.Map(lambda recording: recording.uri),
-            equal_to([str(tmp_path / "a.wav"), str(tmp_path / "ä b.flac")]),
-        )
+    found = objects_of(ReadRecordings([str(tmp_path), str(tmp_path / "*.wav")]))
+    assert set(found) == {str(tmp_path / "a.wav"), str(tmp_path / "ä b.flac")}
+    for uri, one in found.items():
+        assert [(recording.uri, recording.size_bytes) for recording in one.recordings] == [(uri, 1)]
+        assert (one.dead_letters, one.copies) == ((), ())
+
+
+def test_an_object_comes_with_all_recordings_of_it_and_what_was_rejected(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).write_text("x")
+    lines = [
+        {"uri": "a.wav", "speaker": "Ada", "row": 1},
+        {"uri": "a.wav", "speaker": "Bob", "note": "n", "row": 2},
+        {"uri": "a.wav", "id": "7", "offset": 1.0},
+        {"uri": "b.wav", "id": "7"},
+        {"uri": "gone.wav", "speaker": "Eve"},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join([*map(json.dumps, lines), "{"]))
+    found = objects_of(ReadRecordings([str(tmp_path / "m.jsonl"), str(tmp_path / "*.wav")]))
+    assert set(found) == {
+        *(str(tmp_path / name) for name in ("a.wav", "b.wav", "gone.wav")),
+        f"{tmp_path / 'm.jsonl'}#line=6",
+    }
+    of_a = found[str(tmp_path / "a.wav")].recordings
+    assert sorted(one.metadata for one in of_a) == [
+        '{"note": "n", "row": 2, "speaker": "Bob"}',
+        '{"row": 1, "speaker": "Ada"}',
+        "{}",
+    ]
+    assert len({one.recording_id for one in of_a}) == 3
+    assert {one.size_bytes for one in of_a} == {1}
+    of_b = found[str(tmp_path / "b.wav")]
+    assert [one.recording_id for one in of_b.recordings] == [of_b.recordings[0].source_key]
+    (clash,) = of_b.dead_letters
+    assert "id '7' cannot be that of" in clash.detail
+    gone = found[str(tmp_path / "gone.wav")]
+    assert (gone.recordings, [letter.reason.value for letter in gone.dead_letters]) == ((), ["not_found"])
+    assert gone.dead_letters[0].metadata == '{"speaker": "Eve"}'
 
 
 def test_names_may_come_from_a_pipeline(tmp_path):
     (tmp_path / "a.wav").write_text("x")
-    with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        found = pipeline | beam.Create([str(tmp_path / "a.wav"), str(tmp_path / "none.wav")]) | ReadRecordings()
-        assert_that(found.good | beam.Map(lambda found: found.size_bytes), equal_to([1]))
-        assert_that(found.dead_letters | beam.Map(lambda letter: letter.reason.value), equal_to(["not_found"]), "bad")
+    names = [str(tmp_path / "a.wav"), str(tmp_path / "none.wav")]
+    found = objects_of("Names" >> beam.Create(names) | ReadRecordings())
+    assert [one.size_bytes for one in found[names[0]].recordings] == [1]
+    (letter,) = found[names[1]].dead_letters
+    assert letter.reason.value == "not_found"
