@@ -164,17 +164,18 @@ def write_rows(output, run_id, row_format, rows, partition_by=(), in_files_of=7)
 def write_run(
     output, run_id, numbers, *, broken=(), version="", kept=False, finished=True, partition_by=(), later_s=0, **files
 ):
-    """A whole run: an answer for each number, a dead letter for each that is broken; with `kept` it skips all."""
+    """A whole run: an answer for each number, a dead letter for each that is broken; with `kept` an earlier run's."""
     at = _MOMENT + later_s * 1_000_000
     answers = {number: answer_row(number, version, created_at=at) for number in numbers}
     letters = {number: letter_row(number, created_at=at) for number in broken}
-    results = [recording_row(number, [row], created_at=at) for number, row in answers.items()]
-    results += [recording_row(number, (), [row], created_at=at) for number, row in letters.items()]
+    how = {"kept": kept, "created_at": at}
+    results = [recording_row(number, [row], **how) for number, row in answers.items()]
+    results += [recording_row(number, (), [row], **how) for number, row in letters.items()]
     if not kept:
         write_rows(output, run_id, write.ANSWERS, answers.values(), partition_by, **files)
         write_rows(output, run_id, write.DEAD_LETTER_ROWS, letters.values(), partition_by, **files)
-        write_rows(output, run_id, write.RECORDINGS, results, partition_by, **files)
-    states = {"skipped_done": len(results)} if kept else {"ok": len(answers), "dead_letter": len(letters)}
+    write_rows(output, run_id, write.RECORDINGS, results, partition_by, **files)
+    states = {"ok": len(answers), "dead_letter": len(letters)}
     record = {
         "run_id": run_id,
         "started_at": "2026-01-01T03:04:05+00:00",

@@ -3,14 +3,14 @@
 from collections import defaultdict
 
 from af3pipe.schemas import DeadLetter
-from af3pipe.tables.existing import ExistingRecording, ExistingRows
+from af3pipe.tables.existing import ExistingRecording, ExistingRows, read_existing
+from af3pipe.tables.reader import table_files
 from af3pipe.tables.write import write_results
 from af3pipe.transforms import AskAudioFlamingo, DecodeAudio
 from af3pipe.transforms.answer import AnswerDoFn
 from af3pipe.transforms.inputs.identity import check_id, has_own_id
 from af3pipe.transforms.outcome import public_uri
 from af3pipe.transforms.plan import WorkKeys, plan_object, stat_object
-from af3pipe.transforms.resume import existing_rows
 
 
 class PlainRuns:
@@ -52,7 +52,12 @@ class PlainRuns:
         return f"run-{self._number:03}"
 
     def _plan(self, found, retry):
-        rows = list(existing_rows(self.output))
+        rows = [
+            row
+            for table, infos in table_files(self.output).items()
+            for info in infos
+            for row in read_existing(self.output, table, info)
+        ]
         by_id, by_uri = defaultdict(list), defaultdict(lambda: ([], []))
         for one in found:
             if isinstance(one, DeadLetter):

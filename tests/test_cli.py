@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from af3pipe import cli
 from af3pipe.cli import running, tables
 from af3pipe.models.family import DEFAULT_MODEL
+from af3pipe.tables import write
 from af3pipe.tables.compact import DEFAULT_FILE_MIB
 from af3pipe.tables.layout import TABLE_SCHEMAS
 from af3pipe.tables.write import RECORDINGS, write_folders
-from af3pipe.transforms import panes
 from tests import fixtures_audio as make
 from tests.integration.runners import rows
 
@@ -238,7 +238,7 @@ def test_counts_that_do_not_reconcile_exit_1_and_name_the_gap(archive, tmp_path,
         kept = [row for row in rows if row_format is not RECORDINGS or not row.uri.endswith("fine.wav")]
         return write_folders(kept, row_format, *where, **how)
 
-    monkeypatch.setattr(panes, "write_folders", losing)
+    monkeypatch.setattr(write, "write_folders", losing)
     done = quick(archive, tmp_path / "out")
     assert done.exit_code == 1
     assert "DOES NOT RECONCILE" in done.output

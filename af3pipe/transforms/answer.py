@@ -34,7 +34,7 @@ from af3pipe.schemas import (
 from af3pipe.transforms import metrics
 from af3pipe.transforms.answer_rows import Wanted, wanted_of
 from af3pipe.transforms.ask import AskAudioFlamingo, AskedRequest, Asker, audio_checksum
-from af3pipe.transforms.decode import DecodeAudio, Decoder
+from af3pipe.transforms.decode import DecodeAudio, Decoder, as_stored, stated
 from af3pipe.transforms.gather import PendingObject, Source
 from af3pipe.transforms.outcome import FATAL, to_dead_letter
 from af3pipe.transforms.plan import WorkKeys
@@ -69,7 +69,8 @@ class _Decoded(NamedTuple):
     """What a decoding thread has come to: a source's segment or rejection; with neither, the end of the object.
 
     Attributes:
-        renewed: The recordings of all sources, where the object has changed and is decoded from its beginning.
+        renewed: The recordings of all sources, where the object is another than was listed (`part` says why), or is
+            known only now: it is decoded from its beginning.
     """
 
     pending: PendingObject
@@ -100,12 +101,12 @@ class AnswerDoFn(beam.DoFn):
         self._verifiable = verifiable
         self._requested = frozenset(task_key(task.name, task.question_id) for task in asker.requested)
         self._open: list[PendingObject] = []
+        self._first_results = self._first_refused = 0
 
     def setup(self) -> None:
         self._decoder.setup()
         self._asker.setup()
         self._pool = ThreadPoolExecutor(self._decoder.threads, thread_name_prefix="af3pipe-decode")
-        self._first_results = self._first_refused = 0
 
     def teardown(self) -> None:
         self._abandon()
@@ -161,26 +162,30 @@ class AnswerDoFn(beam.DoFn):
     def _decoded(self, pending: PendingObject) -> Iterator[_Decoded]:
         """Decodes an object; one that changes meanwhile once more, as it is then."""
         gathered = [one for source in pending.sources for one in source.gathered]
-        recordings = [one.recording for one in gathered]
+        listed = recordings = [one.recording for one in gathered]
         try:
+            recordings = list(stated(listed))
+            if recordings != listed:
+                yield _Decoded(pending, renewed=tuple(recordings))
             yield from self._parts(pending, recordings)
         except Rejected as rejected:
-            if rejected.reason is not Reason.CHANGED:
-                raise
-            changed = rejected
+            failure = rejected
         else:
             return
         try:
+            if failure.reason is not Reason.CHANGED:
+                raise failure
             info = storage.stat(recordings[0].uri)
             renewed = [self._renewed(one.recording, info, one.rejected) for one in gathered]
-            yield _Decoded(pending, renewed=tuple(renewed))
+            yield _Decoded(pending, None, failure, tuple(renewed))
             yield from self._parts(pending, renewed)
-        except Rejected as rejected:  # it changes all the time, or has gone
-            detail = f"{changed.detail} When it was read again: {rejected.detail}"
-            again = Rejected(rejected.stage, rejected.reason, detail)
+        except Rejected as rejected:  # it changes all the time, or cannot be read
+            if rejected is not failure:
+                detail = f"{failure.detail} When it was read again: {rejected.detail}"
+                rejected = Rejected(rejected.stage, rejected.reason, detail)
             yield _Decoded(pending, renewed=tuple(recordings))
             for source in pending.sources:
-                yield _Decoded(pending, source, again)
+                yield _Decoded(pending, source, rejected)
             yield _Decoded(pending)
 
     def _parts(self, pending: PendingObject, recordings: Sequence[Recording]) -> Iterator[_Decoded]:
@@ -192,9 +197,7 @@ class AnswerDoFn(beam.DoFn):
 
     def _renewed(self, recording: Recording, info: storage.ObjectInfo, letters: Sequence[DeadLetter]) -> Recording:
         """A recording as its object is now; nothing of earlier runs is about that."""
-        renewed = recording._replace(
-            size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime, existing=Existing()
-        )
+        renewed = as_stored(recording, info)._replace(existing=Existing())
         if recording.work_key is None:
             return renewed
         return WorkKeys(self._decoder, self._asker).add(renewed, letters)
@@ -226,7 +229,7 @@ class AnswerDoFn(beam.DoFn):
     def _take(self, decoded: _Decoded) -> Iterator[Any]:
         pending, source, part, renewed = decoded
         if renewed is not None:
-            metrics.count("objects_changed")
+            metrics.count("objects_changed", 0 if part is None else 1)
             pending.restart(renewed)
         elif source is None:
             pending.is_decoded = True

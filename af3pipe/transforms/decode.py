@@ -164,10 +164,10 @@ class Decoder(SentByLauncher):
             Rejected: changed; the object is another one than was listed, and so may be what was decoded of it.
             StorageError, GuardError: No recording is to blame.
         """
-        first = recordings[0]
-        listed = storage.ObjectInfo(first.uri, first.size_bytes, first.etag, first.mtime)
         ended: set[int] = set()
         try:
+            first, *_ = recordings = stated(recordings)
+            listed = storage.ObjectInfo(first.uri, first.size_bytes, first.etag, first.mtime)
             with storage.open_version(listed) as file:
                 for index, part in read_parts(
                     file,
@@ -257,6 +257,24 @@ class _DecodeDoFn(OverlapDoFn[AudioObject | Recording, _Ahead]):
                 yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
         for letter in found.dead_letters if isinstance(found, AudioObject) else ():
             yield beam.pvalue.TaggedOutput(DEAD_LETTERS, letter)
+
+
+def stated(recordings: Sequence[Recording]) -> Sequence[Recording]:
+    """Recordings of one object with its size, etag and modification time, which nobody may have asked the store for.
+
+    Raises:
+        Rejected: The object cannot be found or read.
+    """
+    first = recordings[0]
+    if first.size_bytes is not None or first.etag or first.mtime:
+        return recordings
+    info = storage.stat(first.uri)
+    return [as_stored(recording, info) for recording in recordings]
+
+
+def as_stored(recording: Recording, info: storage.ObjectInfo) -> Recording:
+    """A recording with what the store says about its object."""
+    return recording._replace(size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime)
 
 
 def recordings_of(found: AudioObject | Recording) -> tuple[Recording, ...]:

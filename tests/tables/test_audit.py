@@ -158,10 +158,9 @@ def test_a_record_that_counted_otherwise_is_told_until_a_later_run_is_whole(outp
     [
         ({"answers": 2}, "are not the number of answer_keys"),
         ({"kept_dead_letters": 1}, "are not the number of dead_letter_keys"),
-        ({"settled_state": TerminalState.OK_PARTIAL}, "settled_state is not terminal_state"),
         ({"terminal_state": TerminalState.SKIPPED_DONE}, "and yet wrote rows"),
         (
-            {"settled_state": TerminalState.DEAD_LETTER, "terminal_state": TerminalState.DEAD_LETTER},
+            {"terminal_state": TerminalState.DEAD_LETTER},
             "does not fit the keys",
         ),
     ],

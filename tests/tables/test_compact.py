@@ -20,8 +20,8 @@ from af3pipe.tables import compact as module
 from af3pipe.tables import write
 from af3pipe.tables.compact import CompactError, compact, recover
 from af3pipe.tables.compaction_record import Compaction, open_compactions
-from af3pipe.tables.formats import FORMAT_KEY, SCHEMAS
 from af3pipe.tables.latest import latest
+from af3pipe.tables.layout import FORMAT_KEY, TABLE_SCHEMAS
 from af3pipe.tables.reader import possible_runs, read_batches
 from tests import outputs
 from tests.kills import killed_after
@@ -49,7 +49,9 @@ def history(output):
     """All rows that there are, every column of them."""
     return {
         table: sorted(
-            repr(row) for rows in read_batches(str(output), table, SCHEMAS[table].names) for row in rows.to_pylist()
+            repr(row)
+            for rows in read_batches(str(output), table, TABLE_SCHEMAS[table].names)
+            for row in rows.to_pylist()
         )
         for table in TABLES
     }
@@ -78,7 +80,7 @@ def test_rows_are_sorted_by_recording_and_the_schema_is_the_same(output):
         ids = read_table(path)["recording_id"].to_pylist()
         assert ids == sorted(ids)
     schema = pq.read_schema(files(output, "captions")[0])
-    assert schema.equals(SCHEMAS["captions"])
+    assert schema.equals(TABLE_SCHEMAS["captions"])
     assert schema.metadata[FORMAT_KEY] == b"2"
     assert pq.read_metadata(files(output, "captions")[0]).row_group(0).column(0).compression == "ZSTD"
 

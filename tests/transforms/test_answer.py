@@ -1,6 +1,7 @@
 """AnswerRecordings: from objects to results in one step, whatever becomes of a recording on the way."""
 
 import itertools
+import os
 import threading
 from datetime import datetime, timezone
 
@@ -52,6 +53,8 @@ def engines(monkeypatch):
 
 def recording(path, **changes):
     uri = str(path)
+    at_s = datetime.fromisoformat(MODIFIED).timestamp()
+    os.utime(path, (at_s, at_s))  # the version that is listed is the one that is read
     return Recording(source_key(uri), uri, path.stat().st_size, "etag", MODIFIED)._replace(**changes)
 
 
@@ -376,7 +379,8 @@ def test_what_was_kept_of_one_version_is_not_kept_of_another(recordings):
 
 def test_a_result_is_of_the_time_when_its_object_was_modified(recordings):
     found = Collected()
-    given = [recordings["short"], recordings["corrupt"]._replace(mtime="1970-01-01T00:00:00+00:00")]
+    epoch = recordings["gone"]._replace(mtime="1970-01-01T00:00:00+00:00")
+    given = [recordings["short"], epoch]
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         at_work = (
             pipeline
@@ -386,7 +390,7 @@ def test_a_result_is_of_the_time_when_its_object_was_modified(recordings):
         _ = at_work | AnswerRecordings(**how()) | found.into("results")
     times = {one.row.uri: at.to_utc_datetime() for at, one in found.timed("results")}
     modified = datetime.fromisoformat(MODIFIED).astimezone(timezone.utc).replace(tzinfo=None)
-    assert times == {recordings["short"].uri: modified, recordings["corrupt"].uri: datetime(1970, 1, 1)}
+    assert times == {recordings["short"].uri: modified, epoch.uri: datetime(1970, 1, 1)}
 
 
 def test_where_the_store_does_not_say_it_is_when_the_row_was_made(recordings):
@@ -612,7 +616,7 @@ def test_what_is_verified_is_the_request_as_it_was(recordings, opened):
     dofn = opened(tasks=TASKS, engine="echo", verifiable=True)
     feeding = Feeding(dofn, [AudioObject(ada.uri, (ada, bob)), recordings["silent"]])
     assert len(feeding.join()) == 3
-    (asked,) = [one.value for one in feeding.outputs if isinstance(one, TaggedOutput)]
+    (asked,) = [one.value.value for one in feeding.outputs if isinstance(one, TaggedOutput)]
     assert asked.recording == ada
     assert [task.question for task in asked.tasks] == [None, None, "Is it loud?", "Who speaks?"]
     assert [reply.text.partition(":")[0] for reply in asked.replies] == ["caption", "transcript", "answer", "answer"]

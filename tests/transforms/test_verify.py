@@ -159,7 +159,7 @@ def answered(dofn, recording):
     step.start_bundle()
     outputs = [*step.process(recording), *step.finish_bundle()]
     step._pool.shutdown()
-    return [one.value for one in outputs if isinstance(one, TaggedOutput)]
+    return [one.value.value for one in outputs if isinstance(one, TaggedOutput)]
 
 
 def test_a_request_is_asked_again_with_the_recordings_own_question(dofn, recording):

@@ -46,20 +46,21 @@ def left_of(dofn, elements):
 
 
 def opened(output, run_id):
-    dofn = _NotWrittenDoFn(str(output), run_id, {})
+    dofn = _NotWrittenDoFn(str(output), run_id, (), {})
     dofn.setup()
     return dofn
 
 
 def test_what_the_run_has_written_goes_no_further(tmp_path):
-    write(tmp_path, RUN, 1, 2)
+    """Of partitions that follow from the run's id only its own are listed; of others all."""
+    write(tmp_path, RUN, 1, 2, partition_by=["date", "station"])
     write(tmp_path, RUN, 3, partition_by=["date", "station"])
     write(tmp_path, FIRST, 4)
     write(tmp_path, SECOND, 5)
     found = Collected()
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         given = pipeline | beam.Create(planned(*range(7)), reshuffle=False).with_output_types(AudioObject)
-        _ = given | NotWritten(str(tmp_path), RUN) | found.into("left")
+        _ = given | NotWritten(str(tmp_path), RUN, partition_by=["date", "station"]) | found.into("left")
     assert sorted(found["left"]) == sorted(planned(0, 4, 5, 6))
 
 

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from af3pipe.models import ENGINES, answer, caption
-from af3pipe.schemas import DeadLetter, Question, Reason, Recording, TerminalState, source_key, to_metadata
+from af3pipe.schemas import (
+    NO_METADATA,
+    DeadLetter,
+    Question,
+    Reason,
+    Recording,
+    TerminalState,
+    source_key,
+    to_metadata,
+)
 from af3pipe.tables.existing import ExistingRecording
 from af3pipe.transforms.inputs.identity import check_id, has_own_id, name_recordings
 from benchmarks import constant_engine
@@ -44,6 +53,12 @@ def there(recording, metadata=None, created_at=1, state="ok", source=""):
         recording.offset_s,
         recording.channel,
         recording.stream,
+        None,
+        1.0,
+        -3.0,
+        -20.0,
+        0.0,
+        False,
         created_at,
     )
 
@@ -183,7 +198,9 @@ def test_a_listed_file_is_the_recording_of_the_rows_about_it():
     (found,) = name_recordings([ADA, listed])
     assert (found.metadata, found.recording_id, found.size_bytes) == (ADA.metadata, source_key(A), None)
     assert set(ids([listed, ADA, BOB])) == {ADA.metadata, BOB.metadata}
-    assert set(ids([listed, named("7", speaker="Ada")])) == {ADA.metadata}
+    assert set(ids([listed, named("7", speaker="Ada")])) == {ADA.metadata, NO_METADATA}, (
+        "an id of its own is another's"
+    )
     (found,) = name_recordings([listed, unnamed()])
     assert found == listed
     # But a row with a question and nothing else is one of its own.

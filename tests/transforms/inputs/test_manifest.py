@@ -281,10 +281,10 @@ def test_a_manifest_from_elsewhere_names_what_is_its_own(memory):
     good, bad = [], []
     for found in list_recordings("memory://lists/m.jsonl"):
         (bad if isinstance(found, DeadLetter) else good).append(found)
-    assert [row.uri for row in good] == ["memory:///lists/a.wav", "memory://lists/deep/b.wav"]
+    assert [row.uri for row in good] == ["memory:///lists/a.wav", "memory:///lists/deep/b.wav"]
     assert {row.reason for row in bad} == {Reason.NOT_ALLOWED}
     assert [row.uri for row in bad] == [f"memory:///lists/m.jsonl#line={number}" for number in (3, 4, 5, 6)]
     assert "line 5 of memory:///lists/m.jsonl names memory://other/e.wav" in bad[2].detail
     assert "--allow-prefix memory://other" in bad[2].detail
     allowed = list_recordings("memory://lists/m.jsonl", allow_prefixes=["memory://other"])
-    assert [row.uri for row in allowed if isinstance(row, Recording)][-1] == "memory://other/e.wav"
+    assert [row.uri for row in allowed if isinstance(row, Recording)][-1] == "memory:///other/e.wav"

@@ -205,7 +205,7 @@ def listing(dofn, name):
 
 
 def test_folders_that_are_not_there_yet_are_looked_for_again(tmp_path, caplog):
-    dofn = _ListDoFn("mix", None, {})
+    dofn = _ListDoFn("mix", None, (), {})
     assert listing(dofn, tmp_path / "soon") == []
     assert listing(dofn, tmp_path / "soon") == []
     assert caplog.text.count(f"input {tmp_path / 'soon'} cannot be listed, and is looked for again: ") == 1
@@ -215,7 +215,7 @@ def test_folders_that_are_not_there_yet_are_looked_for_again(tmp_path, caplog):
 
 
 def test_a_store_that_is_down_ends_a_listing_and_no_more(caplog):
-    dofn = _ListDoFn("mix", None, {})
+    dofn = _ListDoFn("mix", None, (), {})
 
     def down(name):
         yield stored("a", "1")
@@ -227,7 +227,7 @@ def test_a_store_that_is_down_ends_a_listing_and_no_more(caplog):
 
 
 def test_two_that_watch_the_same_do_not_take_from_each_other(archive):
-    one, other = _ListDoFn("mix", None, {}), _ListDoFn("mix", None, {})
+    one, other = _ListDoFn("mix", None, (), {}), _ListDoFn("mix", None, (), {})
     for _ in range(_TOLD_AT_FIRST + 2):
         listing(one, archive)
     assert len(listing(other, archive)) == 2
@@ -237,7 +237,7 @@ def test_what_several_inputs_find_again_and_again_passes_once(archive):
     found = Collected()
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         looked = [(float(tick), name) for tick in range(5) for name in (str(archive), f"{archive}/*.wav")]
-        listed = pipeline | beam.Create(looked, reshuffle=False) | beam.ParDo(_ListDoFn("left", 1, {}))
+        listed = pipeline | beam.Create(looked, reshuffle=False) | beam.ParDo(_ListDoFn("left", 1, (), {}))
         new = listed | NewRecordings(0.0)
         _ = new.good | found.into("good")
         _ = new.dead_letters | found.into("letters")
