@@ -6,6 +6,8 @@
     python -m benchmarks.storage memory               # --recordings 1000 10000 100000
     python -m benchmarks.storage chunks               # --chunks 250 1000 4000 --chunked 4000
     python -m benchmarks.storage tables               # --rows 3000000: audit, compact, export of so many
+    python -m benchmarks.storage nights               # --files 100000 --nights 30: reruns with nothing new
+    python -m benchmarks.storage new                  # --rows 3000000 --files 1000: new files, a large output
 
 Each measurement is made in a process of its own. Objects in S3 are those of benchmarks/synthetic_s3.py, served by
 another process: no figure holds a network. Files on the local disk are 0.3 s of WAV each, hard links of a few, so
@@ -34,7 +36,7 @@ from benchmarks.memory import peak_mib
 from benchmarks.synthetic_output import write_output
 from benchmarks.synthetic_s3 import tone
 
-PARTS = ("listing", "rerun", "memory", "chunks", "tables")
+PARTS = ("listing", "rerun", "memory", "chunks", "tables", "nights", "new")
 FILE_S = 0.3
 FIND_MOST_KEYS = 100_000
 _PER_FOLDER = 1000
@@ -365,6 +367,50 @@ def tables(asked: argparse.Namespace) -> None:
                 )
 
 
+def nights(asked: argparse.Namespace) -> None:
+    """What a rerun costs after many that found nothing new: as much as the second run."""
+    heads("files", "night", "wall s", "CPU s", "CPU / night 2", "files of the output", "peak MiB")
+    with source_of(asked, asked.files) as source, tempfile.TemporaryDirectory() as output:
+        second = 0.0
+        for night in range(1, asked.nights + 1):
+            found = apart(run_job, source=source, output=output, guard=asked.guard)
+            second = found["cpu_s"] if night == 2 else second
+            if night in (1, 2, 3, asked.nights // 2, asked.nights - 1, asked.nights):
+                show(
+                    f"{asked.files:,}",
+                    night,
+                    f"{found['wall_s']:.1f}",
+                    f"{found['cpu_s']:.1f}",
+                    f"{found['cpu_s'] / second:.2f}" if second else "",
+                    sum(1 for _ in Path(output).rglob("*.parquet")),
+                    f"{found['peak']:.0f}",
+                )
+
+
+def new(asked: argparse.Namespace) -> None:
+    """What new files cost beside their own work, where the output holds many recordings already."""
+    heads("recordings in the output", "rows", "new files", "wall s", "CPU s", "CPU beyond their own work", "peak MiB")
+    with source_of(asked, asked.files) as source, tempfile.TemporaryDirectory() as folder:
+        own = apart(run_job, source=source, output=f"{folder}/empty", guard=asked.guard)
+        for recordings in [0, *(rows // 3 for rows in asked.rows)]:
+            output = Path(folder, f"out{recordings}")
+            rows = write_output(output, recordings) if recordings else 0
+            found = apart(run_job, source=source, output=str(output), guard=asked.guard)
+            assert found["answers"] == asked.files
+            show(
+                f"{recordings:,}",
+                f"{rows:,}",
+                asked.files,
+                f"{found['wall_s']:.1f}",
+                f"{found['cpu_s']:.1f}",
+                f"{found['cpu_s'] - own['cpu_s']:.1f}",
+                f"{found['peak']:.0f}",
+            )
+
+
+WAYS = {way.__name__: way for way in (listing, rerun, memory, chunks, tables, nights, new)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
@@ -380,6 +426,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[300_000, 3_000_000], help="of the output of `tables`")
     parser.add_argument("--reruns", type=int, default=0, help="runs of `tables` that answer a tenth again")
     parser.add_argument("--rows-per-file", type=int, default=50_000, help="of the output of `tables`")
+    parser.add_argument("--nights", type=int, default=30, help="runs of `nights`")
     parser.add_argument("--guard", action="store_true", help="decode in processes of their own, as by default")
     parser.add_argument("--do", nargs=2, metavar=("WORK", "GIVEN"), help="one measurement, in this process")
     asked = parser.parse_args()
@@ -388,7 +435,7 @@ def main() -> None:
         return
     print(machine.describe())
     for part in asked.parts or PARTS:
-        {"listing": listing, "rerun": rerun, "memory": memory, "chunks": chunks, "tables": tables}[part](asked)
+        WAYS[part](asked)
 
 
 if __name__ == "__main__":

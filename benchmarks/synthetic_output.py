@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from af3pipe.tables.formats import SCHEMAS, with_format
+from af3pipe.tables.formats import with_format
+from af3pipe.tables.layout import TABLE_SCHEMAS
 
 _WORDS = [
     "quiet",
@@ -90,7 +91,7 @@ def _write(
     ids = values["recording_id"]
     uris = pc.binary_join_element_wise("s3://archive/2026/", ids, ".flac", "")
     values = {"uri": uris, "metadata": '{"station": "K Q"}', "mtime": _MOMENT, "channel": "mix"} | values
-    schema = with_format(SCHEMAS[table])
+    schema = with_format(TABLE_SCHEMAS[table])
     columns = [_column(values.get(field.name), field, len(ids)) for field in schema]
     rows = pa.Table.from_arrays(columns, schema=schema)
     folder = output / table
