@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from af3pipe import storage
 from af3pipe.models import ENGINES
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.audit import audit
-from af3pipe.pipelines.job import make_job
+from af3pipe.pipelines.job import JobError, make_job
 from af3pipe.schemas import Reason, Rejected, Stage
 from benchmarks import constant_engine
 from tests import fixtures_audio as make
@@ -359,6 +360,114 @@ def test_ids_may_hold_anything_and_the_same_audio_may_have_several(archive, fini
     report, asked = finish([more], tasks=BOTH)
     assert asked == asked_of(["a.wav"], "transcript")
     assert {row["recording_id"] for row in rows(tmp_path / "out", "captions")} == {*ODD, "new"}
+
+
+def spellings(folder):
+    """The same file by other names, as inputs and manifests have them."""
+    (folder / "linked").symlink_to(folder / "archive", target_is_directory=True)
+    (folder / "link.wav").symlink_to(folder / "archive" / "a.wav")
+    return {
+        "relative": os.path.relpath(folder / "archive" / "a.wav"),
+        "dots": f"{folder}/archive/../archive/./a.wav",
+        "file://": f"file://{folder}/archive/a.wav",
+        "local://": f"local://{folder}/archive/a.wav",
+        "slashes": f"{folder}//archive//a.wav",
+        "through a linked folder": f"{folder}/linked/a.wav",
+        "a linked file": f"{folder}/link.wav",
+    }
+
+
+def test_the_same_file_by_another_name_is_not_asked_again(finish, tmp_path):
+    fill(tmp_path / "archive")
+    output = tmp_path / "out"
+    finish([tmp_path / "archive" / "a.wav"], output)
+    for name, spelling in spellings(tmp_path).items():
+        # A manifest's relative names start from its own folder.
+        named = "archive/a.wav" if name == "relative" else spelling
+        for given in (spelling, manifest(tmp_path, {"uri": named})):
+            report, asked = finish([given], output, engine="closed")
+            assert (asked, report.counts.states) == ([], {"skipped_done": 1}), name
+        report, asked = finish([manifest(tmp_path, {"uri": named, "id": name, "how": name})], output)
+        assert (asked, report.counts.states) == ([], {"ok": 1}), name
+    found = rows(output, "captions", without=())
+    assert {row["uri"] for row in found} == {str(tmp_path / "archive" / "a.wav")}
+    assert {row["metadata"] for row in found} == {"{}", *(f'{{"how": "{name}"}}' for name in SPELLINGS)}
+    assert audit(str(output)).right
+
+
+SPELLINGS = ("relative", "dots", "file://", "local://", "slashes", "through a linked folder", "a linked file")
+
+
+def test_a_folder_and_links_to_it_are_listed_once(finish, tmp_path):
+    fill(tmp_path / "archive")
+    spellings(tmp_path)
+    (tmp_path / "archive" / "deeper").mkdir()
+    (tmp_path / "archive" / "deeper" / "back").symlink_to(tmp_path / "archive", target_is_directory=True)
+    report, asked = finish([tmp_path, tmp_path / "linked"], tmp_path / "out")
+    assert report.counts.states == {"ok": 4, "dead_letter": 1}
+    assert asked == asked_of(ALL)
+
+
+@pytest.mark.parametrize("repair", ["made readable", "put back"])
+def test_what_the_world_did_is_tried_again_by_every_run(repair, finish, tmp_path, monkeypatch):
+    archive = fill(tmp_path / "archive")
+    names = ["a.wav", "b.wav", "c.wav"]
+    listed = manifest(tmp_path, *({"uri": f"archive/{name}"} for name in names))
+    if repair == "put back":
+        for name in names:
+            (archive / name).rename(archive / f"{name}.gone")
+    else:
+        opened = storage.open_version
+
+        def refused(info):
+            raise Rejected(Stage.READ, Reason.PERMISSION_DENIED, f"{info.uri} may not be read")
+
+        monkeypatch.setattr(storage, "open_version", refused)
+    for _ in range(2):
+        report, asked = finish([listed])
+        assert (asked, report.counts.states) == ([], {"dead_letter": 3})
+    if repair == "put back":
+        for name in names:
+            (archive / f"{name}.gone").rename(archive / name)
+    else:
+        monkeypatch.setattr(storage, "open_version", opened)
+    report, asked = finish([listed])
+    assert (asked, report.counts.states) == (asked_of(names), {"ok": 3})
+    assert finish([listed], engine="closed")[0].counts.states == {"skipped_done": 3}
+
+
+def test_an_output_below_its_input_does_not_grow(finish, tmp_path):
+    """Its Parquet would be taken for manifests, with rows that ask what was asked."""
+    archive = fill(tmp_path / "archive")
+    output = archive / "labels" / "out"
+    listed = manifest(archive, {"uri": "a.wav", "question": "Who?", "note": "mine"})
+    inputs = [archive, f"{archive}/**/*.parquet", f"{archive}/**/*.jsonl"]
+    report, _ = finish(inputs, output, tasks=BOTH)
+    assert report.counts.dead_letters == {"unsupported_format": 1}, "of broken.wav alone"
+    before = count_rows(output)
+    for night in range(3):
+        report, _ = finish(inputs, output, tasks=BOTH, engine="closed")
+        assert report.counts.states == {"skipped_done": report.counts.found}, night
+        assert count_rows(output) == before
+    with pytest.raises(JobError, match="belongs to an output of af3pipe"):
+        finish(list((output / "captions").iterdir()), tmp_path / "other")
+    assert Path(listed).exists()
+
+
+def test_free_text_as_partitions(finish, tmp_path, caplog):
+    archive = fill(tmp_path / "archive")
+    texts = ["あ" * 28, "あ" * 28 + "い", "x" * 300, "a/b", "7", ""]
+    listed = manifest(archive, *({"uri": "a.wav", "id": f"{n}", "note": text} for n, text in enumerate(texts)))
+    report, _ = finish([listed], partition_by=["note"])
+    assert report.counts.states == {"ok": len(texts)}
+    folders = {path.parent.name for path in (tmp_path / "out" / "captions").rglob("*.parquet")}
+    assert len(folders) == len(texts)
+    assert max(len(name.encode()) for name in folders) < 200
+    assert finish([listed], partition_by=["note"], engine="closed")[0].counts.states == {"skipped_done": len(texts)}
+    many = manifest(archive, *({"uri": "a.wav", "id": f"m{n}", "note": f"{n}"} for n in range(1001)))
+    with caplog.at_level(logging.WARNING):
+        finish([many], tmp_path / "many", partition_by=["note"])
+    assert "more than 1000 folders" in caplog.text
 
 
 OTHER_AUDIO = {
