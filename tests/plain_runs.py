@@ -31,6 +31,7 @@ class PlainRuns:
     def requesting(self, *tasks):
         """Has the runs that follow request these."""
         self._asker = AskAudioFlamingo(model="demo", tasks=tasks, engine=self._engine, keep_engine=True).asker
+        self._asker.setup()
 
     def run(self, found, *, retry=False):
         """One more run, of these recordings and dead letters; gives (results, ids of what is skipped)."""

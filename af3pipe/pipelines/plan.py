@@ -218,7 +218,7 @@ class Plan:
             """
             SELECT mention.uri, item
             FROM mention JOIN (SELECT uri, min(number) AS first FROM mention GROUP BY uri) USING (uri)
-            ORDER BY first, number
+            ORDER BY first, mention.uri, number
             """
         )
         for uri, group in itertools.groupby(rows, key=lambda row: row[0]):
