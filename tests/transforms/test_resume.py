@@ -1,6 +1,5 @@
 """Reading what earlier runs wrote: in bulk, while a compaction is at work, and beside a stream."""
 
-
 import apache_beam as beam
 import pytest
 
