@@ -29,7 +29,7 @@ from af3pipe.schemas import (
 from af3pipe.storage import ObjectInfo
 from af3pipe.tables.formats import NotATable
 from af3pipe.tables.keys import Mask
-from af3pipe.tables.reader import read_file
+from af3pipe.tables.reader import read_file, table_files
 
 _RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
 _BATCH_ROWS = 16_384
@@ -127,6 +127,21 @@ def read_existing(
         raise _unusable(info.uri, rejected.detail) from rejected
     except (NotATable, pa.ArrowException, OSError, AttributeError, TypeError, ValueError) as error:
         raise _unusable(info.uri, str(error).removeprefix(info.uri).strip()) from error
+
+
+def existing_rows(output: str, wanted: Callable[[pa.Table], Mask] | None = None) -> Iterator[ExistingRow]:
+    """Reads the rows of an output, as far as resuming needs them.
+
+    Args:
+        output: Folder of the tables.
+        wanted: As of `read_existing`.
+
+    Raises:
+        StorageError, Rejected: It cannot be listed, or one of its files cannot be read.
+    """
+    for table, infos in table_files(output).items():
+        for info in infos:
+            yield from read_existing(output, table, info, wanted)
 
 
 def _unusable(uri: str, why: str) -> storage.StorageError:

@@ -6,14 +6,15 @@ import pytest
 from af3pipe import storage
 from af3pipe.models import ENGINES, caption
 from af3pipe.schemas import AudioObject, DeadLetter, Existing, Reason, Recording, Rejected, Stage
-from af3pipe.tables.existing import ExistingAnswer, ExistingLetter, ExistingRecording
+from af3pipe.tables.compact import compact
+from af3pipe.tables.existing import ExistingAnswer, ExistingLetter, ExistingRecording, existing_rows
 from af3pipe.tables.write import DEAD_LETTER_ROWS, RECORDINGS, write_rows
 from af3pipe.transforms import AskAudioFlamingo, DecodeAudio, Outcome, resume
 from af3pipe.transforms.inputs.clock import Ticks
 from af3pipe.transforms.outcome import to_dead_letter
 from af3pipe.transforms.plan import WorkKeys
 from af3pipe.transforms.result import make_result, rejected_result
-from af3pipe.transforms.resume import PlanStream, ReadExisting, existing_rows
+from af3pipe.transforms.resume import PlanStream, ReadExisting
 from tests.collected import Collected
 from tests.outputs import FIRST, SECOND, write_run
 
@@ -66,20 +67,16 @@ def test_a_file_that_a_compaction_replaced_meanwhile_is_read_in_its_place(tmp_pa
     write_run(tmp_path, FIRST, range(20))
     expected = sorted((row.uri, type(row).__name__) for row in existing_rows(str(tmp_path)))
     read = resume.read_existing
-    replaced = []
+    compactions = []
 
-    def compacted_meanwhile(table, info, *rest):
-        name = storage.name(info.uri)
-        if table == "captions" and not name.startswith("compacted-"):
-            path = tmp_path / "captions" / name
-            if path.exists():
-                path.rename(path.with_name(f"compacted-{name}"))
-                replaced.append(name)
-        return read(table, info, *rest)
+    def compacted_meanwhile(*file):
+        if not compactions:
+            compactions.append(compact(str(tmp_path)))
+        return read(*file)
 
     monkeypatch.setattr(resume, "read_existing", compacted_meanwhile)
     found = {(row.uri, type(row).__name__) for row in read_by_runner(tmp_path)}
-    assert replaced
+    assert compactions[0].rows
     assert found == set(expected)
 
 
