@@ -203,6 +203,20 @@ def test_a_watch_begun_again_asks_only_what_is_new(model, runner, tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_that_are_deleted_under_a_watch_do_not_reconcile(model, runner, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    with watching(job([str(folder)], output, model, tasks=["caption"]), runner) as watch:
+        for number in range(2):
+            tone(folder / f"{number}.flac")
+            wait_for_rows(output, number + 1, watch)
+        next((output / "recordings").rglob("*.parquet")).unlink()
+        report = stopped(watch)
+    assert not report.counts.reconciled
+    assert "2 recordings were processed, but only 1 are skipped or have a row" in report.counts.problems
+
+
+@pytest.mark.slow
 def test_a_store_that_is_far_away_costs_no_rows(model, runner, tmp_path, monkeypatch):
     """Prism halves what takes a moment: a tick that asks whether to stop must not have its half centuries ahead."""
     folder, output = tmp_path / "in", tmp_path / "out"
