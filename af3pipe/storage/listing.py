@@ -38,7 +38,7 @@ def list_wanted(fs: Any, wanted: Wanted, uri: str) -> Iterator[ObjectInfo]:
 
 
 class _Answer(NamedTuple):
-    """One page of a store's listing: objects, as fsspec describes them, subfolders with a slash, and the next token."""
+    """A page of a store's listing: objects, as fsspec describes them, subfolders with a slash, and the next token."""
 
     objects: list[dict[str, Any]]
     folders: list[str]
