@@ -1,1 +1,1 @@
-"""Reads and writes an output folder: layout, rows, latest view, reconcile, audit, compact. Without Beam."""
+"""Reads and writes an output folder without Beam: layout, rows, latest view, reconciliation, audit, compaction."""

@@ -1,4 +1,4 @@
-"""Checks that an output is consistent, from its Parquet alone: what is missing, duplicate or unreferenced."""
+"""Audits an output: checks its tables and run records for missing, duplicate and unreferenced rows."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,25 +14,25 @@ from af3pipe.tables.run_records import Runs
 
 __all__ = ["Audit", "AuditError", "Compared", "Problem", "RunAudit", "audit"]
 
-_TRIES = 5
+_ATTEMPTS = 5
 
 
 class AuditError(Exception):
-    """There is nothing to audit, or it cannot be read: why."""
+    """An output cannot be audited: there is none, or it cannot be read."""
 
 
 class Audit(NamedTuple):
-    """What an output holds and what is wrong with it.
+    """Reports the numbers of rows of an output and its problems.
 
     Attributes:
-        output: Its folder.
-        files: Number by table.
-        rows: Number by table.
-        states: Number of recordings in the latest view by the state that they are in.
-        runs: In the order of their beginning.
-        problems: Empty when all is right.
-        notes: What is worth knowing and no error.
-        listed: Number of recordings that the inputs name; None where none were given.
+        output: Folder of the tables.
+        files: Number of files by table.
+        rows: Number of rows by table.
+        states: Number of recordings in the latest view by terminal state.
+        runs: The runs, in the order of their beginning.
+        problems: What is inconsistent; empty if nothing is.
+        notes: Remarks that are not errors.
+        listed: Number of recordings in the inputs; None if no inputs were given.
     """
 
     output: str
@@ -46,11 +46,11 @@ class Audit(NamedTuple):
 
     @property
     def right(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Returns the report as a dict that can be dumped to JSON."""
         return {
             "right": self.right,
             **self._asdict(),
@@ -60,13 +60,13 @@ class Audit(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """How a fresh listing of the inputs differs from an output: numbers, each with the URI of one.
+    """Counts how a fresh listing of the inputs differs from an output; each count comes with an example URI.
 
     Attributes:
-        listed: Recordings that the inputs name.
-        never: Those without a row.
-        changed: Those that are not what they were when they were processed.
-        gone: Recordings of the output that the inputs no longer name.
+        listed: Number of recordings in the inputs.
+        never: Recordings without a row in the output.
+        changed: Recordings that have changed since they were processed.
+        gone: Recordings of the output that are no longer in the inputs.
     """
 
     listed: int
@@ -78,7 +78,7 @@ class Compared(NamedTuple):
 def audit(output: str, compare_inputs: Callable[[Latest, Runs], Compared] | None = None) -> Audit:
     """Compares an output's rows with each other, with its run records, and with a fresh listing of its inputs.
 
-    Nothing is changed. Memory holds hashes of keys, about 0.12 KB for each row.
+    It changes nothing. Memory use: hashes of keys, about 0.12 KB per row.
 
     Args:
         output: Folder of the tables.
@@ -91,7 +91,7 @@ def audit(output: str, compare_inputs: Callable[[Latest, Runs], Compared] | None
     """
     output = storage.canonical(output)
     try:
-        for _ in range(_TRIES - 1):
+        for _ in range(_ATTEMPTS - 1):
             try:
                 return _audit(output, compare_inputs)
             except Rejected as rejected:
@@ -115,7 +115,7 @@ def _audit(output: str, compare_inputs: Callable[[Latest, Runs], Compared] | Non
             raise
         except NotATable as error:
             files = {table: [info for info in infos if info != error.info] for table, infos in files.items()}
-            advice = f"delete it and {RUN_AGAIN}: what it held is processed again"
+            advice = f"delete it and {RUN_AGAIN}: the recordings of its rows are processed again"
             problems.append(Problem("unreadable", 1, str(error), error.info.uri, advice))
     notes = [
         f"a compaction, {found}, is under way or was killed: `af3pipe compact` finishes or undoes it"
@@ -147,7 +147,7 @@ def _audit(output: str, compare_inputs: Callable[[Latest, Runs], Compared] | Non
 
 
 def _snapshot(output: str) -> tuple[Files, Runs, list[str]]:
-    """Files and run records of one moment: a row that a compaction drops is in a file or counted in its record."""
+    """Lists files and run records at one moment: each row is in a file, or counted as dropped by a compaction."""
     while True:
         before = Compactions(output)
         runs = Runs(output)

@@ -24,15 +24,15 @@ _SKIPPED = TerminalState.SKIPPED_DONE.value
 
 
 class Problem(NamedTuple):
-    """Something that is not as it should be.
+    """Is an inconsistency that an audit found.
 
     Attributes:
         kind: `missing`, `duplicate`, `orphan`, `miscounted`, `inconsistent`, `unknown_run`, `unfinished` or
             `unreadable`; compared with a listing `never_processed` or `changed`.
-        number: Of rows, keys, recordings, runs or files.
-        what: In a sentence.
+        number: How many rows, keys, recordings, runs or files have the problem.
+        what: The problem in a sentence.
         example: One of them.
-        advice: What to do.
+        advice: How to fix it.
     """
 
     kind: str
@@ -43,14 +43,14 @@ class Problem(NamedTuple):
 
 
 class RunAudit(NamedTuple):
-    """Numbers of the rows that one run wrote, without copies.
+    """Counts the rows that one run wrote, without copies.
 
     Attributes:
-        run_id: Of the run.
+        run_id: The run.
         finished: Whether it has a run record.
-        recordings: By state. `skipped_done` is the record's number: skipped recordings have no rows since format 2.
-        answers: By table.
-        dead_letters: By reason.
+        recordings: Rows by state. `skipped_done` is from the run record, as skipped recordings have no rows.
+        answers: Rows by table.
+        dead_letters: Rows by reason.
     """
 
     run_id: str
@@ -61,14 +61,14 @@ class RunAudit(NamedTuple):
 
 
 class _Rows:
-    """The keys of the rows of one or more tables.
+    """Reads the keys of the rows of one or more tables.
 
     Attributes:
         tables: The tables.
-        files: Of all these tables, in order.
-        keys: Of their rows, in this order.
-        set: All identities.
-        codes: For each row, the number of its identity in `set`.
+        files: Files of these tables, in order.
+        keys: Keys of their rows, in the same order.
+        set: The set of all identities.
+        codes: For each row, the index of its identity in `set`.
     """
 
     def __init__(self, files: Files, tables: Sequence[str], category: str | None) -> None:
@@ -81,14 +81,14 @@ class _Rows:
         self._is_by_table = category is None
 
     def by_table(self) -> dict[str, int]:
-        """Number of rows of each table."""
+        """Returns the number of rows of each table."""
         found = Counter(dict.fromkeys(self.tables, 0))
         for table, count in zip(self._by_file, self.keys.counts.tolist(), strict=True):
             found[table] += count
         return dict(found)
 
     def counts(self) -> dict[str, Counter[str]]:
-        """Rows by run and category (or table), a run's copies of a row once."""
+        """Counts rows by run and category (or table), without copies that the same run wrote."""
         runs = self.keys.runs
         _, first = np.unique(self.codes.astype(np.int64) * (len(runs.texts) + 1) + runs.codes, return_index=True)
         if self._is_by_table:
@@ -105,12 +105,12 @@ class _Rows:
         return found
 
     def shown(self, row: int) -> str:
-        """A row's identity, for people."""
+        """Returns a row's identity as readable text."""
         table = self._by_file[self._file_of(row)]
         return self.text(row, IDENTITY[table]).replace("\0", " ")
 
     def text(self, row: int, columns: Sequence[str]) -> str:
-        """Columns of one row, read again."""
+        """Reads columns of one row from its file and joins them to one text."""
         number = self._file_of(row)
         within = row - int(self.keys.counts[:number].sum())
         for _, first, rows in read_rows_of([self.files[number]], self._by_file[number], columns):
@@ -119,7 +119,7 @@ class _Rows:
         return ""
 
     def where(self, rows: npt.NDArray[np.int64], most: int = 3) -> str:
-        """Which runs and files some rows are of."""
+        """Names the runs and files of some rows, for messages."""
         numbers = dict.fromkeys(self._file_of(row) for row in rows[:most].tolist())
         runs = dict.fromkeys(self.keys.runs.texts[code] for code in self.keys.runs.codes[rows[:most]].tolist())
         names = ", ".join(storage.name(self.files[number].uri) for number in numbers)
@@ -130,7 +130,7 @@ class _Rows:
 
 
 def _joined_keys(keys: Sequence[Keys]) -> Keys:
-    """The keys of several tables, one after the other; `categories` of the last."""
+    """Concatenates the keys of several tables; `categories` are those of the last table only."""
     if len(keys) == 1:
         return keys[0]
     texts = list(dict.fromkeys(text for found in keys for text in found.runs.texts))
@@ -146,18 +146,18 @@ def _joined_keys(keys: Sequence[Keys]) -> Keys:
 
 
 class Checks:
-    """Reads the tables and checks all that must hold between them and the run records.
+    """Reads the tables and checks that they are consistent with each other and with the run records.
 
     Args:
-        files: Of each table, as `reader.table_files` lists them.
-        runs: Of the output.
+        files: Files of each table, from `reader.table_files`.
+        runs: Run records of the output.
 
     Attributes:
-        rows: Number by table.
-        states: Recordings of the latest view by state.
-        runs: What each run wrote.
-        problems: What is wrong.
-        notes: What is worth knowing and no error.
+        rows: Number of rows by table.
+        states: Number of recordings in the latest view by terminal state.
+        runs: Counts of the rows that each run wrote.
+        problems: What is inconsistent.
+        notes: Remarks that are not errors.
 
     Raises:
         Rejected, NotATable: A file cannot be read.
@@ -194,7 +194,7 @@ class Checks:
         self.problems.append(Problem(kind, int(number), what, example, advice))
 
     def _check_recordings(self, rows: _Rows, latest: Mask) -> dict[str, int]:
-        """Checks that the columns of each row agree; returns the recordings of the latest view by state."""
+        """Checks that the columns of each row agree; counts the recordings in the latest view by state."""
         number_columns = ["answers", "kept_answers", "dead_letters", "kept_dead_letters"]
         columns = ["uri", "terminal_state", SETTLED_STATE, "answer_keys", "dead_letter_keys", *number_columns]
         first = 0
@@ -221,13 +221,13 @@ class Checks:
         self._report(
             "duplicate",
             (times > 1).sum(),
-            f"rows of {what} are there more than once",
+            f"rows of {what} are duplicated",
             f"{rows.shown(int(copies[0]))} ({rows.where(copies)})",
             _COMPACT,
         )
 
     def _check_names(self, what: str, column: str, rows: _Rows, recordings: _Rows, latest: Mask) -> None:
-        """Checks that every key that is named has a row, and that every row is named."""
+        """Checks that every referenced key has a row, and that every row is referenced."""
         named = np.zeros(rows.set.size, bool)
         missing, past, example = 0, 0, ""
         for keys in named_keys(recordings.files, column):
@@ -241,9 +241,11 @@ class Checks:
                 at = int(np.flatnonzero(now)[0])
                 example = example or f"{keys.texts[at].as_py()} of {recordings.text(int(keys.sources[at]), ['uri'])}"
         if missing:
-            self._report("missing", missing, f"{what} are named by recordings/ and have no row", example, RUN_AGAIN)
+            self._report(
+                "missing", missing, f"{what} are referenced by recordings/ and have no row", example, RUN_AGAIN
+            )
         if past:
-            self.notes.append(f"{past} {what} that only older rows of recordings/ name have no row")
+            self.notes.append(f"{past} {what} that only older rows of recordings/ reference have no row")
         self._check_orphans(what, rows, ~named[rows.codes])
 
     def _check_orphans(self, what: str, rows: _Rows, unnamed: Mask) -> None:
@@ -254,7 +256,7 @@ class Checks:
             self._report(
                 "orphan",
                 len(orphans),
-                f"rows of {what} are named by no row of recordings/",
+                f"rows of {what} are referenced by no row of recordings/",
                 f"{rows.shown(int(orphans[0]))} ({rows.where(orphans)})",
                 f"{RUN_AGAIN}: it reuses them; or `af3pipe compact --latest` drops them",
             )
@@ -308,7 +310,7 @@ class Checks:
         return RunAudit(run_id, record is not None, found["recordings"], found["answers"], found["dead_letters"])
 
     def _differs(self, record: dict[str, Any], counts: Counts) -> Iterator[str]:
-        """Says where a record's numbers are not those of the rows. Skipped recordings may or may not have rows."""
+        """Yields differences between a record's counts and the rows; skipped recordings may or may not have rows."""
         dropped = self._known.dropped.get(record.get("run_id", ""), {})
         for what, found in counts.items():
             stated = {
@@ -324,7 +326,7 @@ class Checks:
 
 
 def _contradictions(rows: pa.Table) -> dict[str, Mask]:
-    """By what is wrong, the rows of `recordings/` whose columns do not agree."""
+    """Returns, for each kind of contradiction, a mask of the rows of `recordings/` that have it."""
     answers, kept_answers, letters, kept_letters = (
         pc.fill_null(rows[name], 0).to_numpy()
         for name in ("answers", "kept_answers", "dead_letters", "kept_dead_letters")

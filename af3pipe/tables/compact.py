@@ -1,4 +1,4 @@
-"""Rewrites many small Parquet files of an output as few, sorted, in the current format, each row once."""
+"""Rewrites many small Parquet files of an output into a few sorted ones in the current format, without duplicates."""
 
 import tempfile
 from collections import Counter, defaultdict
@@ -42,19 +42,19 @@ _CATEGORY = {"recordings": "terminal_state", "dead_letters": "reason"}
 
 
 class Compacted(NamedTuple):
-    """What a compaction did.
+    """Reports what a compaction did.
 
     Attributes:
-        compaction_id: Its id; None where there was nothing to do.
-        files_before: That were read and replaced.
-        files_after: That were written instead.
-        rows: In those.
-        duplicates: Rows left out because a newer one of the same identity is there.
+        compaction_id: Its id; None if there was nothing to do.
+        files_before: Number of files that were read and replaced.
+        files_after: Number of files that were written instead.
+        rows: Number of rows in the new files.
+        duplicates: Rows dropped because a newer row has the same identity.
         differing: Identities whose copies had different texts.
-        superseded: Rows left out because they are not in the latest view.
-        left_alone: Files of runs that have not finished.
-        recovered: Compactions that were killed and are now finished or undone.
-        temporary: Leftovers of killed writes that were removed.
+        superseded: Rows dropped because they are not in the latest view.
+        left_alone: Files skipped because their run has not finished.
+        recovered: Killed compactions that this call finished or undid.
+        temporary: Temporary files of killed writes that were deleted.
     """
 
     compaction_id: str | None
@@ -77,24 +77,24 @@ def compact(
     include_unfinished: bool = False,
     dead_after_s: float = DEAD_AFTER_S,
 ) -> Compacted:
-    """Rewrites the small files of each table and partition as few, sorted by recording, and all of older formats.
+    """Merges the small files of each table and partition into a few sorted ones; rewrites all files of older formats.
 
-    Files that a run writes meanwhile are not touched. Memory holds hashes of the keys of one table, and about two row
-    groups; the rows go through a temporary file.
+    Files that a run writes meanwhile are not touched. Memory use: hashes of the keys of one table and about two row
+    groups; the rows pass through a temporary file.
 
     Args:
         output: Folder of the tables.
-        file_mib: Target size of a new file. Files of at least half of it stay, unless they have rows to drop or are
-            of an older format.
-        only_latest: Whether rows that are not in the latest view are dropped, too.
-        include_unfinished: Whether files of runs without a run record are rewritten, too: right only where none of
-            these runs is still running.
-        dead_after_s: As for `recover`.
+        file_mib: Target file size in MiB. Files of at least half this size are not rewritten, unless they have rows
+            to drop or an older format.
+        only_latest: Whether to drop rows that are not in the latest view, too.
+        include_unfinished: Whether to rewrite files of runs without a run record, too. Safe only if none of these
+            runs is still running.
+        dead_after_s: See `recover`.
 
     Raises:
-        CompactError: Another compaction is running, or a run uses rows that were to be dropped; nothing was changed.
-        Rejected, NotATable, StorageError: The output cannot be read or written; nothing was changed, or the next
-            compaction finishes what was.
+        CompactError: Another compaction is running, or a run references rows that would be dropped; nothing changed.
+        Rejected, NotATable, StorageError: The output cannot be read or written; nothing changed, or the next
+            compaction finishes this one.
     """
     output = storage.canonical(output)
     recovered = recover(output, dead_after_s=dead_after_s)
@@ -116,7 +116,7 @@ def compact(
 
 
 def _remove_temporary(output: str) -> int:
-    """Removes what killed writes left beside local files; see `storage.write_atomic`."""
+    """Deletes temporary files of killed writes (`storage.write_atomic`) from a local output; returns their number."""
     if "://" in output:
         return 0  # a store gets one PUT
     before = (datetime.now(timezone.utc) - _TEMPORARY_FOR).isoformat()
@@ -131,7 +131,7 @@ def _remove_temporary(output: str) -> int:
 
 
 class _Compaction:
-    """Writes the new files of a compaction, which are not read before its commit.
+    """Writes the new files of a compaction; readers ignore them until it commits.
 
     Attributes:
         replaced: As of the compaction's record, as `new` and `dropped` are.
@@ -150,7 +150,7 @@ class _Compaction:
         self._rows = self._duplicates = self._differing = self._superseded_rows = 0
 
     def write(self, only_latest: bool, include_unfinished: bool) -> Compacted:
-        """Writes all new files."""
+        """Writes all new files and returns the counts."""
         runs = {storage.name(uri) for uri in storage.list_files(storage.join(self._output, "_runs"))}
         files = table_files(self._output)
         touched = {
@@ -160,7 +160,7 @@ class _Compaction:
         left_alone = sum(map(len, files.values())) - sum(map(len, touched.values()))
         views = [Latest(self._output, touched)] if only_latest else []
         if only_latest and left_alone:
-            # What is in the view as long as the unfinished runs come to nothing, and what is with their rows.
+            # The view without the rows of unfinished runs, and the view with them: rows of either are kept.
             views.append(Latest(self._output, files))
         for table in TABLE_SCHEMAS:
             for part in self._plan(table, touched[table], views):
@@ -182,7 +182,7 @@ class _Compaction:
         )
 
     def _check_unused(self, listed: Sequence[ObjectInfo]) -> None:
-        """Looks whether a run that wrote meanwhile names rows that are about to be dropped."""
+        """Raises CompactError if a run that wrote meanwhile references rows that are about to be dropped."""
         known = {(info.uri, identity(info)) for info in listed}
         since = table_files(self._output, ["recordings"])["recordings"]
         since = [info for info in since if (info.uri, identity(info)) not in known]
@@ -192,7 +192,7 @@ class _Compaction:
             gone = KeySet(np.concatenate(dropped))
             if any(gone.has(named.hashes).any() for named in named_keys(since, column)):
                 raise CompactError(
-                    f"{since[0].uri} was written meanwhile, and names rows that --latest would have dropped; "
+                    f"{since[0].uri} was written meanwhile, and references rows that --latest would have dropped; "
                     "run `af3pipe compact` again"
                 )
 
@@ -202,7 +202,7 @@ class _Compaction:
             raise taken_for_dead()
 
     def _plan(self, table: str, files: list[ObjectInfo], views: list[Latest]) -> list[Part]:
-        """What of a table is to be rewritten, folder by folder."""
+        """Returns the files of a table to rewrite, grouped by folder."""
         keys = read_keys(files, table, _CATEGORY.get(table, "run_id"))
         codes = KeySet(keys.identity).codes
         unique = keys.newest(codes)
@@ -246,7 +246,7 @@ class _Compaction:
         ]
 
     def _count_dropped(self, table: str, keys: Keys, codes: npt.NDArray[np.integer], kept: Mask) -> None:
-        """Counts dropped rows by run, to compare its record with; without those of which it has a copy that stays."""
+        """Counts dropped rows by run, for its audit; rows of which the same run keeps a copy are not counted."""
         pairs = codes.astype(np.int64) * (len(keys.runs.texts) + 1) + keys.runs.codes
         lost, first = np.unique(pairs[~kept], return_index=True)
         first = np.flatnonzero(~kept)[first][~np.isin(lost, pairs[kept])]
@@ -257,7 +257,7 @@ class _Compaction:
             self.dropped[keys.runs.texts[run]][what][name] += count
 
     def _rewrite(self, part: Part) -> None:
-        """Sorts the rows that stay by way of a temporary file, and writes them."""
+        """Sorts the kept rows with a temporary file and writes them to new files."""
         buffer, writer, count = pa.BufferOutputStream(), None, 0
         with tempfile.TemporaryDirectory(prefix="af3pipe-compact-") as folder:
             try:
@@ -289,10 +289,10 @@ class _Compaction:
 
 
 def _is_finished(uri: str, runs: set[str]) -> bool:
-    """Whether a file is of a run with a record, or of a compaction.
+    """Returns whether a file was written by a run with a run record, or by a compaction.
 
     Args:
-        uri: Of the file.
+        uri: The file.
         runs: Names of the files in `_runs/`.
     """
     candidates = possible_runs(uri)
@@ -301,7 +301,7 @@ def _is_finished(uri: str, runs: set[str]) -> bool:
 
 
 def _samples(keys: Keys, kept: Mask, folders: Mapping[int, str]) -> dict[str, list[str]]:
-    """By folder, `recording_id` of a random sample of the rows that stay; `folders` by the index of their files."""
+    """Samples `recording_id`s of the kept rows, by folder; `folders` maps the index of a file to its folder."""
     found: dict[str, list[str]] = defaultdict(list)
     numbers = np.searchsorted(np.cumsum(keys.counts), keys.sampled, side="right")
     for number, stays, name in zip(numbers.tolist(), kept[keys.sampled].tolist(), keys.sampled_ids, strict=True):
@@ -320,12 +320,12 @@ def _repeated(codes: npt.NDArray[np.integer]) -> Mask:
 
 
 def _differing(files: list[ObjectInfo], repeated: list[Mask], codes: npt.NDArray[np.integer]) -> int:
-    """How many identities have rows of different text."""
-    held = [(info, mask) for info, mask in zip(files, repeated, strict=True) if mask.any()]
+    """Counts the identities whose rows differ in their text."""
+    copies = [(info, mask) for info, mask in zip(files, repeated, strict=True) if mask.any()]
     texts = [np.zeros((0, 2), np.uint64)]
-    for number, first, rows in read_rows_of([info for info, _ in held], "captions", ["text"]):
-        texts.append(hashes_of(rows["text"].filter(pa.array(held[number][1][first : first + len(rows)]))))
-    if not held:
+    for number, first, rows in read_rows_of([info for info, _ in copies], "captions", ["text"]):
+        texts.append(hashes_of(rows["text"].filter(pa.array(copies[number][1][first : first + len(rows)]))))
+    if not copies:
         return 0
     text_codes = KeySet(np.concatenate(texts)).codes.astype(np.int64)
     identities = codes[np.concatenate(repeated)].astype(np.int64)

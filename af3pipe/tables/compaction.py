@@ -1,9 +1,10 @@
-"""Begins, commits, finishes and undoes compactions, so that none loses a row: killed, slow, or taken for dead.
+"""Begins, commits, finishes and undoes compactions, so that no row is lost if one is killed or considered dead.
 
-Who commits and who undoes agree by two files, because stores have no locks. Who undoes a compaction writes
-`<id>.undone`, reads the record again, and deletes new files only if that still says `writing`. Who commits writes
-`committed`, then looks for `<id>.undone`, and deletes old files only if there is none. Whichever came first, the
-other sees it. Where a commit's new files are not all there, readers take the old ones, which then are.
+Object stores have no locks, so a committing and an undoing process coordinate by two files. The undoing process
+writes `<id>.undone`, reads the record again, and deletes new files only if the state is still `writing`. The
+committing process writes `committed`, then checks for `<id>.undone`, and deletes old files only if it does not exist.
+Whichever writes first, the other sees it. If some new files of a commit are missing, readers use the old ones, which
+then exist.
 """
 
 import contextlib
@@ -33,19 +34,19 @@ from af3pipe.tables.prefetch import each
 _log = logging.getLogger(__name__)
 
 DEAD_AFTER_S = 3600.0
-"""A compaction that has not written for so long that it is alive is taken to be dead."""
+"""A compaction without a heartbeat for this long is considered dead."""
 _REPLACED_KEPT_S = 86_400.0
 _LEFTOVERS_KEPT_S = 7 * 86_400.0
 
 
 class CompactError(Exception):
-    """Nothing was changed: why, and what to do."""
+    """A compaction was not done; nothing was changed. The message says why and what to do."""
 
 
 def taken_for_dead() -> CompactError:
-    """The error of a compaction that another process has undone."""
+    """Returns the error for a compaction that another process has undone."""
     return CompactError(
-        "another process took this compaction for dead and undid it; nothing is lost: run `af3pipe compact` again"
+        "another process considered this compaction dead and undid it; nothing is lost: run `af3pipe compact` again"
     )
 
 
@@ -54,14 +55,14 @@ def recover(output: str, *, dead_after_s: float = DEAD_AFTER_S) -> list[str]:
 
     Args:
         output: Folder of the tables.
-        dead_after_s: One is dead that has not written for so long that it is alive, or whose process on this machine
-            is gone.
+        dead_after_s: A compaction is dead if it had no heartbeat for this long, or if its process was on this machine
+            and has ended.
 
     Returns:
-        Their ids.
+        Ids of the compactions that were finished or undone.
 
     Raises:
-        CompactError: New and replaced files of one are lost.
+        CompactError: Both new and replaced files of a compaction are lost.
         Rejected, StorageError: The store cannot be used.
         NewerFormat: A later version of af3pipe compacts the output.
     """
@@ -72,28 +73,28 @@ def recover(output: str, *, dead_after_s: float = DEAD_AFTER_S) -> list[str]:
         if silent < dead_after_s:
             continue
         if found.state == "committed":
-            marker = storage.name(_marker(output, found))
+            marker = storage.name(_undone_uri(output, found))
             if marker in compactions.files and age_s(output, marker, compactions) < dead_after_s:
                 continue  # another process is undoing it
             _finish(output, found)
         else:
-            if silent != float("inf"):  # else it is certain to write no more
-                storage.write_atomic(_marker(output, found), str(time.time()).encode())
+            if silent != float("inf"):  # else its process has certainly ended
+                storage.write_atomic(_undone_uri(output, found), str(time.time()).encode())
                 again = read_again(found, output)
                 if again is None or again.state != "writing":
-                    storage.delete(_marker(output, found))
+                    storage.delete(_undone_uri(output, found))
                     continue
             undo(output, found)
         ended.append(found.compaction_id)
     return ended
 
 
-def _marker(output: str, found: Compaction) -> str:
+def _undone_uri(output: str, found: Compaction) -> str:
     return found.uri_beside(output, "undone")
 
 
 def begin(output: str) -> Compaction:
-    """Writes the record of a compaction, and only then looks for others: of two that begin at once, one sees both.
+    """Writes the record of a new compaction, then checks for others: if two begin at the same time, one sees both.
 
     Raises:
         CompactError: Another compaction is running.
@@ -121,18 +122,18 @@ def commit(
     new: Sequence[str],
     dropped: Mapping[str, Mapping[str, Mapping[str, int]]],
 ) -> None:
-    """Makes the new files the current ones by one write, then deletes the files that they replace.
+    """Makes the new files current with one write, then deletes the files that they replace.
 
     Args:
         output: Folder of the tables.
-        record: Of the compaction, which is `writing`.
-        replaced: As of the record, as `new` and `dropped` are.
+        record: The record of the compaction, in state `writing`.
+        replaced: See `Compaction`, as for `new` and `dropped`.
         new: See `replaced`.
         dropped: See `replaced`.
 
     Raises:
         CompactError: Another process has undone the compaction.
-        StorageError: The next compaction finishes or undoes this one, as far as it came.
+        StorageError: The store failed; the next compaction finishes or undoes this one.
     """
     if not is_undone(output, record):
         committed = record._replace(
@@ -168,22 +169,22 @@ def _finish(output: str, found: Compaction) -> None:
     if current is Which.BOTH:
         lost = next(uri for uri in (storage.join(output, name) for name in found.new or ()) if uri not in there)
         raise CompactError(
-            f"{lost} is lost, which the compaction {found.compaction_id} wrote, and so are files that it replaced: "
-            f"restore it; or delete {found.uri(output)}, and what is left of both is compacted as it is"
+            f"{lost}, which the compaction {found.compaction_id} wrote, is missing, as are files that it replaced: "
+            f"restore it; or delete {found.uri(output)}, then all files that still exist are used"
         )
     for name, kept in zip(
         found.replaced, each(lambda item: _kept(output, *item), found.replaced.items()), strict=True
     ):
         if kept:
             _log.warning(
-                "%s was written again while it was compacted, and stays; the next compaction drops copies", name
+                "%s was written again while it was compacted, so it is kept; the next compaction drops copies", name
             )
     found._replace(state="done", updated_at=time.time()).write(output)
     _delete_record(output, found)
 
 
 def _kept(output: str, name: str, listed: str | None) -> bool:
-    """Deletes a replaced file, unless it is another by now than the one that was listed; whether it is."""
+    """Deletes a replaced file, unless it has changed since it was listed; returns whether it was kept."""
     uri = storage.join(output, name)
     if listed is not None:
         try:
@@ -198,13 +199,13 @@ def _kept(output: str, name: str, listed: str | None) -> bool:
 
 
 def prune(output: str) -> None:
-    """Drops what readers need of ended compactions for a day only, and small files that killed processes left.
+    """Drops the file lists of compactions that ended over a day ago, and old marker files of killed processes.
 
-    Called by the one compaction that is under way.
+    Called by the one running compaction.
     """
     now = time.time()
     for found in done_compactions(output):
-        # A reader whose listing is older than this day finds its files no more.
+        # A reader whose listing is over a day old no longer finds its files.
         if found.replaced and now - found.updated_at > _REPLACED_KEPT_S:
             found._replace(replaced={}, new=()).write(output)
     running = {found.compaction_id for found in open_compactions(output)}

@@ -1,11 +1,11 @@
-"""Reads the records of compactions, which say which Parquet files of an output are current.
+"""Reads and writes compaction records, which say which Parquet files of an output are current.
 
 A compaction writes its record below `_compactions/` before anything else. While it is `writing`, readers ignore its
-new files. One write makes it `committed`: from then on readers ignore the files that it replaced, which are then
-deleted. At the end a record `<id>.done.json` stays, which counts the rows that were dropped.
+new files. One write makes it `committed`: from then on readers ignore the replaced files, which are then deleted. At
+the end a record `<id>.done.json` stays, which counts the dropped rows.
 
-Beside the record, `<id>.alive` is written again and again while the compaction runs, and `<id>.undone` by a process
-that took it for dead and deletes its new files.
+Two more files may be next to the record: the running compaction rewrites `<id>.alive` every minute; a process that
+considers it dead, and deletes its new files, writes `<id>.undone`.
 """
 
 import json
@@ -26,7 +26,7 @@ _COMPACTED = "compacted-"
 
 
 class Which(Enum):
-    """Which files of a compaction have its rows."""
+    """Says which files of a compaction to read: its new files, the files that they replace, or both."""
 
     NEW = "new"
     REPLACED = "replaced"
@@ -34,7 +34,7 @@ class Which(Enum):
 
 
 class Compaction(NamedTuple):
-    """What the record of a compaction says.
+    """Is the record of a compaction.
 
     Attributes:
         compaction_id: Part of the names of its new files, after `compacted-`.
@@ -42,12 +42,12 @@ class Compaction(NamedTuple):
         updated_at: Seconds since 1970 UTC, by the clock of its machine: when the record was written.
         host: Of the process that compacts.
         pid: Of that process.
-        process_space: Tells containers of one host apart; "" where that is unknown.
+        process_space: Distinguishes containers of one host; "" if unknown.
         replaced: Files below the output whose rows are in the new ones, each with its identity when it was listed
             (None in records of format 1): a file that was written again since is not the one that was replaced.
         new: The new files, below the output; None in records of format 1.
-        dropped: By run, the rows that are in the tables no more, counted as the run's own record counts them.
-        format: As of the tables.
+        dropped: By run, the number of rows that were dropped, with the keys of the run record's counts.
+        format: Format version of the tables.
     """
 
     compaction_id: str
@@ -62,36 +62,36 @@ class Compaction(NamedTuple):
     format: int = FORMAT
 
     def uri(self, output: str) -> str:
-        """Of the record."""
+        """Returns the URI of the record."""
         return self.uri_beside(output, "done.json" if self.state == "done" else "json")
 
     def uri_beside(self, output: str, suffix: str) -> str:
-        """Of a file that has the compaction's id and this suffix."""
+        """Returns the URI of the file next to the record that has the compaction's id and this suffix."""
         return storage.join(output, FOLDER, f"{self.compaction_id}.{suffix}")
 
     def file_name(self, number: int) -> str:
-        """Of a new file."""
+        """Returns the name of a new file."""
         return f"{_COMPACTED}{self.compaction_id}-{number:05}.parquet"
 
     def wrote(self, uri: str) -> bool:
-        """Whether a file is one of its new ones."""
+        """Returns whether the compaction wrote this file."""
         return storage.name(uri).startswith(f"{_COMPACTED}{self.compaction_id}-")
 
     def has_replaced(self, output: str, info: ObjectInfo) -> bool:
-        """Whether a file is one of the replaced ones, and has not been written again since."""
+        """Returns whether the compaction replaced this file, and the file was not written again since."""
         name = info.uri.removeprefix(storage.join(output, ""))
         return name in self.replaced and self.replaced[name] in (None, identity(info))
 
     def current(self, output: str, uris: Collection[str], tables: Iterable[str]) -> Which:
-        """Which files have the rows: what the state says, unless an undo was under way at the commit.
+        """Returns which files to read: as the state says, unless an undo was in progress at the commit.
 
-        An undo deletes new files, and then no replaced one has been deleted. Where both are incomplete, files were
-        lost in another way, and all that are left are to be read.
+        An undo deletes new files, and then no replaced file has been deleted. If both sets are incomplete, files were
+        lost in another way, and all remaining ones are read.
 
         Args:
             output: Folder of the tables.
-            uris: The files of some tables.
-            tables: Those tables.
+            uris: All existing files of `tables`.
+            tables: The tables to check.
         """
         if self.state != "committed":
             return Which.REPLACED
@@ -109,25 +109,25 @@ class Compaction(NamedTuple):
 
 
 def identity(info: ObjectInfo) -> str:
-    """Changes when a file is written again."""
+    """Returns a text that changes when the file is written again: its etag, else size and modification time."""
     return info.etag or f"{info.size_bytes} {info.mtime}"
 
 
 def is_compacted(uri: str) -> bool:
-    """Whether a compaction wrote a file."""
+    """Returns whether a compaction wrote a file, by its name."""
     return storage.name(uri).startswith(_COMPACTED)
 
 
 class Compactions:
-    """The compactions of an output at one moment.
+    """Lists the compactions of an output at one moment.
 
     Args:
         output: Folder of the tables.
 
     Attributes:
-        under_way: That run, or were killed.
-        done: Ids of those that have ended.
-        files: All files of the folder, by name.
+        under_way: Compactions that are running or were killed.
+        done: Ids of finished compactions.
+        files: All files of `_compactions/`, by name.
 
     Raises:
         NewerFormat: A later version of af3pipe compacts or compacted the output.
@@ -142,13 +142,13 @@ class Compactions:
 
     @property
     def states(self) -> frozenset[tuple[str, str]]:
-        """Changes whenever a compaction begins, commits or ends."""
+        """A value that changes whenever a compaction begins, commits or ends."""
         return frozenset(
             [(found.compaction_id, found.state) for found in self.under_way] + [(i, "") for i in self.done]
         )
 
     def readable(self, output: str, files: Mapping[str, Sequence[ObjectInfo]]) -> dict[str, list[ObjectInfo]]:
-        """Of the files of some tables, those that are current: no row is in two of them because of a compaction."""
+        """Returns the current ones of these files: no row is in two of them because of a compaction."""
         uris = {info.uri for infos in files.values() for info in infos}
         which = [(found, found.current(output, uris, files)) for found in self.under_way]
         committed = [found for found, current in which if current is Which.NEW]
@@ -165,18 +165,18 @@ class Compactions:
 
 
 def open_compactions(output: str) -> list[Compaction]:
-    """Those that run, or were killed."""
+    """Reads the records of compactions that are running or were killed."""
     return Compactions(storage.canonical(output)).under_way
 
 
 def done_compactions(output: str) -> list[Compaction]:
-    """Those that have ended."""
+    """Reads the records of finished compactions."""
     files = storage.find_files(storage.join(storage.canonical(output), FOLDER))
     return [found for found in each(_read, (info for info in files if info.uri.endswith(".done.json"))) if found]
 
 
 def read_again(found: Compaction, output: str) -> Compaction | None:
-    """What a record says now; None where there is none any more."""
+    """Reads a record again; returns None if it was deleted."""
     return _read(ObjectInfo(found.uri(output), None, None, None))
 
 

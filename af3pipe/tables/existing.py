@@ -1,4 +1,4 @@
-"""Reads what earlier runs wrote about given objects, and decides what of it need not be done again."""
+"""Reads rows that earlier runs wrote, and decides which recordings and requests a new run can skip."""
 
 import json
 from collections import defaultdict
@@ -46,7 +46,7 @@ _LETTER_COLUMNS = ("uri", "recording_id", "dead_letter_key", "run_id")
 
 
 class ExistingRecording(NamedTuple):
-    """What resuming needs of a row of `recordings/`. `source_key` is None in rows of format 1."""
+    """Has the columns of a row of `recordings/` that resuming needs. `source_key` is None in rows of format 1."""
 
     uri: str
     recording_id: str
@@ -70,7 +70,7 @@ class ExistingRecording(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A Parquet file of an output."""
+    """Identifies a Parquet file of an output."""
 
     output: str
     table: str
@@ -78,7 +78,7 @@ class Place(NamedTuple):
 
 
 class ExistingAnswer(NamedTuple):
-    """What resuming needs of an answer, and where its row is."""
+    """Has the columns of an answer that resuming needs, and the file of its row."""
 
     uri: str
     recording_id: str
@@ -90,7 +90,7 @@ class ExistingAnswer(NamedTuple):
 
 
 class ExistingLetter(NamedTuple):
-    """What resuming needs of a row of `dead_letters/`."""
+    """Has the columns of a row of `dead_letters/` that resuming needs."""
 
     uri: str
     recording_id: str
@@ -104,16 +104,16 @@ ExistingRow = ExistingRecording | ExistingAnswer | ExistingLetter
 def read_existing(
     output: str, table: str, info: ObjectInfo, wanted: Callable[[pa.Table], Mask] | None = None
 ) -> Iterator[ExistingRow]:
-    """Reads the rows of one Parquet file of an output, as far as resuming needs them.
+    """Reads the columns that resuming needs from one Parquet file of an output.
 
     Args:
         output: Folder of the tables.
-        table: That the file is of.
-        info: The file, as it was listed. A compaction may have replaced it since.
-        wanted: Which rows, of some with the columns `uri` and `recording_id`, to read; all by default.
+        table: Table of the file.
+        info: The file as it was listed; a compaction may have replaced it since.
+        wanted: Takes rows with the columns `uri` and `recording_id` and returns which of them to read; default: all.
 
     Raises:
-        StorageError: It cannot be read. To pass over it would be to process its recordings again.
+        StorageError: The file cannot be read. Skipping it would silently process its recordings again.
     """
     columns, make = _READERS.get(table, (_ANSWER_COLUMNS, _answer))
     place = Place(output, table, info.uri)
@@ -187,7 +187,7 @@ def _letter(row: Mapping[str, Any], _: Place) -> ExistingLetter:
 
 
 def _iso(value: datetime | None) -> str | None:
-    """A modification time as `Recording` has it."""
+    """Converts a modification time to the ISO 8601 text that `Recording` has."""
     return None if value is None else value.isoformat()
 
 
@@ -202,7 +202,7 @@ _READERS: dict[str, tuple[Sequence[str], Callable[[Mapping[str, Any], Place], Ex
 
 
 def read_answers(wanted: Iterable[ExistingAnswer]) -> list[Answer]:
-    """Reads whole answers.
+    """Reads the complete rows of these answers.
 
     Raises:
         StorageError: A file cannot be read.
@@ -222,7 +222,7 @@ def read_answers(wanted: Iterable[ExistingAnswer]) -> list[Answer]:
 
 @lru_cache(2)
 def _rows_of(place: Place) -> pa.Table:
-    """A file's rows; the last ones are kept, since the next object's answers are often in the same file."""
+    """Reads a file; caches the last two files, because the next object's answers are often in the same file."""
     try:
         info = ObjectInfo(place.file, None, None, None)
         return pa.concat_tables(read_file(place.output, place.table, info), promote_options="default")
@@ -250,11 +250,11 @@ def _whole(columns: dict[str, Any]) -> Answer:
 
 
 class ExistingRows:
-    """All that earlier runs wrote about one object, by kind.
+    """Groups the rows that earlier runs wrote about one object, by kind.
 
     Attributes:
         recordings: Newest first.
-        dead_letters: By recording_id, then by key: the first run that wrote it, which is the one that counts.
+        dead_letters: recording_id to dead_letter_key to the id of the first run that wrote that dead letter.
     """
 
     def __init__(self, rows: Iterable[ExistingRow] = ()) -> None:
@@ -278,17 +278,17 @@ class ExistingRows:
             self._by_id[found.recording_id].append(found)
 
     def done(self, recording: Recording, *, retry: bool = False) -> ExistingRecording | None:
-        """The row of an earlier run that has done all that is requested of a recording, and would not end otherwise.
+        """Returns the row of an earlier run that makes processing this recording again unnecessary, or None.
 
-        So it is when a row has the same work and metadata, all rows that it names are still there, and none of its
-        dead letters is one that the next attempt may not meet; and no newer row has other metadata.
+        Such a row has the same `work_key` and metadata, all answers and dead letters that it references still exist,
+        none of its dead letters is retryable, and no newer row has other metadata.
 
         Args:
             recording: With its `work_key`.
-            retry: Whether a recording with dead letters is never done.
+            retry: Whether a recording with dead letters always counts as not done.
         """
         if not (recording.etag or recording.mtime):
-            return None  # some web servers: nobody can tell whether it is what it was
+            return None  # some web servers state neither: a change could not be noticed
         own = self._by_id.get(recording.recording_id, ())
         if not own or not is_same_metadata(own[0], recording.metadata):
             return None
@@ -304,11 +304,11 @@ class ExistingRows:
         return None
 
     def is_latest(self, row: ExistingRecording) -> bool:
-        """Whether a row is the newest of its recording: the one that the latest view has."""
+        """Returns whether a row is the newest one of its recording, which is the one in the latest view."""
         return row is self._by_id[row.recording_id][0]
 
     def is_rejected(self, letters: Sequence[DeadLetter], *, retry: bool = False) -> bool:
-        """Whether an earlier run has rejected a recording for the same reasons, which the next attempt meets, too."""
+        """Returns whether an earlier run rejected a recording for the same reasons, none of which is retryable."""
         keys = {letter.dead_letter_key for letter in letters}
         return any(
             keys == set(row.dead_letter_keys) and not row.answer_keys and self._letters_are_final(row, retry=retry)
@@ -320,7 +320,7 @@ class ExistingRows:
         return are_there and not (row.dead_letter_keys if retry else _RETRYABLE & set(row.reasons))
 
     def of(self, recording: Recording) -> tuple[Recording, list[ExistingAnswer]]:
-        """A recording with what need not be done again for it, and the answers of it that are to be copied."""
+        """Adds its existing rows to a recording; also returns answers to copy from recordings of the same audio."""
         if not (recording.etag or recording.mtime):
             return recording, []
         own = {found.covered.answer_key: found for found in self._own_answers(recording)}
@@ -338,14 +338,14 @@ class ExistingRows:
         return recording._replace(existing=existing), list(copied.values())
 
     def with_first_run(self, letters: Iterable[DeadLetter]) -> tuple[DeadLetter, ...]:
-        """Dead letters, each with the run that wrote it first; without one where none has."""
+        """Sets each dead letter's `run_id` to the first run that wrote it; empty if none did."""
         return tuple(
             letter._replace(run_id=self.dead_letters.get(letter.recording_id, {}).get(letter.dead_letter_key, ""))
             for letter in letters
         )
 
     def _own_answers(self, recording: Recording) -> Iterator[ExistingAnswer]:
-        """Of each answer to the recording the newest row, which readers see, where that has its metadata."""
+        """Yields the newest row of each answer to the recording, if that row has the recording's metadata."""
         newest: dict[str, ExistingAnswer] = {}
         for found in self._answers.get(recording.recording_id, ()):
             key = found.covered.answer_key
@@ -354,7 +354,7 @@ class ExistingRows:
 
 
 def copy_of(answer: Answer, recording: Recording, uri: str) -> Answer:
-    """Makes of an answer of an earlier run a row of another recording of the same audio."""
+    """Copies an answer of an earlier run to another recording of the same audio."""
     return answer._replace(
         recording_id=recording.recording_id,
         uri=uri,
@@ -365,7 +365,7 @@ def copy_of(answer: Answer, recording: Recording, uri: str) -> Answer:
 
 
 def is_same_metadata(there: ExistingRecording | ExistingAnswer, here: str) -> bool:
-    """Whether a row has this metadata; format 1, whose rows have no source_key, wrote numbers as text."""
+    """Returns whether a row has this metadata; rows of format 1 (without source_key) have numbers as text."""
     return there.metadata == here or (there.source_key is None and there.metadata == _as_text(here))
 
 
@@ -377,7 +377,7 @@ def _as_text(metadata: str) -> str:
 
 
 def is_other_source(there: ExistingRecording, recording: Recording) -> bool:
-    """Whether an earlier run gave a recording's id to other audio; rows of format 1 do not say for which duration."""
+    """Returns whether an earlier row has this recording's id but other audio; format 1 does not record durations."""
     if there.terminal_state == TerminalState.SKIPPED_DONE.value and not there.answer_keys:
         return False  # of a manifest row that was corrected since
     if there.source_key is not None:

@@ -1,12 +1,12 @@
-"""Turns rows of every older format of the tables into rows of the current one.
+"""Converts rows of older formats of the tables to the current format.
 
-A Parquet file states its format in its footer (`FORMAT_KEY`); one without it is of format 1:
+A Parquet file has its format version in its footer (`FORMAT_KEY`); a file without that has format 1:
 
 - `metadata` is a map, and JSON text since format 2; `dead_letters/` has had the column since format 2.
 - `mtime` is ISO 8601 text, and a timestamp since format 2.
 - `source_key` did not exist.
-- `recordings/` has rows of recordings that a run skipped (`terminal_state` is `skipped_done`); their `settled_state`
-  is the state that an earlier run had given them. Format 2 has neither such rows nor the column.
+- `recordings/` has rows of skipped recordings (`terminal_state` is `skipped_done`); their column `settled_state` is
+  the terminal state from an earlier run. Format 2 has neither such rows nor the column.
 """
 
 import json
@@ -27,7 +27,7 @@ _TOO_EXACT = re.compile(r"(\.\d{6})\d+")
 
 
 class NotATable(Exception):
-    """A file cannot be read as one of an output: which, why, and what to do.
+    """A file in a table's folder cannot be read as a file of that table; the message says which file and why.
 
     Attributes:
         info: The file.
@@ -39,19 +39,19 @@ class NotATable(Exception):
 
 
 class NewerFormat(NotATable):
-    """A later version of af3pipe wrote a file."""
+    """A file was written by a later version of af3pipe, in a format that this version cannot read."""
 
 
 def check_format(info: ObjectInfo, stated: bytes | str | int | None) -> int:
-    """The format that a file states.
+    """Returns a file's format version, from the value in its footer or record.
 
     Args:
         info: The file.
-        stated: None for a file of format 1.
+        stated: The value; None means format 1.
 
     Raises:
-        NewerFormat: This version cannot read it.
-        NotATable: It states no number.
+        NewerFormat: This version of af3pipe cannot read that format.
+        NotATable: The value is not a number.
     """
     try:
         found = 1 if stated is None else int(stated)
@@ -67,30 +67,30 @@ def check_format(info: ObjectInfo, stated: bytes | str | int | None) -> int:
 
 
 def with_format(schema: pa.Schema) -> pa.Schema:
-    """A schema that states the format in the footer of a file which is written with it."""
+    """Returns the schema with the current format version in its metadata, which Parquet writes to the footer."""
     return schema.with_metadata({FORMAT_KEY: str(FORMAT).encode()})
 
 
 def check_columns(table: str, columns: Sequence[str]) -> None:
-    """Raises KeyError where a table has no such column in any format."""
+    """Raises KeyError if a table has no such column in any format."""
     for name in columns:
         if name not in TABLE_SCHEMAS[table].names and not (table == "recordings" and name == SETTLED_STATE):
             raise KeyError(f"{table} has no column {name!r}; it has {', '.join(TABLE_SCHEMAS[table].names)}")
 
 
 def normalised(rows: pa.Table, table: str, columns: Sequence[str] | None) -> pa.Table:
-    """Rows of any format with the columns and types of the current one.
+    """Converts rows of any format to the columns and types of the current one.
 
     Args:
-        rows: As a file has them.
-        table: That they are of.
-        columns: Which are wanted, in this order. None: all of the current format, then those that only the file has.
+        rows: Rows as they are in a file.
+        table: Their table.
+        columns: Columns to return, in this order. None: all of the current format, then further ones of the file.
 
     Returns:
-        Missing columns are null, and those fields nullable, whatever the schema says.
+        The rows; missing columns are null, and their fields nullable, whatever the table's schema says.
 
     Raises:
-        pyarrow.ArrowException: A column holds something else than its name says.
+        pyarrow.ArrowException: A column cannot be converted to its type.
     """
     schema = TABLE_SCHEMAS[table]
     if columns is None:
@@ -122,7 +122,7 @@ def _as_type(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def _json_of(maps: pa.MapArray) -> pa.Array:
-    """JSON text of each map, as `json.dumps` gives it without escapes."""
+    """Returns each map as JSON text, like `json.dumps(..., ensure_ascii=False)`."""
     keys, values = (_quoted(texts) for texts in (maps.keys, maps.items))
     pairs = pc.binary_join_element_wise(keys, values, ": ")
     joined = pc.binary_join(pa.ListArray.from_arrays(maps.offsets, pairs), ", ")
@@ -131,14 +131,14 @@ def _json_of(maps: pa.MapArray) -> pa.Array:
 
 
 def _quoted(texts: pa.Array) -> pa.Array:
-    """Each text as JSON: of the few different ones that there are, once."""
+    """Returns each text as a JSON string; encodes each distinct text only once."""
     encoded = pa.array(texts, pa.string()).dictionary_encode()
     quoted = pa.array([json.dumps(text, ensure_ascii=False) for text in encoded.dictionary.to_pylist()], pa.string())
     return pc.fill_null(quoted.take(encoded.indices), "null")
 
 
 def timestamps(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """ISO 8601 texts as microseconds UTC; null where a text is no time."""
+    """Parses ISO 8601 texts to timestamps (microseconds, UTC); null where a text is not a time."""
     try:
         return texts.cast(MTIME)
     except pa.ArrowInvalid:
@@ -154,10 +154,10 @@ def _time_of(text: str | None) -> datetime | None:
 
 
 def states(rows: pa.Table) -> pa.ChunkedArray:
-    """The state that each recording is in: `settled_state` of a row that says that a run skipped the recording.
+    """Returns each recording's terminal state; for a skipped recording, the state from an earlier run.
 
     Args:
-        rows: Of `recordings/`, with `terminal_state` and, for rows of format 1, `settled_state`.
+        rows: Rows of `recordings/`, with `terminal_state` and, for rows of format 1, `settled_state`.
     """
     ended = rows["terminal_state"]
     if SETTLED_STATE not in rows.schema.names:

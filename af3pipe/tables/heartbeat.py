@@ -1,8 +1,8 @@
-"""Tells a compaction that runs from one that was killed, whatever it does at the time and whatever clocks say.
+"""Detects whether a compaction is still running or was killed, without relying on synchronized clocks.
 
-A thread of the compaction writes `_compactions/<id>.alive` every minute, however long one file takes. Others compare
-the time that the store gave to that file with the time that it gives to one of their own: the clock of no machine
-decides, but that of the store.
+A thread of the compaction writes `_compactions/<id>.alive` every minute, however long a file takes. Other processes
+compare that file's modification time with the modification time of a file they have just written: both times are from
+the store's clock.
 """
 
 import logging
@@ -26,15 +26,15 @@ BEAT_S = 60.0
 
 
 class Heartbeat:
-    """Writes that a compaction is alive while the context lasts, from a thread of its own.
+    """Writes the heartbeat file of a compaction from a background thread while the context is open.
 
     Args:
         output: Folder of the tables.
-        record: Of the compaction.
-        every_s: How long a pause.
+        record: Record of the compaction.
+        every_s: Seconds between two heartbeats.
 
     Attributes:
-        lost: Set once another process has taken the compaction for dead.
+        lost: Set when another process considers the compaction dead.
     """
 
     def __init__(self, output: str, record: Compaction, every_s: float = BEAT_S) -> None:
@@ -63,16 +63,16 @@ class Heartbeat:
                     return
                 storage.write_atomic(self._record.uri_beside(self._output, "alive"), str(time.time()).encode())
             except (StorageError, Rejected) as error:
-                _log.warning("the compaction cannot write that it is alive, and tries again: %s", error)
+                _log.warning("the heartbeat of the compaction cannot be written, and is tried again: %s", error)
 
 
 def is_undone(output: str, record: Compaction) -> bool:
-    """Whether a process has taken a compaction for dead. Raises Rejected, StorageError."""
+    """Returns whether another process is undoing, or has undone, a compaction. Raises Rejected, StorageError."""
     return bool(storage.find_files(storage.join(output, FOLDER), f"{record.compaction_id}.undone"))
 
 
 def process_space() -> str:
-    """Names the space of process ids that this process is in, as each container has its own; "" where unknown."""
+    """Returns the id of this process's PID namespace, since each container has its own; "" if unknown."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -80,7 +80,7 @@ def process_space() -> str:
 
 
 def silent_s(output: str, found: Compaction, compactions: Compactions) -> float:
-    """For how many seconds a compaction has not written that it is alive; infinite if its process is gone.
+    """Returns the seconds since a compaction's last heartbeat; infinite if its process has ended.
 
     Raises:
         Rejected, StorageError: The store cannot be used.
@@ -96,13 +96,13 @@ def silent_s(output: str, found: Compaction, compactions: Compactions) -> float:
 
 
 def age_s(output: str, name: str, compactions: Compactions) -> float:
-    """How old a file of `_compactions/` is, in seconds by the store's clock; infinite where the store has none."""
+    """Returns the age of a file of `_compactions/` in seconds, by the store's clock; infinite if it has none."""
     mtime, now = compactions.files[name].mtime, _now(output)
     return float("inf") if mtime is None or now is None else now - datetime.fromisoformat(mtime).timestamp()
 
 
 def _now(output: str) -> float | None:
-    """The time by the clock of the store; None where it has none."""
+    """Returns the time by the store's clock; None if the store has no modification times."""
     probe = storage.join(output, FOLDER, f"{uuid.uuid4().hex}.clock")
     storage.write_atomic(probe, b"")
     try:

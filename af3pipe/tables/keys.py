@@ -1,7 +1,7 @@
-"""Holds the keys of millions of rows in memory as 128-bit hashes, and compares, counts and finds them as arrays.
+"""Stores the keys of millions of rows as 128-bit hashes in NumPy arrays, to compare, count and find them.
 
-A key takes 16 bytes here, however long its text. Two different keys among n have the same hash with a probability of
-about n^2 / 2^129: 10^-18 among ten billion. BLAKE2b is cryptographic: nobody can make two such keys on purpose.
+A key takes 16 bytes, however long its text. The probability that two of n different keys have the same hash is about
+n^2 / 2^129: 10^-18 for ten billion keys. BLAKE2b is cryptographic, so collisions cannot be made on purpose.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,34 +30,34 @@ IDENTITY = {
     "recordings": ("recording_id", *_SOURCE, "run_id"),
     "dead_letters": ("dead_letter_key",),
 }
-"""By table, the columns that tell its rows apart."""
+"""By table, the columns that identify a row."""
 _BETWEEN = "\0"
 _SAMPLED = 64
 _KEYS_AT_ONCE = 250_000
 
 
 def hashes_of(texts: pa.ChunkedArray) -> Hashes:
-    """Hashes texts; null as the empty one."""
+    """Hashes texts; null is hashed like an empty text."""
     values = pc.fill_null(texts, "").cast(pa.binary()).to_numpy(zero_copy_only=False)
     digests = b"".join([blake2b(value, digest_size=16).digest() for value in values])
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
 
 def joined(rows: pa.Table, columns: Sequence[str]) -> pa.ChunkedArray:
-    """Columns as one text; null as the empty one."""
+    """Joins columns to one text per row; null becomes an empty text."""
     parts = [pc.fill_null(rows[name].cast(pa.string()), "") for name in columns]
     return pc.binary_join_element_wise(*parts, _BETWEEN) if len(parts) > 1 else parts[0]
 
 
 class KeySet:
-    """A set of hashes, sorted.
+    """Stores a sorted set of hashes and finds hashes in it.
 
     Args:
-        hashes: With repeats.
+        hashes: Hashes, of shape (n, 2), with duplicates.
 
     Attributes:
-        codes: For each of `hashes`, its number in the set: equal for equal hashes, from 0 up without gaps.
-        size: How many different ones.
+        codes: For each of `hashes`, its index in the set.
+        size: Number of distinct hashes.
     """
 
     def __init__(self, hashes: Hashes) -> None:
@@ -72,11 +72,11 @@ class KeySet:
         self.size = len(self._high)
 
     def find(self, wanted: Hashes) -> npt.NDArray[np.int64]:
-        """The number of each hash in the set; -1 for one that is not there."""
+        """Returns the index of each hash in the set; -1 for a hash that is not in it."""
         found = np.full(len(wanted), -1, np.int64)
         at = np.searchsorted(self._high, wanted[:, 0])
         open_ = np.arange(len(wanted))
-        # More than one turn only where two hashes have their first half in common.
+        # More than one iteration only if two hashes have the same first half.
         while len(open_):
             open_ = open_[at[open_] < self.size]
             open_ = open_[self._high[at[open_]] == wanted[open_, 0]]
@@ -87,78 +87,78 @@ class KeySet:
         return found
 
     def has(self, wanted: Hashes) -> Mask:
-        """Which of the hashes are in the set."""
+        """Returns a mask: which of the hashes are in the set."""
         return self.find(wanted) >= 0
 
 
 class Words(NamedTuple):
-    """A column of few different texts: their numbers, and the texts by number."""
+    """Is a dictionary-encoded column: for each row a code, and the text of each code."""
 
     codes: npt.NDArray[np.int32]
     texts: list[str]
 
     def ranks(self) -> npt.NDArray[np.int32]:
-        """For each row a number that sorts as its text does."""
+        """Returns a number for each row; the numbers sort like the texts."""
         rank = np.empty(len(self.texts), np.int32)
         rank[np.argsort(np.array(self.texts, str))] = np.arange(len(self.texts))
         return rank[self.codes]
 
 
 class _Growing:
-    """Appends rows to one array: the arrays of a million small files, in a list, take more than their rows."""
+    """Appends rows to one growing array; a list of a million small arrays would take more memory."""
 
     def __init__(self, kind: type, *shape: int) -> None:
-        self._held: npt.NDArray[Any] = np.zeros((1024, *shape), kind)
+        self._buffer: npt.NDArray[Any] = np.zeros((1024, *shape), kind)
         self._size = 0
 
     def add(self, rows: npt.NDArray[Any]) -> None:
         """Appends rows."""
         end = self._size + len(rows)
-        if end > len(self._held):
-            # Its second half is no memory before it is written.
-            grown = np.zeros_like(self._held, shape=(2 * end, *self._held.shape[1:]))
-            grown[: self._size] = self._held[: self._size]
-            self._held = grown
-        self._held[self._size : end] = rows
+        if end > len(self._buffer):
+            # Its second half takes no memory before it is written.
+            grown = np.zeros_like(self._buffer, shape=(2 * end, *self._buffer.shape[1:]))
+            grown[: self._size] = self._buffer[: self._size]
+            self._buffer = grown
+        self._buffer[self._size : end] = rows
         self._size = end
 
     def rows(self) -> npt.NDArray[Any]:
-        """All of them."""
-        return self._held[: self._size]
+        """Returns all rows."""
+        return self._buffer[: self._size]
 
 
 class _GrowingWords:
-    """Appends rows to a column of few different texts."""
+    """Appends texts to a growing dictionary-encoded column."""
 
     def __init__(self) -> None:
         self._codes = _Growing(np.int32)
         self._numbers: dict[str, int] = {}
 
     def add(self, texts: pa.ChunkedArray) -> None:
-        """Appends texts; null as the empty one."""
+        """Appends texts; null becomes an empty text."""
         encoded = pc.fill_null(texts, "").combine_chunks().dictionary_encode()
         numbers = [self._numbers.setdefault(text, len(self._numbers)) for text in encoded.dictionary.to_pylist()]
         self._codes.add(np.array(numbers, np.int32)[np.asarray(encoded.indices)])
 
     def words(self) -> Words:
-        """All of them."""
+        """Returns the column."""
         return Words(self._codes.rows(), list(self._numbers))
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of rows, in the order of their files and there of the rows.
+    """Has the keys of a table's rows, in the order of the files and of the rows in them.
 
     Attributes:
-        identity: Rows that are equal in it are copies of one row.
-        recording: Of rows of `recordings/`, which recording they are of (`recordings_of`); else empty.
-        runs: Which wrote them.
+        identity: Hash of the row's identity; rows with equal hashes are copies of one row.
+        recording: For rows of `recordings/`, the hash of the recording (`recordings_of`); else empty.
+        runs: The run that wrote each row.
         categories: The values of one more column.
         created_at: Microseconds since 1970 UTC.
-        counts: Rows of each file.
-        formats: Of each file.
-        sampled: Rows of a random sample, about one in 64; and their `recording_id`.
-        sampled_ids: See `sampled`.
+        counts: Number of rows of each file.
+        formats: Format version of each file.
+        sampled: Indices of a random sample of rows, about one in 64.
+        sampled_ids: The `recording_id` of each row in `sampled`.
     """
 
     identity: Hashes
@@ -176,15 +176,15 @@ class Keys:
 
     @property
     def files(self) -> npt.NDArray[np.int64]:
-        """For each row the index of its file."""
+        """The index of the file of each row."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     def split(self, mask: Mask) -> list[Mask]:
-        """A mask over all rows as one for each file."""
+        """Splits a mask over all rows into one mask for each file."""
         return np.split(mask, np.cumsum(self.counts)[:-1]) if len(self.counts) else []
 
     def newest(self, codes: npt.NDArray[np.integer]) -> Mask:
-        """Of the rows of each code, the one with the greatest (created_at, run_id)."""
+        """Returns a mask of the newest row of each code: the one with the greatest (created_at, run_id)."""
         kept = np.ones(len(codes), bool)
         if len(codes) and codes.max() + 1 != len(codes):
             order = np.lexsort((self.runs.ranks(), self.created_at, codes))
@@ -196,9 +196,9 @@ def read_keys(files: Sequence[ObjectInfo], table: str, category: str = "run_id")
     """Reads the keys of a table's rows.
 
     Args:
-        files: Of the table.
-        table: Which.
-        category: The column that `categories` are of.
+        files: Files of the table.
+        table: That table.
+        category: Column to read into `categories`.
 
     Raises:
         Rejected, NotATable: As of `reader.read_rows_of`.
@@ -239,21 +239,21 @@ def read_keys(files: Sequence[ObjectInfo], table: str, category: str = "run_id")
 
 
 def _hashes_of_recordings(rows: pa.Table) -> Hashes:
-    """Of each row, the hashes of id and place and of id and `source_key` side by side; the latter 0 without a key."""
+    """Returns two hashes per row, shape (n, 4): of id and place, and of id and `source_key` (0 if there is none)."""
     by_key = hashes_of(joined(rows, ["recording_id", "source_key"])).copy()
     by_key[np.asarray(rows["source_key"].is_null())] = 0
     return np.hstack([hashes_of(joined(rows, ["recording_id", *_SOURCE])), by_key])
 
 
 def recordings_of(by_place: Hashes, by_key: Hashes) -> Hashes:
-    """Tells recordings apart by id and source: an id that was given to two sources is two recordings.
+    """Returns a hash of each row's recording: its id and source, as an id may have been given to two sources.
 
-    A row of format 1 has no `source_key`. It is of the recording of a newer row that has one, where the two agree in
-    id, uri, offset, channel and stream; where there is none, these say which recording it is of.
+    A row of format 1 has no `source_key`. It belongs to the recording of a newer row with the same id, uri, offset,
+    channel and stream; if there is no such row, these columns identify its recording.
 
     Args:
-        by_place: Of each row, the hash of those columns.
-        by_key: Of each row, the hash of its id and `source_key`; 0 where there is none.
+        by_place: For each row, the hash of those columns.
+        by_key: For each row, the hash of its id and `source_key`; 0 if it has none.
     """
     keyed = by_key.any(axis=1)
     if not keyed.any():
@@ -268,12 +268,12 @@ def recordings_of(by_place: Hashes, by_key: Hashes) -> Hashes:
 
 
 class Named(NamedTuple):
-    """Keys of answers or dead letters that rows of `recordings/` name.
+    """Has keys of answers or dead letters that rows of `recordings/` reference.
 
     Attributes:
-        hashes: As `identity` of their own rows.
-        sources: For each key, the number of the row of `recordings/` that names it.
-        texts: The keys themselves.
+        hashes: Hash of each key, comparable with `Keys.identity` of the referenced rows.
+        sources: For each key, the index of the row of `recordings/` that references it.
+        texts: The keys.
     """
 
     hashes: Hashes
@@ -282,17 +282,17 @@ class Named(NamedTuple):
 
 
 def named_keys(files: Sequence[ObjectInfo], column: str, masks: Sequence[Mask] | None = None) -> Iterator[Named]:
-    """Reads the keys that rows of `recordings/` name, some hundred thousand at a time.
+    """Reads the keys that rows of `recordings/` reference, in batches of about 250,000.
 
     Args:
-        files: Of that table.
+        files: Files of `recordings/`.
         column: `answer_keys` or `dead_letter_keys`.
-        masks: Which rows of each file to look at; all by default.
+        masks: For each file, which rows to read; all by default.
 
     Raises:
         Rejected, NotATable: As of `reader.read_rows_of`.
     """
-    total, held = 0, 0
+    total, pending = 0, 0
     pieces: list[tuple[pa.Table, npt.NDArray[np.int64]]] = []
     for number, first, rows in read_rows_of(files, "recordings", ["recording_id", column]):
         positions = np.arange(total, total + len(rows))
@@ -301,11 +301,11 @@ def named_keys(files: Sequence[ObjectInfo], column: str, masks: Sequence[Mask] |
             mask = masks[number][first : first + len(rows)]
             rows, positions = rows.filter(pa.array(mask)), positions[mask]
         pieces.append((rows, positions))
-        held += int(pc.sum(pc.list_value_length(rows[column])).as_py() or 0)
-        if held >= _KEYS_AT_ONCE:
+        pending += int(pc.sum(pc.list_value_length(rows[column])).as_py() or 0)
+        if pending >= _KEYS_AT_ONCE:
             yield _named(pieces, column)
-            pieces, held = [], 0
-    if held:
+            pieces, pending = [], 0
+    if pending:
         yield _named(pieces, column)
 
 

@@ -1,8 +1,8 @@
-"""Reads the latest view of an output: each recording's newest row, and the answers and dead letters that it names.
+"""Reads the latest view of an output: each recording's newest row, and the answers and dead letters it references.
 
-A recording is one `recording_id` of one source: an id that manifests gave to two files is two recordings here, each
-with its newest row, because the answers of both are still right. Rows are read in batches; memory holds hashes of the
-keys of one table and of those that `recordings/` names.
+A recording is one `recording_id` of one source: an id that manifests gave to two files counts as two recordings, each
+with its newest row, because the answers of both are still valid. Rows are read in batches; memory use: hashes of the
+keys of one table and of the keys that `recordings/` references.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,17 +26,17 @@ from af3pipe.tables.reader import read_rows_of, table_files
 
 __all__ = ["Latest", "NewerFormat", "NotATable", "codes", "export_latest", "is_in", "latest", "table_files"]
 
-_TRIES = 5
+_ATTEMPTS = 5
 
 _Result = TypeVar("_Result")
 
 
 class Latest:
-    """The latest view of an output. Keys are read when they are first needed, rows each time.
+    """Reads the latest view of an output. Keys are read on first use and cached; rows are read on each call.
 
     Args:
         output: Folder of the tables.
-        files: As `table_files` lists them, where that is known.
+        files: Files by table, if already listed by `table_files`.
     """
 
     def __init__(self, output: str, files: Mapping[str, Sequence[ObjectInfo]] | None = None) -> None:
@@ -62,7 +62,7 @@ class Latest:
         return self._named("dead_letter_keys")
 
     def _view(self, table: str) -> tuple[list[Mask], Hashes]:
-        """Which rows of each file are in the view, and what tells those rows apart."""
+        """Returns for each file a mask of its rows in the view, and the identities of all rows in the view."""
         if table == "recordings":
             return self._recordings
         named = self._answers if table in ANSWER_TABLES else self._dead_letters
@@ -71,8 +71,8 @@ class Latest:
         return keys.split(mask), keys.identity[mask]
 
     def _retried(self, work: Callable[[], _Result]) -> _Result:
-        """Calls `work`, and again after another listing where a compaction has replaced a file meanwhile."""
-        for _ in range(_TRIES - 1):
+        """Calls `work`; lists the files and calls it again if a compaction has replaced one meanwhile."""
+        for _ in range(_ATTEMPTS - 1):
             try:
                 return work()
             except Rejected as rejected:
@@ -80,27 +80,27 @@ class Latest:
         return work()
 
     def _list_again(self, rejected: Rejected) -> None:
-        # The named keys stay, once they are read: answers then fit the recordings' rows as these were at that time.
+        # Referenced keys stay cached, so that answers match the rows of recordings as they were read.
         if rejected.reason is not Reason.NOT_FOUND:
             raise rejected
         self.files = table_files(self._output)
         self.__dict__.pop("_recordings", None)
 
     def masks(self, table: str) -> list[Mask]:
-        """Which rows of each of the table's `files` are in the view, each row once.
+        """Returns a mask for each of the table's `files`: which rows are in the view, without copies.
 
         Raises:
             KeyError: There is no such table.
-            Rejected, NotATable: The output cannot be read; not_found where a compaction has replaced a file.
+            Rejected, NotATable: The output cannot be read; not_found if a compaction has replaced a file.
         """
         return self._view(table)[0]
 
     def batches(self, table: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Reads the table's rows in the view, in the order of its files; also while a compaction replaces these.
+        """Reads the table's rows in the view, in the order of its files, also while a compaction replaces files.
 
         Args:
             table: One of the tables.
-            columns: Of the current format (`formats.TABLE_SCHEMAS`); None: all.
+            columns: Columns of the current format (`formats.TABLE_SCHEMAS`); None: all.
 
         Raises:
             KeyError: There is no such table or column.
@@ -108,7 +108,7 @@ class Latest:
         """
         columns = TABLE_SCHEMAS[table].names if columns is None else columns
         yielded: list[Hashes] = []
-        for turn in range(_TRIES):
+        for turn in range(_ATTEMPTS):
             masks, identities = self._retried(lambda: self._view(table))
             is_new = _is_new(identities, yielded)
             count = 0
@@ -119,7 +119,7 @@ class Latest:
                     count += len(rows)
                 return
             except Rejected as rejected:
-                if turn == _TRIES - 1:
+                if turn == _ATTEMPTS - 1:
                     raise
                 self._list_again(rejected)
                 yielded.append(identities[:count])
@@ -136,7 +136,7 @@ class Latest:
             yield kept.select(columns).replace_schema_metadata(None)
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Reads the same as one table in memory. Arguments and errors as of `batches`."""
+        """Reads the rows of `batches` into one table in memory. Arguments and errors as in `batches`."""
         schema = TABLE_SCHEMAS[table]
         empty = (schema if columns is None else pa.schema([schema.field(name) for name in columns])).empty_table()
         return pa.concat_tables([empty, *self.batches(table, columns)], promote_options="default")
@@ -154,10 +154,10 @@ def latest(output: str) -> Latest:
 
 
 def export_latest(output: str, target: str, tables: Sequence[str]) -> dict[str, int]:
-    """Writes the latest view to `target`, a Parquet file for each table that has rows.
+    """Writes the latest view to the folder `target`, one Parquet file for each table that has rows.
 
     Returns:
-        URI of each file to its number of rows.
+        Number of rows by URI of the file.
 
     Raises:
         Rejected, NotATable: The output cannot be read.
@@ -180,11 +180,11 @@ def export_latest(output: str, target: str, tables: Sequence[str]) -> dict[str, 
 
 
 def codes(values: pa.ChunkedArray) -> npt.NDArray[np.int32]:
-    """Numbers texts: equal numbers for equal texts, from 0 up without gaps."""
+    """Encodes texts as integers: equal texts get equal integers, from 0 up without gaps."""
     return np.asarray(values.combine_chunks().dictionary_encode().indices)
 
 
 def is_in(values: pa.ChunkedArray, among: Any) -> Mask:
-    """Which of `values` are among others."""
+    """Returns a mask: which of `values` are in `among`."""
     among = among.combine_chunks() if isinstance(among, pa.ChunkedArray) else among
     return np.asarray(pc.is_in(values, value_set=among).combine_chunks().to_numpy(zero_copy_only=False), dtype=bool)

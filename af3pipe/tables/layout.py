@@ -34,12 +34,12 @@ _MOST_VALUE_CHARACTERS = 120
 
 
 def new_run_id() -> str:
-    """Names a run: sorts by time, and two runs at once do not meet."""
+    """Returns a new unique run id, which sorts by time."""
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
 
 
 def check_run_id(run_id: str) -> str:
-    """Checks that an id can be part of file names, and that no other run's files could be taken for its own.
+    """Checks that a run id can be part of file names and cannot be confused with another run's; returns it.
 
     Raises:
         ValueError: It is empty, long, or has other characters than letters, digits, `-` and `_`.
@@ -53,17 +53,17 @@ def check_run_id(run_id: str) -> str:
 
 
 def check_partition_by(partition_by: Sequence[str]) -> None:
-    """Looks whether these can be the folders of the tables.
+    """Checks that the tables can be partitioned by these columns.
 
     Raises:
-        ValueError: One is named twice, like a column that the tables have, or with what a folder's name cannot hold.
+        ValueError: One is repeated, is a column of the tables, or has characters that a folder name cannot have.
     """
     columns = {*ANSWER_SCHEMA.names, *DEAD_LETTER_SCHEMA.names, *RECORDING_SCHEMA.names}
     for name in partition_by:
         if name in columns:
             raise ValueError(
-                f"partition_by names {name!r}, which is a column of the tables: a reader could not tell the two "
-                "apart; take date, run, or a metadata column of the manifest that is named otherwise"
+                f"partition_by names {name!r}, which is a column of the tables: readers would confuse the two; "
+                "use date, run, or a metadata column of the manifest with another name"
             )
         if not _PARTITION_NAME.fullmatch(name) or len(name.encode()) > _MOST_NAME_BYTES:
             raise ValueError(
@@ -77,18 +77,18 @@ def check_partition_by(partition_by: Sequence[str]) -> None:
 def partition_folder(
     partition_by: Sequence[str], run_id: str, metadata: Mapping[str, Any], *, day: str | None = None
 ) -> str:
-    """The folders below a table, as Hive names them: `date=2026-11-21/station=K%20Q`; empty without partitions.
+    """Returns the Hive partition folders below a table: `date=2026-11-21/station=K%20Q`; empty without partitions.
 
-    A value whose name would be longer than 120 characters is cut and ends with `~` and a hash of the whole of it.
+    A value of more than 120 characters (quoted) is truncated and ends with `~` and a hash of the full value.
 
     Args:
         partition_by: `date`, the UTC day on which the run began; `run`, its id; any other is a key of `metadata`.
-        run_id: As `new_run_id` makes it, where `date` is asked for.
-        metadata: Of a recording; what it lacks is null.
-        day: `date`, where it is not the run's.
+        run_id: The run; with `date` and no `day`, an id as `new_run_id` returns it.
+        metadata: Metadata of a recording; missing keys are null.
+        day: Value of `date`, if it is not the day of the run.
 
     Raises:
-        ValueError: The run's id does not begin with a time, and `date` is asked for.
+        ValueError: `date` is a partition without `day`, and the run id does not begin with a time.
     """
     known = {"run": run_id}
     if "date" in partition_by:
@@ -115,7 +115,7 @@ def _folder_name(value: str) -> str:
 
 
 def day_of(run_id: str) -> str | None:
-    """The day, `2026-11-21`, on which a run began whose id begins with a time; None for other ids."""
+    """Returns the day (`2026-11-21`) with which a run id begins; None for ids that begin with no time."""
     day = _RUN_DAY.match(run_id)
     return "-".join(day.groups()) if day else None
 

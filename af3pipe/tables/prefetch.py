@@ -1,4 +1,4 @@
-"""Calls a function for many items, a few calls ahead of their turn, because a store answers late."""
+"""Prefetches: calls a function for many items concurrently, to hide the latency of a store."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ _Value = TypeVar("_Value")
 
 
 def each(function: Callable[[_Item], _Value], items: Iterable[_Item]) -> Iterator[_Value]:
-    """Maps items with up to 16 calls at once; results come in the order of the items."""
+    """Maps a function over items with up to 16 concurrent calls; yields the results in the order of the items."""
     ahead: deque[Future[_Value]] = deque()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for item in items:

@@ -1,8 +1,8 @@
-"""Reads the Parquet files of an output: all code that reads an output's rows reads them by this module.
+"""Reads the Parquet files of an output; all code that reads an output's rows uses this module.
 
-It lists the files of each table that are current, whatever a compaction does at that time, and reads columns of them
-as the current format has them (`formats.py`). Files up to 1 MiB are read whole and ahead of their turn, others by row
-group. A file that a compaction replaced after it was listed is found again in the compaction's new files.
+It lists the current files of each table, also while a compaction is running, and converts their columns to the
+current format (`formats.py`). Files of at most 1 MiB are prefetched whole, others are read by row group. If a
+compaction replaced a file after it was listed, its rows are read from the compaction's new files.
 """
 
 import re
@@ -23,7 +23,7 @@ from af3pipe.tables.layout import FORMAT_KEY, TABLE_SCHEMAS, partition_folder
 from af3pipe.tables.prefetch import each
 
 _SMALL_BYTES = 1 << 20
-_TRIES = 5
+_ATTEMPTS = 5
 _REQUIRED = {
     "recordings": ("recording_id", "run_id", "created_at"),
     "dead_letters": ("dead_letter_key", "run_id", "created_at"),
@@ -56,26 +56,26 @@ def run_files(output: str, table: str, run_id: str, prefix: str = "") -> list[Ob
     Args:
         output: Folder of the tables.
         table: One of them.
-        run_id: Of the run; `night-1` has no file of `night-10`.
-        prefix: What the files' paths below the table begin with, as `run_prefix` gives it: a store lists no others.
-            "" lists the whole table.
+        run_id: The run; files of `night-10` do not match `night-1`.
+        prefix: Prefix of the files' paths below the table, as `run_prefix` returns it, so that a store lists only
+            these; "" lists the whole table.
     """
     files = _list(storage.canonical(output), [table], prefix)[table]
     return [info for info in files if run_id in possible_runs(info.uri)]
 
 
 def files_of_run(output: str, run_id: str) -> dict[str, list[str]]:
-    """Lists the URIs of the Parquet files that a run wrote, by table. As of `run_files`."""
+    """Lists the URIs of the Parquet files that a run wrote, by table; see `run_files`."""
     return {table: [info.uri for info in run_files(output, table, run_id)] for table in TABLE_SCHEMAS}
 
 
 def run_prefix(run_id: str, partition_by: Sequence[str], day: str | None = None) -> str:
-    """What the paths of a run's files below a table begin with, as far as the run's id and day decide it.
+    """Returns the longest known prefix of the paths of a run's files below a table.
 
     Args:
-        run_id: Of the run.
-        partition_by: As the run was given it; its first parts are known while they are `run`, or `date` with a day.
-        day: The `date` of all its files, as of a run that is not a stream.
+        run_id: The run.
+        partition_by: Of the run; the prefix ends before the first part that is not `run`, or `date` with a `day`.
+        day: The `date` of all its files; None for a stream, whose files have different ones.
     """
     known: list[str] = []
     for name in partition_by:
@@ -88,7 +88,7 @@ def run_prefix(run_id: str, partition_by: Sequence[str], day: str | None = None)
 
 
 def possible_runs(uri: str) -> tuple[str, ...]:
-    """The runs that a file's name may be of: none for a compaction's, two where it may have a stream's window."""
+    """Returns the run ids that a file name may begin with: none for a compacted file, two if a window may follow."""
     name = storage.name(uri)
     if is_compacted(name):
         return ()
@@ -109,7 +109,7 @@ def _list(output: str, tables: Sequence[str], prefix: str) -> dict[str, list[Obj
             ]
             for table in tables
         }
-        # One that began or ended while the files were listed may have its old and its new files in the list.
+        # If a compaction began or ended during the listing, the list may have both its old and its new files.
         if Compactions(output).states == before.states:
             break
     current = before.readable(output, files)
@@ -125,7 +125,7 @@ def _is_parquet(uri: str) -> bool:
 
 @contextmanager
 def _opened(info: ObjectInfo, table: str) -> Iterator[tuple[ParquetFile, int]]:
-    """A file and the format that it states."""
+    """Opens a Parquet file; returns it with its format version."""
     with storage.open_input(info.uri, size_bytes=info.size_bytes) as file:
         try:
             parquet = ParquetFile(file)
@@ -139,7 +139,7 @@ def _opened(info: ObjectInfo, table: str) -> Iterator[tuple[ParquetFile, int]]:
 
 
 def _pieces(info: ObjectInfo, table: str, columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    """A file's rows by row group, at least one piece; their schema states the file's format as the footer does."""
+    """Yields a file's rows by row group, at least one piece, with the file's format in the metadata of the schema."""
     if columns is not None:
         check_columns(table, columns)
     with _opened(info, table) as (parquet, found):
@@ -158,26 +158,26 @@ def _pieces(info: ObjectInfo, table: str, columns: Sequence[str] | None) -> Iter
 
 
 def format_of(rows: pa.Table) -> int:
-    """The format of the file that a piece was read from."""
+    """Returns the format version of the file that rows were read from."""
     return int(rows.schema.metadata[FORMAT_KEY])
 
 
 def read_rows_of(
     files: Sequence[ObjectInfo], table: str, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[int, int, pa.Table]]:
-    """Reads rows of files as they were listed, in their order.
+    """Reads rows of listed files, in the order of the files.
 
     Args:
-        files: Of one table.
-        table: Which.
-        columns: Of the current format; missing ones are null. None: all, and those that only a file has.
+        files: Files of one table.
+        table: That table.
+        columns: Columns of the current format; null where a file lacks them. None: all, and further ones of a file.
 
     Yields:
         The file's index, the piece's first row in it, and the piece; at least one piece of each file.
 
     Raises:
-        Rejected: A file cannot be read; not_found also where a compaction has replaced it (`retried`).
-        NotATable: A file is damaged, or of another program or a newer format.
+        Rejected: A file cannot be read; not_found also if a compaction has replaced it (`retried`).
+        NotATable: A file is damaged, has a newer format, or was written by another program.
         KeyError: There is no such column.
     """
 
@@ -196,12 +196,12 @@ def _is_small(info: ObjectInfo) -> bool:
 
 
 def retried(output: str, work: Callable[[dict[str, list[ObjectInfo]]], _Result]) -> _Result:
-    """Calls `work` with the current files, and again with those of a new listing where one of them has vanished.
+    """Calls `work` with the current files; lists them and calls it again if one of them no longer exists.
 
     Raises:
-        Rejected: The output cannot be read, or files have vanished five times.
+        Rejected: The output cannot be read, or files were missing in all five attempts.
     """
-    for _ in range(_TRIES - 1):
+    for _ in range(_ATTEMPTS - 1):
         try:
             return work(table_files(output))
         except Rejected as rejected:
@@ -213,15 +213,15 @@ def retried(output: str, work: Callable[[dict[str, list[ObjectInfo]]], _Result])
 def read_batches(
     output: str, table: str, columns: Sequence[str] | None = None, files: Sequence[ObjectInfo] | None = None
 ) -> Iterator[pa.Table]:
-    """Reads all rows of a table, history included, in pieces.
+    """Reads all rows of a table in pieces, including those that are not in the latest view.
 
-    No row is left out where a compaction ends meanwhile, and some may then come twice: tell rows apart by their keys.
+    If a compaction ends meanwhile, no row is missed, but some may be repeated: deduplicate rows by their keys.
 
     Args:
         output: Folder of the tables.
         table: One of them.
-        columns: As for `read_rows_of`.
-        files: Only these, as they were listed.
+        columns: See `read_rows_of`.
+        files: Reads only these files, as they were listed; default: all.
 
     Raises:
         Rejected, NotATable, KeyError: As `read_rows_of`.
@@ -236,9 +236,10 @@ def read_batches(
 
 
 def read_file(output: str, table: str, info: ObjectInfo, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Reads the rows of one file that was listed before, in pieces, also where a compaction has replaced it since.
+    """Reads the rows of one listed file in pieces, even if a compaction has replaced the file since.
 
-    Rows may then come twice, and other rows of the same run with them. Arguments and errors as of `read_rows_of`.
+    In that case, rows may be repeated, and other rows of the same run may be included. Arguments and errors as in
+    `read_rows_of`.
     """
     try:
         yield from _pieces(info, table, columns)
@@ -251,12 +252,12 @@ def read_file(output: str, table: str, info: ObjectInfo, columns: Sequence[str] 
 def _read_replacement(
     output: str, table: str, info: ObjectInfo, columns: Sequence[str] | None, lost: Rejected
 ) -> Iterator[pa.Table]:
-    """Reads the rows of a vanished file from compactions' files in its folder; raises `lost` if none replaced it."""
+    """Reads the rows of a missing file from compacted files in its folder; raises `lost` if none replaced it."""
     output = storage.canonical(output)
     name = info.uri.removeprefix(storage.join(output, ""))
     wanted = None if columns is None else [*dict.fromkeys([*columns, "run_id"])]
     runs = pa.array(possible_runs(info.uri), pa.string())
-    for _ in range(_TRIES):
+    for _ in range(_ATTEMPTS):
         if not any(name in found.replaced for found in [*Compactions(output).under_way, *done_compactions(output)]):
             raise lost
         there = table_files(output, [table])[table]
@@ -274,9 +275,9 @@ def _read_replacement(
 
 
 def rows_of_run(output: str, table: str, run_id: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Reads the rows that a run wrote to a table, in pieces, wherever compactions have put them.
+    """Reads the rows that a run wrote to a table, in pieces, including those in compacted files.
 
-    Rows may come twice, as of `read_batches`. Arguments and errors as of `read_rows_of`.
+    Rows may be repeated, see `read_batches`. Arguments and errors as in `read_rows_of`.
     """
     files = table_files(output, [table])[table]
     files = [info for info in files if is_compacted(info.uri) or run_id in possible_runs(info.uri)]

@@ -1,4 +1,4 @@
-"""Reconciles a run: compares the rows that it wrote with the recordings that it found."""
+"""Reconciles a run: checks that every recording it found has a result and every counted row was written."""
 
 import sqlite3
 import tempfile
@@ -16,16 +16,16 @@ _BATCH_ROWS = 4096
 
 
 class RunCounts(NamedTuple):
-    """What a run found and what it wrote.
+    """Counts what a run found and what it wrote.
 
     Attributes:
-        found: Recordings matched, each once.
-        states: Recordings by terminal state; those that were skipped have no row.
+        found: Number of distinct recordings that the inputs matched.
+        states: Recordings by terminal state; skipped recordings are counted here but have no row.
         answers: Rows by table.
         dead_letters: Rows by reason.
-        kept_dead_letters: Those of earlier runs that are still true of its recordings.
-        audio_s: Seconds of audio covered by answers, of recordings of which something was answered.
-        problems: What does not reconcile, in sentences; empty when all does.
+        kept_dead_letters: Dead letters of earlier runs that still apply to recordings of this run.
+        audio_s: Seconds of audio covered by answers.
+        problems: Sentences that say what does not reconcile; empty if everything does.
     """
 
     found: int
@@ -38,7 +38,7 @@ class RunCounts(NamedTuple):
 
     @property
     def reconciled(self) -> bool:
-        """Whether every recording found ended in one terminal state and every row is where it should be."""
+        """Whether every recording found has exactly one terminal state and every counted row was written."""
         return not self.problems
 
 
@@ -50,33 +50,33 @@ def read_rows(uris: Iterable[str], columns: list[str] | None = None) -> Iterator
 
 
 def count_run(output: str, run_id: str, found: int | None, skipped: int = 0, kept_dead_letters: int = 0) -> RunCounts:
-    """Reads back what a run wrote and compares it with the number of recordings that it found.
+    """Reads the rows that a run wrote, counts them, and compares them with the number of recordings that it found.
 
-    What is compared is kept on disk: memory does not grow with the run. A row that is there twice, because a runner
-    wrote its group again under another name, is one row, as it is to those who read.
+    The comparison uses a temporary database on disk, so memory does not grow with the run. Copies of a row, which a
+    runner writes when it retries a group under another name, count as one row, as they do for readers.
 
     Args:
-        output: Of the run.
-        run_id: Of the run.
-        found: How many; None where nobody has counted them.
-        skipped: How many of these an earlier run had done, so that they have no row.
-        kept_dead_letters: How many dead letters the skipped ones have.
+        output: Output folder of the run.
+        run_id: The run.
+        found: Number of recordings that the run found; None if unknown.
+        skipped: How many of them were skipped because an earlier run had done them; these have no row.
+        kept_dead_letters: Number of dead letters of the skipped recordings.
 
     Raises:
         Rejected: The output cannot be read.
     """
     files = files_of_run(output, run_id)
-    with tempfile.TemporaryDirectory(prefix="af3pipe-books-") as folder, closing(_open_books(folder)) as books:
+    with tempfile.TemporaryDirectory(prefix="af3pipe-counts-") as folder, closing(_open_db(folder)) as db:
         for columns in _columns(files["recordings"], _STATED):
-            books.executemany(_ADD_RECORDING, zip(*columns, strict=True))
+            db.executemany(_ADD_RECORDING, zip(*columns, strict=True))
         for table in ANSWER_TABLES:
             for ids, keys in _columns(files[table], ["answer_key"]):
-                _add_rows(books, "answers", [table] * len(ids), ids, keys)
-        for ids, told, keys in _columns(files["dead_letters"], ["reason", "dead_letter_key"]):
-            _add_rows(books, "dead_letters", told, ids, keys)
-        answers, reasons = (_rows_by_name(books, what) for what in ("answers", "dead_letters"))
-        states = dict(books.execute("SELECT state, count(*) FROM recordings GROUP BY state"))
-        written, distinct, kept, audio_s = books.execute(
+                _add_rows(db, "answers", [table] * len(ids), ids, keys)
+        for ids, reasons_of_rows, keys in _columns(files["dead_letters"], ["reason", "dead_letter_key"]):
+            _add_rows(db, "dead_letters", reasons_of_rows, ids, keys)
+        answers, reasons = (_rows_by_name(db, what) for what in ("answers", "dead_letters"))
+        states = dict(db.execute("SELECT state, count(*) FROM recordings GROUP BY state"))
+        written, distinct, kept, audio_s = db.execute(
             "SELECT count(*), count(DISTINCT id), total(kept), total(covered_s * (answers > 0)) FROM recordings"
         ).fetchone()
         if skipped:
@@ -87,8 +87,8 @@ def count_run(output: str, run_id: str, found: int | None, skipped: int = 0, kep
         ]
         problems = [
             *([] if found is None else found_once),
-            *_rows_differ("answers", books),
-            *_rows_differ("dead_letters", books),
+            *_rows_differ("answers", db),
+            *_rows_differ("dead_letters", db),
         ]
     return RunCounts(
         found=written + skipped if found is None else found,
@@ -105,10 +105,10 @@ _STATED = ["work_key", "answers", "dead_letters", "terminal_state", "covered_s",
 _ADD_RECORDING = "INSERT OR REPLACE INTO recordings VALUES (?, ifnull(?, ''), ?, ?, ?, ?, ?)"
 
 
-def _open_books(folder: str) -> sqlite3.Connection:
-    """A recording counts once for all that was asked of it; `rows` are by their table or reason."""
-    books = sqlite3.connect(Path(folder, "books.sqlite"), isolation_level=None)
-    books.executescript(
+def _open_db(folder: str) -> sqlite3.Connection:
+    """Creates the database: a row for each recording and its `work_key`; answers by table, dead letters by reason."""
+    db = sqlite3.connect(Path(folder, "counts.sqlite"), isolation_level=None)
+    db.executescript(
         """
         PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE;
         CREATE TABLE recordings (
@@ -119,11 +119,11 @@ def _open_books(folder: str) -> sqlite3.Connection:
         BEGIN;
         """
     )
-    return books
+    return db
 
 
 def _columns(uris: Iterable[str], columns: list[str]) -> Iterator[list[list[Any]]]:
-    """`recording_id` and these columns, some thousand rows at a time."""
+    """Reads `recording_id` and these columns in batches of a few thousand rows."""
     columns = ["recording_id", *columns]
     for uri in uris:
         with storage.open_input(uri) as file:
@@ -132,14 +132,14 @@ def _columns(uris: Iterable[str], columns: list[str]) -> Iterator[list[list[Any]
 
 
 def _add_rows(
-    books: sqlite3.Connection, what: str, names: Iterable[str], ids: Iterable[str], keys: Iterable[str]
+    db: sqlite3.Connection, what: str, names: Iterable[str], ids: Iterable[str], keys: Iterable[str]
 ) -> None:
     rows = zip(names, ids, keys, strict=True)
-    books.executemany(f"INSERT OR IGNORE INTO rows VALUES ('{what}', ?, ?, ?)", rows)
+    db.executemany(f"INSERT OR IGNORE INTO rows VALUES ('{what}', ?, ?, ?)", rows)
 
 
-def _rows_by_name(books: sqlite3.Connection, what: str) -> dict[str, int]:
-    return dict(books.execute("SELECT name, count(*) FROM rows WHERE what = ? GROUP BY name", [what]))
+def _rows_by_name(db: sqlite3.Connection, what: str) -> dict[str, int]:
+    return dict(db.execute("SELECT name, count(*) FROM rows WHERE what = ? GROUP BY name", [what]))
 
 
 def _differ(what: str, count: int, other: str, other_count: int) -> Iterator[str]:
@@ -147,17 +147,17 @@ def _differ(what: str, count: int, other: str, other_count: int) -> Iterator[str
         yield f"{count} {what}, but {other_count} {other}"
 
 
-def _rows_differ(what: str, books: sqlite3.Connection) -> Iterator[str]:
-    """Where the rows of a recording are not as many as its own row says."""
+def _rows_differ(what: str, db: sqlite3.Connection) -> Iterator[str]:
+    """Yields a sentence if some recordings have another number of rows than their row in `recordings/` says."""
     differing = f"""
         SELECT id FROM (
             SELECT id, {what} AS stated, 0 AS written FROM recordings
             UNION ALL SELECT id, 0, 1 FROM rows WHERE what = '{what}'
         ) GROUP BY id HAVING sum(stated) != sum(written)
     """
-    wrong, example = books.execute(f"SELECT count(*), min(id) FROM ({differing})").fetchone()
+    wrong, example = db.execute(f"SELECT count(*), min(id) FROM ({differing})").fetchone()
     if wrong:
-        stated, written = books.execute(
+        stated, written = db.execute(
             f"SELECT (SELECT sum({what}) FROM recordings), (SELECT count(*) FROM rows WHERE what = '{what}')"
         ).fetchone()
         yield (

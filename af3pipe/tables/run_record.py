@@ -1,4 +1,4 @@
-"""Writes and reads the files of a run in `_runs/`: that it has started, and at its end its record."""
+"""Writes and reads the files of a run in `_runs/`: the started file, and at the end the run record."""
 
 import json
 import os
@@ -34,27 +34,27 @@ _RECORD = re.compile(r"/[^/.]+\.json$")
 
 
 def record_uri(output: str, run_id: str) -> str:
-    """Where the record of a finished run is."""
+    """Returns the URI of the run record, which exists once the run has finished."""
     return storage.join(output, "_runs", f"{run_id}.json")
 
 
 def started_uri(output: str, run_id: str) -> str:
-    """Where a run that has not finished says that it began."""
+    """Returns the URI of the started file, which a run writes first and deletes when it has finished."""
     return storage.join(output, "_runs", f"{run_id}{_STARTED}")
 
 
 def stop_uri(output: str, run_id: str) -> str:
-    """A file that stops a watching run when it is there, whatever is in it."""
+    """Returns the URI of the file whose existence stops a watch, whatever its content."""
     return storage.join(output, "_runs", f"{run_id}.stop")
 
 
 def ended_uri(output: str, run_id: str) -> str:
-    """A file by which a watching run says that all is written, on a runner that goes on after that."""
+    """Returns the URI of a watch's completion signal: the file is written when everything else is."""
     return storage.join(output, "_runs", f"{run_id}.ended")
 
 
 def write_started(output: str, run_id: str, job: Mapping[str, Any], runner: str | None = None) -> None:
-    """Writes that a run has started, before anything else: without a record, it goes on, or was killed."""
+    """Writes the started file of a run. While there is no run record, the run is in progress or was killed."""
     record = {
         "run_id": run_id,
         "started_at": now_text(),
@@ -67,20 +67,20 @@ def write_started(output: str, run_id: str, job: Mapping[str, Any], runner: str 
 
 
 def read_started(output: str, run_id: str) -> dict[str, Any]:
-    """What a run that has not finished said when it began.
+    """Reads the started file of a run that has not finished.
 
     Raises:
-        Rejected: There is none of this id.
+        Rejected: There is no unfinished run of this id.
     """
     found: dict[str, Any] = json.loads(storage.read_bytes(started_uri(output, run_id)))
     return found
 
 
 def read_job(output: str, run_id: str) -> dict[str, Any]:
-    """What a run was asked: the keys of its job, without secrets.
+    """Reads the job of a run, without secrets.
 
     Raises:
-        Rejected: Neither its record nor what it said when it began is there.
+        Rejected: The run has neither a run record nor a started file, or it was no job.
     """
     try:
         record = storage.read_bytes(record_uri(output, run_id))
@@ -93,7 +93,7 @@ def read_job(output: str, run_id: str) -> dict[str, Any]:
 
 
 def unfinished_runs(output: str) -> Iterator[dict[str, Any]]:
-    """What runs that have not finished said when they began; none that a run begun later has completed since."""
+    """Reads the started files of unfinished runs, except those older than the newest finished run."""
     uris = storage.list_files(storage.join(output, "_runs"))
     finished = max((uri.removesuffix(".json") for uri in uris if _RECORD.search(uri)), default="")
     for uri in uris:
@@ -106,12 +106,12 @@ def unfinished_runs(output: str) -> Iterator[dict[str, Any]]:
 
 
 def write_record(output: str, run_id: str, record: Mapping[str, Any], counts: RunCounts) -> str:
-    """Writes a run's record, the last thing of it: its presence says that the run is complete. Returns its URI.
+    """Writes the run record and returns its URI. Written last: its existence means that the run is complete.
 
     Args:
-        output: Of the run.
-        run_id: Of the run.
-        record: What there is to say beside the counts and versions.
+        output: Output folder of the run.
+        run_id: The run.
+        record: Values beside the counts and versions.
         counts: What the run found and wrote.
     """
     known = {
@@ -142,13 +142,13 @@ def write_record(output: str, run_id: str, record: Mapping[str, Any], counts: Ru
 
 
 def write_counted_record(output: str, run_id: str, found: int, partition_by: Sequence[str] = ()) -> str:
-    """Counts what a pipeline without a job has written, and writes the run's record. Returns its URI.
+    """Counts the rows of a run that has no job file, writes its run record, and returns the record's URI.
 
     Args:
-        output: Of the run.
-        run_id: Of the run.
-        found: How many recordings the pipeline had.
-        partition_by: As the tables were written, for those that have no rows yet.
+        output: Output folder of the run.
+        run_id: The run.
+        found: Number of recordings that the pipeline processed.
+        partition_by: Partitions of the tables, used for tables that have no rows yet.
     """
     counts = count_run(output, run_id, found)
     fill_empty_tables(output, counts.answers or ANSWER_TABLES[:1], run_id, partition_by)
@@ -157,7 +157,7 @@ def write_counted_record(output: str, run_id: str, found: int, partition_by: Seq
 
 
 def _model_of(output: str, run_id: str) -> dict[str, str] | None:
-    """The model that a run's answers name."""
+    """Returns the model recorded in a run's answers; None without answers."""
     files = files_of_run(output, run_id)
     columns = ["model_id", "model_revision", "family"]
     for row in read_rows((uri for table in ANSWER_TABLES for uri in files[table]), columns):
@@ -170,7 +170,7 @@ def _write(uri: str, record: dict[str, Any]) -> None:
 
 
 def now_text() -> str:
-    """The time, as records have it."""
+    """Returns the current time as ISO 8601 text in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 

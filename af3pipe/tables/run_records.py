@@ -1,4 +1,4 @@
-"""Reads the records of the runs of an output, and the rows of each that compactions have dropped."""
+"""Reads the run records of an output, and how many rows of each run compactions have dropped."""
 
 import json
 from collections import Counter, defaultdict
@@ -13,16 +13,16 @@ Counts = dict[str, Counter[str]]
 
 
 class Runs:
-    """The records below `_runs/`: each run writes a started file at its beginning and its record at its end.
+    """Reads the files in `_runs/`: each run writes a started file at its beginning and its run record at its end.
 
     Args:
         output: Folder of the tables.
 
     Attributes:
-        records: Of finished runs, by id.
-        started: Started files, by id.
-        unfinished: Ids of runs with a started file only.
-        dropped: Rows that compactions have dropped, by run.
+        records: Run records of finished runs, by run id.
+        started: Started files, by run id.
+        unfinished: Ids of runs that have only a started file.
+        dropped: Number of rows that compactions have dropped, by run id.
 
     Raises:
         Rejected: The store cannot be read.
@@ -55,7 +55,7 @@ class Runs:
         return {*self.records, *self.started}
 
     def later(self, run_id: str) -> list[str]:
-        """Finished runs after this one, over the same inputs as far as both say theirs."""
+        """Returns the ids of finished runs after this one with the same inputs; unknown inputs count as the same."""
         inputs = _inputs(self.records.get(run_id) or self.started.get(run_id) or {})
         return [
             other

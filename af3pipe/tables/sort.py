@@ -1,7 +1,7 @@
-"""Sorts rows of many files by way of a temporary file: memory holds about two row groups at a time.
+"""Sorts rows of many files with a temporary file, so that about two row groups are in memory at a time.
 
-Rows go to ranges of `recording_id`, whose bounds come from a random sample, as pieces of the temporary file;
-then one range after the other comes back, is sorted by its text, and is cut into row groups.
+Rows are partitioned into ranges of `recording_id`, with bounds from a random sample, and written to the temporary
+file in pieces. Then each range is read back, sorted, and split into row groups.
 """
 
 from bisect import bisect_left
@@ -24,15 +24,15 @@ _GROUP_BYTES = 64 << 20
 
 
 class Part(NamedTuple):
-    """Files of one folder whose rows become new files.
+    """Lists files of one folder to rewrite, and which of their rows to keep.
 
     Attributes:
-        table: Of them.
-        folder: Their URI.
-        files: To be replaced.
-        masks: For each, which of its rows stay.
-        sample: `recording_id` of a random sample of the rows that stay, sorted.
-        is_all: Whether the table has no other rows: then a file without rows is written rather than none.
+        table: Table of the files.
+        folder: URI of their folder.
+        files: The files to replace.
+        masks: For each file, which of its rows to keep.
+        sample: Sorted `recording_id`s of a random sample of the kept rows.
+        is_all: Whether to write a file without rows if none are kept, because the table has no others.
     """
 
     table: str
@@ -44,17 +44,17 @@ class Part(NamedTuple):
 
 
 class SortedRows:
-    """Writes the rows of a part to a temporary file, and reads them back in the order of their recordings.
+    """Writes the kept rows of a part to a temporary file and reads them back, sorted by recording.
 
-    One file for all ranges, because there may be more of them than a process may have files open.
+    All ranges share one file, because there may be more ranges than a process may have open files.
 
     Args:
-        path: Of the temporary file.
-        part: Whose rows.
+        path: Where to create the temporary file.
+        part: The rows to sort.
 
     Attributes:
-        schema: Of all rows, in the current format; columns that only some of the files have are nullable.
-        group_rows: Rows in a row group.
+        schema: Schema of all rows, in the current format; columns that only some files have are nullable.
+        group_rows: Number of rows in a row group.
     """
 
     def __init__(self, path: Path, part: Part) -> None:
@@ -65,8 +65,8 @@ class SortedRows:
         total = sum(int(mask.sum()) for mask in part.masks)
         schemas = [TABLE_SCHEMAS[part.table]]
         bounds: list[str] = []
-        held: list[pa.Table] = []
-        held_rows = 0
+        buffered: list[pa.Table] = []
+        buffered_rows = 0
         with pa.OSFile(str(path), "wb") as file:
             for rows in _kept(part):
                 if not self.group_rows:
@@ -74,13 +74,13 @@ class SortedRows:
                     bounds = _bounds(part.sample, -(-total // self.group_rows))
                 if rows.schema not in schemas:
                     schemas.append(rows.schema)
-                held.append(rows)
-                held_rows += len(rows)
-                if held_rows >= self.group_rows:
-                    self._put(file, held, bounds)
-                    held, held_rows = [], 0
-            if held:
-                self._put(file, held, bounds)
+                buffered.append(rows)
+                buffered_rows += len(rows)
+                if buffered_rows >= self.group_rows:
+                    self._put(file, buffered, bounds)
+                    buffered, buffered_rows = [], 0
+            if buffered:
+                self._put(file, buffered, bounds)
         self.schema = with_format(pa.unify_schemas(schemas))
 
     def _put(self, file: Any, tables: Sequence[pa.Table], bounds: Sequence[str]) -> None:
@@ -100,16 +100,16 @@ class SortedRows:
         return rows.take(pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in self._by]))
 
     def groups(self) -> Iterator[pa.Table]:
-        """Yields one row group after the other, sorted."""
-        left: list[pa.Table] = []
+        """Yields the rows in sorted order, one row group at a time."""
+        rest: list[pa.Table] = []
         for rows in self._ranges():
-            left.append(rows)
-            while sum(map(len, left)) >= self.group_rows:
-                rows = pa.concat_tables(left)
+            rest.append(rows)
+            while sum(map(len, rest)) >= self.group_rows:
+                rows = pa.concat_tables(rest)
                 yield rows.slice(0, self.group_rows)
-                left = [rows.slice(self.group_rows)]
-        if sum(map(len, left)):
-            yield pa.concat_tables(left)
+                rest = [rows.slice(self.group_rows)]
+        if sum(map(len, rest)):
+            yield pa.concat_tables(rest)
 
     def _ranges(self) -> Iterator[pa.Table]:
         if not self._pieces:
@@ -126,12 +126,12 @@ class SortedRows:
 
 
 def _bounds(sample: Sequence[str], ranges: int) -> list[str]:
-    """Ids that cut the rows into about so many ranges of about the same size."""
+    """Returns the ids that split the rows into about this many ranges of similar size."""
     return sorted({sample[number * len(sample) // ranges] for number in range(1, min(ranges, len(sample)))})
 
 
 def _kept(part: Part) -> Iterator[pa.Table]:
-    """The rows that stay, with every column that their file has."""
+    """Yields the rows to keep, with all columns of their file."""
     for number, first, rows in read_rows_of(part.files, part.table):
         rows = rows.filter(pa.array(part.masks[number][first : first + len(rows)])).replace_schema_metadata(None)
         if len(rows):

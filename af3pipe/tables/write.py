@@ -1,4 +1,4 @@
-"""Writes rows to Parquet: few files, named by what is in them, each of them there whole or not at all."""
+"""Writes rows to few Parquet files, atomically; their names hash the rows' keys, so that a retry overwrites them."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ _WRITERS = 8
 
 
 class RowFormat(NamedTuple):
-    """How one row type lands.
+    """Says how rows of one type are written.
 
     Attributes:
         row_class: The NamedTuple.
         schema: Its Arrow schema.
-        table: The folder of a row.
-        key: Names a row; rows of the same key are the same row.
+        table: Returns the table of a row.
+        key: Returns the key of a row; rows with the same key are copies.
     """
 
     row_class: type
@@ -76,7 +76,7 @@ RECORDINGS = RowFormat(RecordingRow, RECORDING_SCHEMA, _recording_table, _record
 
 
 def to_table(rows: Iterable[Any], schema: pa.Schema) -> pa.Table:
-    """Rows of one NamedTuple class as an Arrow table.
+    """Converts rows of one NamedTuple class to an Arrow table.
 
     Raises:
         pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: A value does not fit its column.
@@ -96,15 +96,15 @@ def _columns(row: Any) -> dict[str, Any]:
 def write_rows(
     rows: Iterable[Any], row_format: RowFormat, output: str, folder: str, run_id: str, *, pane: str = ""
 ) -> Iterator[str]:
-    """Writes the rows of one group to Parquet files and yields their URIs; the same rows give the same files.
+    """Writes rows to Parquet files in one folder and yields their URIs; the same rows give the same file names.
 
     Args:
-        rows: Of one class.
-        row_format: How it lands.
+        rows: Rows of one type.
+        row_format: How rows of this type are written.
         output: Folder of all tables.
-        folder: Below it: the table, and the partition where there are any.
-        run_id: Goes into the rows and the names of the files.
-        pane: Goes into the names behind it: of a stream, that part of which these rows are.
+        folder: Folder below `output`: the table, and its partition folders if there are any.
+        run_id: Written to the rows and part of the file names.
+        pane: Follows the run id in the file names: the window of a stream that the rows belong to.
 
     Raises:
         StorageError: The output cannot be written.
@@ -123,7 +123,7 @@ def write_rows(
 
 
 class Folder:
-    """A row's folder below the output: its table and partition."""
+    """Returns a row's folder below the output: its table and partition."""
 
     def __init__(
         self, row_format: RowFormat, run_id: str, partition_by: Sequence[str], day: str | None = None
@@ -149,7 +149,7 @@ def write_folders(
     day: str | None = None,
     pane: str = "",
 ) -> Iterator[str]:
-    """Writes rows as `write_rows` does, each to its table and partition: what the transforms do, without Beam."""
+    """Writes each row to its table and partition; yields the URIs of the files, see `write_rows`."""
     folder_of = Folder(row_format, run_id, partition_by, day)
     by_folder: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
@@ -174,8 +174,8 @@ def write_results(
     day: str | None = None,
     pane: str = "",
 ) -> Iterator[str]:
-    """Writes all rows of some recordings, as `write_folders` does those of one table; yields the files' URIs."""
-    # The row of a recording names its answers and dead letters, and is written last: whoever finds it finds them.
+    """Writes all rows of these results to all tables; yields the URIs of the files, see `write_folders`."""
+    # The row of a recording is written last, so its presence guarantees the answers and dead letters it references.
     for rows, row_format in (
         ([row for found in results for row in found.answers], ANSWERS),
         ([row for found in results for row in found.dead_letters], DEAD_LETTER_ROWS),
@@ -185,7 +185,7 @@ def write_results(
 
 
 def fill_empty_tables(output: str, tables: Iterable[str], run_id: str, partition_by: Sequence[str] = ()) -> None:
-    """Writes a table without rows where a table has no file, so that a query never fails on a night without any."""
+    """Writes a Parquet file without rows to each table that has no file, so that queries on it do not fail."""
     for table in tables:
         folder = storage.join(output, table)
         if not any(uri.endswith(".parquet") for uri in storage.list_files(folder)):

@@ -71,7 +71,7 @@ def test_what_is_wrong_is_said_with_what_to_do(tmp_path):
     next((tmp_path / "dead_letters").iterdir()).unlink()
     done = command("audit", tmp_path)
     assert done.exit_code == 1, done.output
-    assert "WRONG (missing): 1 dead letters are named by recordings/ and have no row" in done.output
+    assert "WRONG (missing): 1 dead letters are referenced by recordings/ and have no row" in done.output
     assert "what to do: run the job again into the same output" in done.output
     report = json.loads(command("audit", tmp_path, "--json").output)
     assert report["right"] is False

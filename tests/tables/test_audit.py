@@ -190,7 +190,7 @@ def test_history_that_lost_its_rows_is_no_error(output):
     assert run_of == {True, False}
     report = audit(str(output))
     assert report.right, report.problems
-    assert any("that only older rows of recordings/ name have no row" in note for note in report.notes)
+    assert any("that only older rows of recordings/ reference have no row" in note for note in report.notes)
 
 
 def test_no_output_is_said_so(tmp_path):

@@ -286,7 +286,7 @@ def test_a_compaction_that_was_taken_for_killed_gives_up(output, monkeypatch):
         assert recover(str(output), dead_after_s=0.0)
 
     monkeypatch.setattr(module._Compaction, "_put", put_and_be_undone)
-    with pytest.raises(CompactError, match="took this compaction for dead"):
+    with pytest.raises(CompactError, match="considered this compaction dead"):
         compact(str(output))
     monkeypatch.undo()
     assert holding(output) == before

@@ -101,7 +101,7 @@ def test_a_row_that_a_run_takes_over_meanwhile_is_not_dropped(output, monkeypatc
         write_run(output, THIRD, range(4, 6), kept=True, later_s=120)
 
     before(monkeypatch, module._Compaction, name, run_again)
-    with pytest.raises(CompactError, match=rf"{THIRD}.*parquet was written meanwhile, and names rows"):
+    with pytest.raises(CompactError, match=rf"{THIRD}.*parquet was written meanwhile, and references rows"):
         compact(str(output), only_latest=True)
     assert open_compactions(str(output)) == []
     assert audit(str(output)).right
@@ -234,7 +234,7 @@ def test_where_old_and_new_files_are_lost_nothing_more_is(output, monkeypatch):
     max((output / "captions").glob(f"{FIRST}*"), key=lambda path: len(read_table(path))).unlink()
     left = set(latest(str(output)).read("captions", ["text"])["text"].to_pylist())
     assert 3 <= len(left) < 7
-    with pytest.raises(CompactError, match=r"compacted-.*parquet is lost, which the compaction .* wrote"):
+    with pytest.raises(CompactError, match=r"compacted-.*parquet, which the compaction .* wrote, is missing"):
         compact(str(output), dead_after_s=0.0)
     Path(record.uri(str(output))).unlink()
     compact(str(output))
