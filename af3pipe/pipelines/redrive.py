@@ -1,11 +1,13 @@
 """Processes the dead letters of an output again and writes the results to the same output."""
 
 import json
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from af3pipe import storage
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.graph import found_by
 from af3pipe.pipelines.job import JobConfig, JobError, make_job
@@ -17,6 +19,7 @@ from af3pipe.transforms.outcome import recording_of
 from af3pipe.transforms.result import gone_result
 
 _ROW = re.compile(r"#(?:line|row|sample)=[^#]*$")  # of a manifest or a container
+_log = logging.getLogger(__name__)
 _COLUMNS = ["recording_id", "uri", "stage", "reason", "retryable", "input", "run_id"]
 
 
@@ -108,6 +111,15 @@ def _again(
     """Yields the recordings of dead letters, to be read afresh; lists again what could not be listed."""
     letters = [row for row in letters if not _is_of_a_message(row)]
     unlisted = [row for row in letters if row["stage"] == Stage.LIST.value]
+    clashes = [row for row in unlisted if _is_clash(row, job.inputs)]
+    if clashes:
+        _log.warning(
+            "%d dead letters are about manifest rows that contradict others, for example %s: correct the manifest "
+            "and run the job again",
+            len(clashes),
+            clashes[0]["uri"],
+        )
+    unlisted = [row for row in unlisted if row not in clashes]
     for row in letters:
         if row["stage"] != Stage.LIST.value:
             yield recording_of(row["input"])._replace(size_bytes=None, etag=None, mtime=None)
@@ -121,3 +133,10 @@ def _again(
                 yield item
     for row in wanted.values():
         yield gone_result(recording_of(row["input"]))
+
+
+def _is_clash(row: Mapping[str, Any], inputs: Sequence[str]) -> bool:
+    """Returns whether a dead letter names the audio and not the manifest: two of its rows contradict each other."""
+    if _ROW.search(row["uri"]) or row["uri"] in inputs:
+        return False
+    return "#" in row["uri"] or storage.name(row["uri"]).rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS

@@ -14,7 +14,7 @@ from af3pipe import storage
 from af3pipe.models.tasks import ANSWER_TABLES
 from af3pipe.schemas import TerminalState
 from af3pipe.tables.formats import SETTLED_STATE, states
-from af3pipe.tables.keys import IDENTITY, Keys, KeySet, Mask, joined, named_keys, read_keys
+from af3pipe.tables.keys import IDENTITY, Keys, KeySet, Mask, hashes_of, joined, named_keys, read_keys
 from af3pipe.tables.reader import Files, read_rows_of
 from af3pipe.tables.run_records import Counts, Runs
 
@@ -103,6 +103,23 @@ class _Rows:
             run, category = divmod(pair, len(names) + 1)
             found[runs.texts[run]][names[category]] = count
         return found
+
+    def copies(self, repeated: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the rows, of some with an identity that another row has too, that also have its metadata.
+
+        A recording whose metadata changes gets its answers again, with the new metadata: these are no copies.
+        """
+        mask = np.zeros(len(self.keys), bool)
+        mask[repeated] = True
+        hashes, first = [np.zeros((0, 2), np.uint64)], 0
+        for table in self.tables:
+            files = [info for info, of in zip(self.files, self._by_file, strict=True) if of == table]
+            for _, _, rows in read_rows_of(files, table, ["metadata"]):
+                hashes.append(hashes_of(rows["metadata"].filter(pa.array(mask[first : first + len(rows)]))))
+                first += len(rows)
+        pairs = np.column_stack([self.codes[repeated].astype(np.uint64), np.concatenate(hashes)])
+        _, at, times = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
+        return repeated[times[np.ravel(at)] > 1]
 
     def shown(self, row: int) -> str:
         """Returns a row's identity as readable text."""
@@ -217,10 +234,14 @@ class Checks:
         times = np.bincount(rows.codes)
         if not len(times) or times.max() < 2:
             return
-        copies = np.flatnonzero(rows.codes == int(times.argmax()))
+        copies = rows.copies(np.flatnonzero(times[rows.codes] > 1))
+        if not len(copies):
+            return
+        number = len(np.unique(rows.codes[copies]))
+        copies = copies[rows.codes[copies] == rows.codes[copies[0]]]
         self._report(
             "duplicate",
-            (times > 1).sum(),
+            number,
             f"rows of {what} are duplicated",
             f"{rows.shown(int(copies[0]))} ({rows.where(copies)})",
             _COMPACT,

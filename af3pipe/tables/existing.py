@@ -201,15 +201,15 @@ _READERS: dict[str, tuple[Sequence[str], Callable[[Mapping[str, Any], Place], Ex
 }
 
 
-def read_answers(wanted: Iterable[ExistingAnswer]) -> list[Answer]:
-    """Reads the complete rows of these answers.
+def read_answers(wanted: Iterable[ExistingAnswer]) -> dict[tuple[str, str], Answer]:
+    """Reads the complete rows of these answers, by recording_id and answer_key.
 
     Raises:
         StorageError: A file cannot be read.
     """
-    by_place: dict[Place, list[tuple[str, str]]] = defaultdict(list)
+    by_place: dict[Place, set[tuple[str, str]]] = defaultdict(set)
     for found in wanted:
-        by_place[found.place].append((found.recording_id, found.covered.answer_key))
+        by_place[found.place].add((found.recording_id, found.covered.answer_key))
     answers: dict[tuple[str, str], Answer] = {}
     for place, keys in by_place.items():
         rows = _rows_of(place)
@@ -217,7 +217,7 @@ def read_answers(wanted: Iterable[ExistingAnswer]) -> list[Answer]:
         for row in rows.filter(pc.is_in(rows["answer_key"], value_set=among)).to_pylist():
             if (row["recording_id"], row["answer_key"]) in keys:
                 answers[row["recording_id"], row["answer_key"]] = _whole(row)
-    return list(answers.values())
+    return answers
 
 
 @lru_cache(2)
@@ -262,14 +262,15 @@ class ExistingRows:
         self.dead_letters: dict[str, dict[str, str]] = defaultdict(dict)
         self._answers: dict[str, list[ExistingAnswer]] = defaultdict(list)
         # Rows of format 1 have no source_key; where a manifest gave no id, their recording_id is the same hash.
-        self._answers_by_source: dict[str, list[ExistingAnswer]] = defaultdict(list)
+        # One row of each answer will do: those of all recordings of the audio are copies.
+        self._answers_by_source: dict[str, dict[str, ExistingAnswer]] = defaultdict(dict)
         self._by_id: dict[str, list[ExistingRecording]] = defaultdict(list)
         for row in rows:
             if isinstance(row, ExistingRecording):
                 self.recordings.append(row)
             elif isinstance(row, ExistingAnswer):
                 self._answers[row.recording_id].append(row)
-                self._answers_by_source[row.source_key or row.recording_id].append(row)
+                self._answers_by_source[row.source_key or row.recording_id][row.covered.answer_key] = row
             else:
                 runs = self.dead_letters[row.recording_id]
                 runs[row.dead_letter_key] = min(row.run_id, runs.get(row.dead_letter_key, row.run_id))
@@ -324,12 +325,10 @@ class ExistingRows:
         if not (recording.etag or recording.mtime):
             return recording, []
         own = {found.covered.answer_key: found for found in self._own_answers(recording)}
-        of_source = [
-            found
-            for key in dict.fromkeys((recording.source_key, recording.recording_id))
-            for found in self._answers_by_source.get(key, ())
-        ]
-        copied = {found.covered.answer_key: found for found in of_source if found.covered.answer_key not in own}
+        of_source: dict[str, ExistingAnswer] = {}
+        for source in (recording.source_key, recording.recording_id):
+            of_source |= self._answers_by_source.get(source, {})
+        copied = {key: found for key, found in of_source.items() if key not in own}
         both = own | copied
         existing = Existing(
             tuple(both[key].covered for key in sorted(both)),

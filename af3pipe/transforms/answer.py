@@ -255,11 +255,15 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
                 gathered.keep(covered)
             wanted.append(found)
         metrics.count("segments", 1 if wanted else 0)
+        self._submit(pending, source, segment, tuple(wanted))
+
+    def _submit(self, pending: PendingObject, source: Source, segment: Segment, wanted: tuple[Wanted, ...]) -> None:
+        """Starts one request for all recordings of a source."""
         tasks = tuple(dict.fromkeys(task for found in wanted for task in found.tasks))
         if not tasks:
             return
         future = self._asker.submit(segment, tasks)
-        request = _Request(pending, pending.version, source, segment, tuple(wanted), tasks, future)
+        request = _Request(pending, pending.version, source, segment, wanted, tasks, future)
         self._requests[future] = request
         self._audio_s += segment.audio_s
         pending.requests += 1
@@ -278,6 +282,10 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
         except FATAL:
             raise
         except Exception as error:  # noqa: BLE001 - a request may fail in any way; none may end the job
+            if len(recipients) > 1:  # one recording's question must not cost another its answers
+                for gathered, wanted in recipients:
+                    self._submit(request.pending, Source((gathered,)), segment, (wanted,))
+                return
             for gathered, wanted in recipients:
                 if wanted.new:
                     recording, lost = gathered.recording, wanted.new

@@ -9,7 +9,7 @@ import apache_beam as beam
 from apache_beam.coders import registry
 
 from af3pipe import storage
-from af3pipe.schemas import Answer, AudioObject, DeadLetter, Recording, RecordingResult, Rejected, Stage, work_key
+from af3pipe.schemas import AudioObject, DeadLetter, Recording, RecordingResult, Rejected, Stage, work_key
 from af3pipe.storage import ObjectInfo
 from af3pipe.tables.existing import (
     ExistingAnswer,
@@ -119,7 +119,7 @@ def plan_object(
     found = tuple(dict.fromkeys([*(recording.recording_id for recording in recordings), *by_id]))
     skipped: list[tuple[str, str]] = []
     wanted: list[Recording] = []
-    copies: list[Answer] = []
+    copied: list[tuple[Recording, ExistingAnswer]] = []
     ready: list[RecordingResult] = []
     kept_letters: list[str] = []
     for recording in recordings:
@@ -134,7 +134,7 @@ def plan_object(
                     ready.append(repeated_result(recording, done))
                 continue
             recording, answers = existing.of(recording)
-            copies += [copy_of(answer, recording, public_uri(recording)) for answer in read_answers(answers)]
+            copied += ((recording, answer) for answer in answers)
         wanted.append(recording)
         if own:
             by_id[recording.recording_id] = {letter.dead_letter_key: letter for letter in own}
@@ -150,6 +150,11 @@ def plan_object(
         else:
             by_id[recording_id] = {letter.dead_letter_key: letter for letter in own}
     rejected = tuple(letter for own in by_id.values() for letter in own.values())
+    whole = read_answers(answer for _, answer in copied)
+    copies = (
+        copy_of(whole[answer.recording_id, answer.covered.answer_key], recording, public_uri(recording))
+        for recording, answer in copied
+    )
     work = AudioObject(uri, tuple(wanted), rejected, tuple(copies), tuple(ready))
     return Planned(work if wanted or rejected or ready else None, found, tuple(skipped), tuple(kept_letters))
 

@@ -178,3 +178,20 @@ def test_an_output_without_dead_letters(tmp_path):
     done = run("redrive", tmp_path)
     assert done.exit_code == 0
     assert "No dead letter" in done.output
+
+
+def test_rows_that_contradict_each_other_stay_dead_letters(model, tmp_path):
+    """Only the manifest says what is wrong there: the audio alone is no input, and its recording is not gone."""
+    (tmp_path / "a.wav").write_bytes(FINE)
+    (tmp_path / "b.wav").write_bytes(make.wav(make.sound(2, 16000), 16000))
+    rows_ = [{"uri": "a.wav", "id": "x", "speaker": "Ada"}, {"uri": "b.wav", "id": "x", "question": "Who?"}]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    output = tmp_path / "out"
+    done = run("run", listed, "--output", output, "--model", model, "--max-new-tokens", 4, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    before = states(output), rows(output, "captions")
+    run("redrive", output)
+    assert (states(output), rows(output, "captions")) == before
+    assert reasons(output) == {"b.wav": "unsupported_format"}
+    assert audit(str(output)).right

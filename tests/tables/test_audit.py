@@ -264,3 +264,18 @@ def test_a_manifest_without_sizes_says_nothing_of_changes(archive, tmp_path):
 def test_an_input_that_is_not_there_is_said_so(archive):
     with pytest.raises(AuditError, match=r"input .*nowhere: There is no object"):
         audit(str(archive.parent / "out"), [str(archive / "nowhere")])
+
+
+def test_answers_that_were_written_again_with_other_metadata_are_no_copies(tmp_path):
+    write_run(tmp_path, FIRST, range(3))
+    rows = [outputs.answer_row(n, station="elsewhere", created_at=outputs._MOMENT + 60_000_000) for n in range(3)]
+    at = outputs._MOMENT + 60_000_000
+    outputs.write_rows(tmp_path, SECOND, write.ANSWERS, rows)
+    results = [outputs.recording_row(n, [row], created_at=at) for n, row in enumerate(rows)]
+    outputs.write_rows(tmp_path, SECOND, write.RECORDINGS, results)
+    record = {"run_id": SECOND, "recordings": {"ok": 3}, "answers": {"captions": 3}, "dead_letters": {}}
+    (tmp_path / "_runs" / f"{SECOND}.json").write_text(json.dumps(record | {"recordings_found": 3}))
+    assert audit(str(tmp_path)).problems == []
+    outputs.write_rows(tmp_path, SECOND, write.ANSWERS, rows[:1])  # the same names
+    outputs.write_rows(tmp_path, SECOND, write.ANSWERS, rows[:2], in_files_of=1)
+    assert [problem.kind for problem in audit(str(tmp_path)).problems] == ["duplicate"]

@@ -258,7 +258,7 @@ def test_rows_are_read_as_they_were_written(tmp_path_factory, answers, letters, 
     }
     whole = read_answers(found)
     assert len(whole) == len({(row.recording_id, row.covered.answer_key) for row in found})
-    for answer in whole:
+    for answer in whole.values():
         assert answer == by_key[ANSWERS.key(answer)]._replace(run_id="run-captions")
     told = {row.dead_letter_key: row for row in letters}
     assert set(read(folder, "dead_letters")) == {
@@ -339,7 +339,7 @@ def test_only_rows_that_are_wanted_are_read(tmp_path):
         )
     ]
     assert [row.uri for row in found] == ["s3://archive/3.flac"]
-    (answer,) = read_answers(found)
+    (answer,) = read_answers(found).values()
     assert answer.text == "heard 3 "
 
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 import threading
+from concurrent.futures import Future
 from datetime import datetime, timezone
 
 import apache_beam as beam
@@ -30,7 +31,7 @@ from benchmarks import constant_engine
 from tests import fixtures_audio as make
 from tests.collected import Collected
 from tests.counting_engine import CountingEngine
-from tests.echo_engine import FAILS_S
+from tests.echo_engine import FAILS_S, EchoEngine
 from tests.held_engine import HeldEngine
 from tests.waiting import wait_until
 
@@ -194,6 +195,28 @@ def two_of(one):
     ada = one._replace(recording_id="ada", metadata='{"speaker": "Ada"}')
     bob = one._replace(recording_id="bob", metadata='{"note": "n", "speaker": "Bob"}')
     return ada, bob
+
+
+class ChoosyEngine(EchoEngine):
+    """Fails every request in which a question is about money."""
+
+    def submit(self, request):
+        if any("money" in (task.question or "") for task in request.tasks):
+            failed = Future()
+            failed.set_exception(Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, "not about money"))
+            return failed
+        return super().submit(request)
+
+
+def test_a_question_about_one_recording_costs_no_other_of_the_audio_its_answers(recordings, monkeypatch):
+    monkeypatch.setitem(ENGINES, "choosy", f"{__name__}:ChoosyEngine")
+    ada, bob = two_of(recordings["short"])
+    ada, bob = ada._replace(questions=OWN[:1]), bob._replace(questions=(Question("q", "Is there money?"),))
+    found = by_id(answered([AudioObject(ada.uri, (ada, bob))], engine="choosy"))
+    assert (found["ada"].row.terminal_state, len(found["ada"].answers)) == (TerminalState.OK, 3)
+    assert found["bob"].row.terminal_state is TerminalState.DEAD_LETTER
+    (letter,) = found["bob"].dead_letters
+    assert "Is it loud?" not in letter.input
 
 
 def test_the_same_audio_is_asked_once_for_all_recordings_of_it(recordings):
