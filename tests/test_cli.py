@@ -298,7 +298,7 @@ def test_a_file_without_watch_takes_options_of_one(tmp_path, watched):
         (["in/", "shards/*.tar"], "Ask about it with `af3pipe run`"),
         (["in/", "--runner", "FnApiRunner"], "runner FnApiRunner writes nothing before its input ends"),
         (["in/", "--runner", "local"], "or name Flink or Dataflow"),
-        (["pubsub://mine"], "messages may name nothing yet: give --allow-prefix"),
+        (["pubsub://mine"], "no URI that messages may reference is allowed: give --allow-prefix"),
         (["pubsub://mine", "--allow-prefix", "/in"], "write projects/PROJECT/subscriptions/NAME"),
         (["in/", "--verify-sample", "5"], "verify_sample is for `af3pipe run`"),
     ],

@@ -489,6 +489,6 @@ def test_members_know_the_canonical_name_of_their_shard(tmp_path):
     for name in ("x.tar", "x.parquet"):
         found = storage.stat(str(tmp_path / "link" / name))
         (row,) = container_rows(found.uri)(found)
-        assert row.held.uri.startswith(str(tmp_path / "link" / name))
-        assert row.held.canonical == storage.canonical(row.held.uri) == storage.stat(row.held.uri).canonical
-        assert row.held.canonical == row.held.uri.replace("/link/", "/real/")
+        assert row.audio.uri.startswith(str(tmp_path / "link" / name))
+        assert row.audio.canonical == storage.canonical(row.audio.uri) == storage.stat(row.audio.uri).canonical
+        assert row.audio.canonical == row.audio.uri.replace("/link/", "/real/")
