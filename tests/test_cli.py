@@ -294,8 +294,11 @@ def test_a_file_without_watch_takes_options_of_one(tmp_path, watched):
         (["in/", "--every", "often"], "watch.every: it must be a time such as 30s, 5m or 1h"),
         (["in/", "--stop-after", "0s"], "watch.stop_after is '0s': input should be greater than 0"),
         (["in/", "--evry", "5s"], "--evry is neither an option of af3pipe nor of Beam"),
-        (["calls.csv"], "input calls.csv is a manifest or a container; watched are folders and globs of audio"),
-        (["in/", "shards/*.tar"], "Ask about it with `af3pipe run`"),
+        (
+            ["calls.csv"],
+            "calls.csv is a manifest or a container; only folders and globs of audio can be watched",
+        ),
+        (["in/", "shards/*.tar"], "Process it with `af3pipe run`"),
         (["in/", "--runner", "FnApiRunner"], "runner FnApiRunner writes nothing before its input ends"),
         (["in/", "--runner", "local"], "or name Flink or Dataflow"),
         (["pubsub://mine"], "no URI that messages may reference is allowed: give --allow-prefix"),

@@ -50,7 +50,7 @@ def test_a_worker_with_another_version(values, tmp_path, elsewhere):
     told = failure(values, tmp_path, workers={"PYTHONPATH": str(elsewhere)}, workers_folder=elsewhere)
     host = socket.gethostname()
     assert told.startswith(f"worker {host} has another version than the launcher {host}: af3pipe 9.9.9 (launcher: ")
-    assert f"(launcher: {af3pipe.__version__}). Install the same on both" in told
+    assert f"(launcher: {af3pipe.__version__}). Install the same version on both" in told
     assert "\n" not in told
     assert rows(tmp_path / "out", "captions") == []
 

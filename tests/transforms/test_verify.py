@@ -108,7 +108,7 @@ def test_a_sample_of_nothing_is_told_where_there_are_answers():
     assert RunReport("run", counts, 1.0, {}, Verified(1, 1, 3, 3)).unverified is None
     assert RunReport("run", counts, 1.0, {}).unverified is None
     assert RunReport("run", counts._replace(answers={"captions": 0}), 1.0, {}, Verified()).unverified is None
-    assert "no request was drawn" in RunReport("run", counts, 1.0, {}, Verified()).unverified
+    assert "no request was sampled" in RunReport("run", counts, 1.0, {}, Verified()).unverified
     assert (
         "none of 2" in RunReport("run", counts, 1.0, {}, Verified(2, not_asked=(NotAsked("", "", 0, ""),))).unverified
     )
