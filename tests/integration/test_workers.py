@@ -61,7 +61,7 @@ def test_a_worker_with_nothing_of_ours(values, tmp_path, elsewhere):
     (elsewhere / "af3pipe" / "__init__.py").write_text(f'raise ModuleNotFoundError("{missing}", name="af3pipe")')
     told = failure(values, tmp_path, workers={"PYTHONPATH": str(elsewhere)}, workers_folder=elsewhere)
     assert told.startswith("a worker cannot unpickle the job that it was sent (ModuleNotFoundError: No module named")
-    assert f"af3pipe {af3pipe.__version__} with what that needs, Apache Beam 2." in told
+    assert f"af3pipe {af3pipe.__version__} with its dependencies, Apache Beam 2." in told
     assert "\n" not in told
 
 
