@@ -3,8 +3,7 @@
 from collections import defaultdict
 
 from af3pipe.schemas import DeadLetter
-from af3pipe.tables.existing import ExistingRecording, ExistingRows, read_existing
-from af3pipe.tables.reader import table_files
+from af3pipe.tables.existing import ExistingRecording, ExistingRows, existing_rows
 from af3pipe.tables.write import write_results
 from af3pipe.transforms import AskAudioFlamingo, DecodeAudio
 from af3pipe.transforms.answer import AnswerDoFn
@@ -53,12 +52,7 @@ class PlainRuns:
         return f"run-{self._number:03}"
 
     def _plan(self, found, retry):
-        rows = [
-            row
-            for table, infos in table_files(self.output).items()
-            for info in infos
-            for row in read_existing(self.output, table, info)
-        ]
+        rows = list(existing_rows(self.output))
         by_id, by_uri = defaultdict(list), defaultdict(lambda: ([], []))
         for one in found:
             if isinstance(one, DeadLetter):

@@ -141,7 +141,7 @@ def test_a_local_file_of_this_very_name_goes_before_the_member(tmp_path):
 @pytest.mark.parametrize(("offset", "size"), [(512, 5), (513, 6), (0, 6), (1 << 20, 6)])
 def test_a_shard_that_was_written_anew_is_not_heard_in_the_middle(tmp_path, offset, size):
     (tmp_path / "x.tar").write_bytes(make_tar({"a.wav": b"member"})[0])
-    with pytest.raises(Rejected, match="holds no member of") as caught:
+    with pytest.raises(Rejected, match="has no member of") as caught:
         storage.open_input(Span(str(tmp_path / "x.tar"), offset, size).uri)
     assert caught.value.reason is Reason.NOT_FOUND
 
@@ -190,7 +190,7 @@ def test_rows_read_in_order_cost_each_row_group_one_read(tmp_path, reads):
 
 def test_a_large_row_group_is_held_in_parts(tmp_path, reads, monkeypatch):
     monkeypatch.setattr(members, "_RUN_BYTES", 40_000)
-    monkeypatch.setattr(members, "_HELD_BYTES", 100_000)
+    monkeypatch.setattr(members, "_CACHE_BYTES", 100_000)
     values = [bytes([index]) * 1000 for index in range(200)]
     write_parquet(tmp_path / "x.parquet", values, 200)
     for row in range(200):
@@ -227,7 +227,7 @@ def test_threads_that_want_the_same_row_read_it_once(tmp_path, reads):
         (9, "audio", Reason.NOT_FOUND, "has 2 rows"),
         (0, "sound", Reason.NOT_FOUND, "no column 'sound'"),
         (0, "text", Reason.NOT_FOUND, "no column 'text'"),
-        (1, "audio", Reason.NOT_FOUND, "Row 1 of .* holds no bytes"),
+        (1, "audio", Reason.NOT_FOUND, "Row 1 of .* has no bytes"),
     ],
 )
 def test_a_cell_that_is_not_there(tmp_path, row, column, reason, says):

@@ -18,7 +18,7 @@ JOBS = {
 @pytest.mark.parametrize(
     ("title", "asked"),
     [
-        ("What to ask, and how", ["caption", "transcript", "mood", "answer", "answer", "answer"]),
+        ("Tasks and questions", ["caption", "transcript", "mood", "answer", "answer", "answer"]),
         ("Choices", ["answer"]),
         ("JSON", ["facts"]),
         ("Follow-up questions", ["answer"] * 4),

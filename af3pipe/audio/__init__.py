@@ -1,1 +1,1 @@
-"""Bytes to PCM. Takes file objects, never URIs."""
+"""Decodes audio from file objects (never URIs) into PCM segments for the model."""

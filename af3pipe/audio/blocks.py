@@ -1,4 +1,4 @@
-"""Reads an open file as blocks of the channels wanted, at the rate it is stored in, whichever decoder opened it."""
+"""Reads an open file as blocks of the requested channels at the stored rate, with either decoder."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -23,11 +23,11 @@ _BLOCK_SAMPLES = 1 << 24  # over all channels: 10 s of 8 at 192 kHz fit, and wha
 
 
 class StreamChanged(Exception):
-    """What was known when the file was opened holds no more: the sampling rate, the channels, the streams."""
+    """The stream's sampling rate or channels, or the streams themselves, changed in the middle of the file."""
 
 
 def channel_blocks(source: Source, channels: Channels) -> Iterator[Samples]:
-    """Blocks of about 10 s, shape (channels, n), at the stored rate, from where the decoder stands."""
+    """Yields blocks of about 10 s, shape (channels, n), at the stored rate, from the decoder's position on."""
     handle = source.handle
     length = _BLOCK_S * source.info.sample_rate
     if not isinstance(handle, av.container.InputContainer):
@@ -43,7 +43,7 @@ def channel_blocks(source: Source, channels: Channels) -> Iterator[Samples]:
 
 
 def _soundfile_frames(handle: soundfile.SoundFile, length: int) -> Iterator[Samples]:
-    """Blocks of shape (n, channels); the last one before an error holds what was good before it."""
+    """Yields blocks of shape (n, channels); the last one before an error contains the good frames before it."""
     while True:
         block = np.empty((length, handle.channels), np.float32)
         start = _place(handle)
@@ -86,9 +86,9 @@ def _frames_of_known_streams(container: av.container.InputContainer, source: Sou
 
 
 def _without_padding(frames: Iterator[av.AudioFrame], source: Source, channels: Channels) -> Iterator[Samples]:
-    """Drops what an AAC encoder added to fill its last frame, so that 600.0 s of M4A stay 600.0 s.
+    """Drops the samples that an AAC encoder added to fill its last frame, so that 600.0 s of M4A stay 600.0 s.
 
-    More than that is no padding but a header that lies, and all of it is kept.
+    If there are more, they are not padding but the header is wrong, and all are kept.
     """
     stated = source.stated_frames or 0
     count = 0
@@ -107,9 +107,9 @@ def _without_padding(frames: Iterator[av.AudioFrame], source: Source, channels: 
 
 
 def _sounding(frame: av.AudioFrame, stated: int) -> int:
-    """How much of the last frame is sound: what the container says of that very frame, to the sample, where it does.
+    """Returns how many samples of the last frame are audio: by the container's duration of that frame if it is exact.
 
-    The length of the whole is often rounded to a millisecond: up to 22 samples at 44.1 kHz.
+    The stated total is often rounded to a millisecond: up to 22 samples at 44.1 kHz.
     """
     if frame.duration and frame.time_base == Fraction(1, frame.sample_rate) and frame.duration < frame.samples:
         rounding = frame.sample_rate // 1000 + 1
@@ -118,27 +118,27 @@ def _sounding(frame: av.AudioFrame, stated: int) -> int:
 
 
 def _gathered(frames: Iterator[Samples], length: int) -> Iterator[Samples]:
-    """Joins a codec's frames, 20 ms or so each, to blocks of at least `length`."""
-    held: list[Samples] = []
+    """Joins a codec's frames, of about 20 ms each, to blocks of at least `length` samples."""
+    frames_so_far: list[Samples] = []
     count = 0
     failure: Exception | None = None
     try:
         for frame in frames:
-            held.append(frame)
+            frames_so_far.append(frame)
             count += frame.shape[1]
             if count >= length:
-                yield np.concatenate(held, axis=1)
-                held, count = [], 0
+                yield np.concatenate(frames_so_far, axis=1)
+                frames_so_far, count = [], 0
     except (av.FFmpegError, StreamChanged) as error:
-        failure = error  # the frames before it are good, and tell where it happened
-    if held:
-        yield np.concatenate(held, axis=1)
+        failure = error  # the frames before it are good, and show where it happened
+    if frames_so_far:
+        yield np.concatenate(frames_so_far, axis=1)
     if failure is not None:
         raise failure
 
 
 def _floats(frame: av.AudioFrame) -> Samples:
-    """Shape (channels, n), in [-1, 1], scaled as libsndfile does."""
+    """Converts a frame to float32 in [-1, 1], shape (channels, n), scaled as in libsndfile."""
     # Not frame.to_ndarray(): PyAV counts planes up to a null pointer, which is not there behind eight of them, and
     # reads what is no memory (tests/audio/test_formats.py: test_one_to_eight_channels).
     dtype, channels = format_dtypes[frame.format.name], frame.layout.nb_channels
@@ -156,7 +156,7 @@ def _floats(frame: av.AudioFrame) -> Samples:
 
 
 def _selected(frames: Samples, channels: Channels) -> Samples:
-    """The channels wanted of (channels, n); the mean in float32 as librosa.to_mono takes it."""
+    """Selects the requested channels of (channels, n); the mean is in float32, as in librosa.to_mono."""
     if len(channels) == 1:
         return _mono(frames, channels[0])[np.newaxis]
     return np.stack([_mono(frames, channel) for channel in channels])

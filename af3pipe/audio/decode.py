@@ -1,7 +1,7 @@
-"""Decodes a file to mono float32 blocks at the model's rate: any number of its parts in one pass.
+"""Decodes any number of parts of a file, in one pass, to mono float32 blocks at the model's sampling rate.
 
-The decoder gives blocks of the channels wanted at the stored rate; each part cuts its range out of them, checks that
-it is finite, and resamples it from its own first frame on. So the samples of a part equal
+The decoder gives blocks of the requested channels at the stored rate. Each part takes its range out of them, checks
+that it is finite, and resamples it from its own first frame on. So the samples of a part equal
 `librosa.load(path, sr=sample_rate, mono=True, offset=..., duration=...)` within 1e-5, whatever else is decoded in the
 same pass (tests/audio/test_decode.py, tests/audio/test_parts.py).
 """
@@ -49,14 +49,14 @@ def decode(
     channel: str | int = MIX,
     stream: int | None = None,
 ) -> Iterator[Samples]:
-    """Decodes a recording, or one part of it, front to back, in bounded memory.
+    """Decodes a recording, or one part of it, from front to back, in bounded memory.
 
     Args:
-        file: Seekable; left open. An exception of its own `read` is raised here, unchanged.
-        sample_rate: Of the samples wanted, in Hz.
+        file: Seekable; stays open. An exception of its `read` is raised here, unchanged.
+        sample_rate: Sampling rate of the output, in Hz.
         offset_s: See `decoding.Part`, as for `duration_s` and `channel`.
-        duration_s: How much to take, in seconds; None takes all.
-        extension: Of the file's name; see `probe`.
+        duration_s: Length in seconds; None for all.
+        extension: Extension of the file's name; see `probe`.
         channel: `mix`, `left`, `right`, or an index from 0.
         stream: See `probe`.
 
@@ -80,12 +80,12 @@ def open_decoding(file: BinaryIO, asked: Asked) -> Iterator[Decoding]:
 
 
 class _Track:
-    """One part on its way through a pass: cuts its range out of the blocks, and resamples it.
+    """A part during a pass: takes its range out of the blocks, and resamples it.
 
     Attributes:
-        first: Its first frame, of frames as stored; `end` is the one behind its last, or None.
-        taken: Frames that went into the resampler.
-        is_done: Whether all of it was given.
+        first: Its first frame, in frames as stored; `end` is the one after its last, or None.
+        taken: Number of frames given to the resampler.
+        is_done: Whether all of it was yielded.
     """
 
     def __init__(self, index: int, part: Part, decoding: Decoding) -> None:
@@ -103,12 +103,12 @@ class _Track:
         self._resampler: soxr.ResampleStream | None = None
 
     def take(self, block: Samples, start: int, *, is_finite: bool) -> Iterator[Piece]:
-        """What a block of this part's channel gives of it.
+        """Returns this part's samples from a block of its channel.
 
         Args:
             block: Shape (n,), at the stored rate.
-            start: Of its first sample, in frames from the start of the object.
-            is_finite: Whether the whole block is known to be.
+            start: Index of its first sample, in frames from the start of the object.
+            is_finite: Whether the whole block is known to be finite.
         """
         behind = start + len(block)
         wanted = block[max(self.first - start, 0) : None if self.end is None else self.end - start]
@@ -127,12 +127,12 @@ class _Track:
         yield Piece(self.index, samples, self.is_done)
 
     def finish(self) -> Piece:
-        """What is left where the object ends."""
+        """Returns the remaining samples at the end of the object."""
         self.is_done = True
         return Piece(self.index, self._resampled(_NOTHING, is_last=True), is_end=True)
 
     def rejected(self, rejected: Rejected) -> Piece:
-        """The end of this part for a reason that may be other parts' as well."""
+        """Ends this part with a failure that may concern other parts, too."""
         self.is_done = True
         self._resampler = None
         again = Rejected(
@@ -173,7 +173,7 @@ class _Track:
 
 
 class _SourceDecoding(Decoding):
-    """Decodes in this process."""
+    """A decoding in this process."""
 
     def __init__(self, source: Source, sample_rate: int) -> None:
         super().__init__(source.info, source.stated_frames, sample_rate)
@@ -215,12 +215,12 @@ class _SourceDecoding(Decoding):
         yield from self._end(active, waiting, begins)
 
     def _end(self, active: list[_Track], waiting: "deque[_Track]", begins: int) -> Iterator[Piece]:
-        """Ends the parts that are not done where the object ends, or where the decoder failed.
+        """Ends the unfinished parts when the object ends or the decoder fails.
 
         Args:
-            active: Those that have begun.
-            waiting: Those that have not.
-            begins: Where this pass had to begin, in frames: what begins behind it may still be reached by a seek.
+            active: Parts that have begun.
+            waiting: Parts that have not.
+            begins: Where this pass began, in frames: parts that begin later may still be reached by a seek.
         """
         for track in [*active, *waiting]:
             if self._broke_off and not track.taken and track.first > begins and _seeks_exactly(self.source):
@@ -235,7 +235,7 @@ class _SourceDecoding(Decoding):
                 yield track.finish()
 
     def _native(self, channels: Channels) -> Iterator[Samples]:
-        """Blocks at the stored rate, shape (channels, n), from `frames_read` on; a failure is kept, not raised."""
+        """Yields blocks at the stored rate, shape (channels, n), from `frames_read` on; stores a failure."""
         try:
             for block in channel_blocks(self.source, channels):
                 # First: what came back from a store that failed may look like the end, or like broken data.
@@ -258,7 +258,7 @@ class _SourceDecoding(Decoding):
             self._failure = self._cut_off()
 
     def _seek(self, track: _Track) -> bool:
-        """Goes to where a part begins, in formats where that is exact; elsewhere it is decoded up to there."""
+        """Seeks to the start of a part, in formats where that is exact; in others it is decoded up to there."""
         handle = self.source.handle
         if not isinstance(handle, soundfile.SoundFile) or not _seeks_exactly(self.source):
             return True
@@ -275,7 +275,7 @@ class _SourceDecoding(Decoding):
         return True
 
     def _explain(self, error: Exception) -> Rejected | None:
-        """The rejection that a decoder's error means; None for nothing but junk behind a complete recording."""
+        """Returns the rejection for a decoder's error; None for junk after a complete recording."""
         if isinstance(self.source.handle, soundfile.SoundFile):
             # The block that failed holds good frames, too; libsndfile knows how many.
             self.frames_read = max(self.frames_read, int(self.source.handle.tell()))
@@ -288,7 +288,7 @@ class _SourceDecoding(Decoding):
         return self.rejected(Reason.DECODE_ERROR, detail)
 
     def _nothing_follows(self) -> bool:
-        """Whether a decoder that failed had come to the end of the file: what it missed is not there."""
+        """Returns whether a failed decoder had reached the end of the file, so that what is missing is not there."""
         handle = self.source.handle
         if not isinstance(handle, av.container.InputContainer):
             return self.source.reader.at_end
@@ -309,7 +309,7 @@ class _SourceDecoding(Decoding):
         return self.rejected(Reason.DECODE_SHORT, detail)
 
     def _is_cut_off(self) -> bool:
-        """Ogg states no length: a file that is not whole ends like one that is, but for its last page."""
+        """Returns whether an Ogg file is incomplete: it states no length, so only its last page shows that."""
         handle = self.source.handle
         is_ogg = isinstance(handle, av.container.InputContainer) and handle.format.name == "ogg"
         return is_ogg and ogg_breaks_off(self.source.reader, self.source.reader.size_bytes)

@@ -1,4 +1,4 @@
-"""A decoder process as its parent has it: started, asked, timed, ended. `guarded` is what runs in it."""
+"""Controls a decoder process from its parent: starts it, sends commands, enforces limits, ends it. See `guarded`."""
 
 import logging
 import os
@@ -23,15 +23,15 @@ _log = logging.getLogger(__name__)
 
 
 class GuardError(Exception):
-    """No decoder process can be started here: the worker is unfit, no recording is to blame."""
+    """No decoder process can be started here: the fault is the worker's, not a recording's."""
 
 
 class Died(Exception):
-    """The process ended in the middle of a command, or had to be ended.
+    """The process ended in the middle of a command, or had to be killed.
 
     Attributes:
-        reason: Of what.
-        from_outside: Whether somebody else ended it, as the system does where memory is short.
+        reason: Reason for the dead letter.
+        from_outside: Whether it was killed from outside, as the system does when memory is short.
     """
 
     def __init__(self, reason: Reason, how: str, *, from_outside: bool = False) -> None:
@@ -41,10 +41,10 @@ class Died(Exception):
 
 
 class DecoderProcess:
-    """A decoder process, its link and memory. Belongs to one recording at a time.
+    """A decoder process with its link and shared memory. Processes one recording at a time.
 
     Attributes:
-        recordings: How many were begun in it.
+        recordings: Number of recordings it was given.
     """
 
     def __init__(self, decoder: str, limits: DecoderLimits) -> None:
@@ -82,10 +82,11 @@ class DecoderProcess:
         )
 
     def ask(self, kind: str, fields: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
-        """The process's reply to a command, once it has been given all the bytes it needs for it.
+        """Sends a command, serves the process's reads of the file, and returns its reply.
 
         Raises:
-            Died: It ended, wants more memory, or took too long, not counting the time that `file` took.
+            Died: The process ended, needs more memory than allowed, or took too long, not counting the time of reads
+                of `file`.
         """
         failure: Exception | None = None
         timeout_s = self._limits.timeout_s
@@ -109,11 +110,11 @@ class DecoderProcess:
             how, from_outside = self._how_it_ended()
             raise Died(Reason.DECODER_CRASHED, how, from_outside=from_outside) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise Died(Reason.DECODER_CRASHED, f"sent what is no message ({error!r}), and was ended") from None
+            raise Died(Reason.DECODER_CRASHED, f"sent an invalid message ({error!r}), and was ended") from None
         if failure is not None:
             raise failure
         if message["kind"] == "out_of_memory":
-            raise Died(Reason.OUT_OF_MEMORY, f"was ended because it wanted more than {self._limits.memory_mib} MiB")
+            raise Died(Reason.OUT_OF_MEMORY, f"was ended because it needed more than {self._limits.memory_mib} MiB")
         return message
 
     def kill(self) -> None:
@@ -123,7 +124,7 @@ class DecoderProcess:
         self.forget()
 
     def forget(self) -> None:
-        """Closes this end without a word."""
+        """Closes this end without a message."""
         self._link.close()
         self._errors.close()
 
@@ -134,7 +135,7 @@ class DecoderProcess:
         return len(data)
 
     def _how_it_ended(self) -> tuple[str, bool]:
-        """In words, and whether somebody else ended it."""
+        """Describes how it ended in words, and whether it was killed from outside."""
         try:
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -152,7 +153,7 @@ class DecoderProcess:
 
 
 def _shared_file(size_bytes: int) -> BinaryIO:
-    """Memory with a file descriptor; a file without a name where the system has or allows no such thing."""
+    """Creates shared memory with a file descriptor; an unnamed temporary file where the system has no memfd."""
     try:
         file: BinaryIO = os.fdopen(os.memfd_create("af3pipe-decoder"), "r+b", buffering=0)
     except (AttributeError, OSError):

@@ -1,7 +1,7 @@
-"""Defines what a decoder is given and what it gives, without loading a decoder.
+"""Defines the arguments and results of decoding, without importing a decoder.
 
 `decode.open_decoding` decodes in this process, `guard.DecoderPool.open` in another one. This module imports neither
-PyAV nor soundfile nor soxr, so that what only plans work does not load them.
+PyAV nor soundfile nor soxr, so that code which only plans work does not load them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,12 @@ Samples: TypeAlias = npt.NDArray[np.float32]
 
 
 class Asked(NamedTuple):
-    """How a file is to be opened.
+    """Options for opening a file.
 
     Attributes:
-        sample_rate: Of the samples wanted, in Hz.
-        extension: Of the file's name; see `probe.probe`.
-        stream: Index among the audio streams; None takes the file's main one.
+        sample_rate: Sampling rate of the output, in Hz.
+        extension: Extension of the file's name; see `probe.probe`.
+        stream: Index among the audio streams; None for the file's main one.
     """
 
     sample_rate: int
@@ -31,13 +31,13 @@ class Asked(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A range of one channel that is to be decoded.
+    """A time range of one channel to decode.
 
     Attributes:
-        offset_s: Where it begins, in seconds from the start of the object; rounded to the nearest frame as stored.
-        duration_s: How much to take, in seconds; None takes all. What the file does not have is not missed.
+        offset_s: Start, in seconds from the start of the object; rounded to the nearest frame as stored.
+        duration_s: Length in seconds; None for all. It may reach beyond the end of the file.
         channel: `mix`, the mean over all; `left`, `right` (of two or more); or an index from 0.
-        most_samples: It ends early once that many samples or more have been given; None for no such limit.
+        most_samples: Decoding ends early after at least this many samples; None for no limit.
     """
 
     offset_s: float = 0.0
@@ -46,13 +46,13 @@ class Part(NamedTuple):
     most_samples: int | None = None
 
     def frames(self, rate: int) -> tuple[int, int | None]:
-        """The first frame and the one behind the last, of frames as stored; None where it goes to the end."""
+        """Returns the first frame and the one after the last, in frames as stored; None for an open end."""
         first = round(self.offset_s * rate)
         return first, None if self.duration_s is None else first + max(round(self.duration_s * rate), 0)
 
 
 WHOLE = Part()
-"""All of a file, every channel mixed."""
+"""A whole file, with all channels mixed."""
 
 
 class Piece(NamedTuple):
@@ -60,10 +60,10 @@ class Piece(NamedTuple):
 
     Attributes:
         part: Index of the part.
-        samples: float32 mono, shape (n,), n may be 0. Valid until the next piece is taken: they may lie in memory
-            that is shared with another process.
-        is_end: Whether nothing follows of this part.
-        rejected: Why it ends before all of it was decoded; only with `is_end`.
+        samples: float32 mono, shape (n,), n may be 0. Valid until the next piece is taken, because they may be in
+            memory shared with another process.
+        is_end: Whether it is the last piece of its part.
+        rejected: Why the part ends before all of it was decoded; only with `is_end`.
     """
 
     part: int
@@ -78,9 +78,9 @@ class Decoding:
     Attributes:
         info: What the header states.
         stated_frames: See `probe.Source`.
-        sample_rate: Of the samples given, in Hz.
-        rate: Of the frames as stored, in Hz.
-        frames_read: How far the pass has come, in frames as stored, counted from the start of the object.
+        sample_rate: Sampling rate of the output, in Hz.
+        rate: Sampling rate as stored, in Hz.
+        frames_read: Position of the pass, in frames as stored, counted from the start of the object.
         ended: Whether the object's end was reached.
     """
 
@@ -93,23 +93,24 @@ class Decoding:
         self.ended = False
 
     def pieces(self, parts: Sequence[Part]) -> Iterator[Piece | None]:
-        """Decodes all parts in one pass, front to back. Call it once.
+        """Decodes all parts in one pass, from front to back. Call it once.
 
-        Parts may overlap, and come in any order. The samples of each are those that decoding it alone gives.
+        Parts may overlap, and come in any order. The samples of each are the same as if it were decoded alone.
 
         Yields:
-            The pieces of each part in order of time, in turns with those of the others; None behind each block of
-            about 10 s, whether it held anything of a part or not. Each part has one piece with `is_end`, but those
-            which a pass of their own may still decode: a failure stopped this one before their first sample, and
-            the decoder can seek past it. At least one part ends in every pass.
+            The pieces of each part in order of time, interleaved with those of the others, and None after each block
+            of about 10 s, whether or not it contained anything of a part. Each part gets one piece with `is_end`,
+            except
+            parts that another pass may still decode: this one failed before their first sample, and the decoder can
+            seek past the failure. At least one part ends in every pass.
 
         Raises:
-            Rejected: A decoder process died, or the store rejected a read: no part that has not ended can go on.
+            Rejected: A decoder process died, or the store rejected a read: all parts that have not ended fail.
         """
         raise NotImplementedError
 
     def blocks(self, part: Part = WHOLE) -> Iterator[Samples]:
-        """The samples of one part. Raises Rejected where it ends before all of it was decoded."""
+        """Yields the samples of one part. Raises Rejected if it ends before all of it was decoded."""
         for piece in self.pieces([part]):
             if piece is None:
                 continue
@@ -120,11 +121,11 @@ class Decoding:
 
     @property
     def position_s(self) -> float:
-        """End of what was decoded, in seconds from the start of the object."""
+        """End of the decoded audio, in seconds from the start of the object."""
         return self.frames_read / self.rate
 
     def stated_samples(self, part: Part) -> int | None:
-        """Samples in a part, by the header; None where it states no length."""
+        """Returns the samples of a part by the header; None if the header states no length."""
         if self.stated_frames is None:
             return None
         first, end = part.frames(self.rate)
@@ -132,7 +133,7 @@ class Decoding:
         return resampled_length(max(last - first, 0), self.rate, self.sample_rate)
 
     def rejected(self, reason: Reason, detail: str, position_s: float | None = None) -> Rejected:
-        """The error of this pass, with its decoder and position."""
+        """Returns the error for a failure of this pass, with its decoder and position."""
         position_s = self.position_s if position_s is None else position_s
         return Rejected(Stage.DECODE, reason, detail, decoder=self.info.decoder, position_s=position_s)
 
@@ -142,22 +143,22 @@ OpenDecoding: TypeAlias = Callable[[BinaryIO, Asked], AbstractContextManager[Dec
 
 
 def open_in_process(file: BinaryIO, asked: Asked) -> AbstractContextManager[Decoding]:
-    """Opens a file for decoding in this process, as `decode.open_decoding`; loads the decoders at the first call."""
+    """Opens a file for decoding in this process, as `decode.open_decoding`; imports the decoders when called."""
     from af3pipe.audio.decode import open_decoding
 
     return open_decoding(file, asked)
 
 
 def resampled_length(frames: int, in_rate: int, out_rate: int) -> int:
-    """Rounded up, as librosa does; in integers, so that the cap is never missed by a rounding error."""
+    """Returns the length after resampling, rounded up as in librosa; in integers, so exact at the cap."""
     return -(-frames * out_rate // in_rate)
 
 
 def channel_index(channel: str | int, info: AudioInfo) -> int | None:
-    """The index of a channel by any of its names; None for the mean over all.
+    """Returns the index of a channel by any of its names; None for the mean over all.
 
     Raises:
-        Rejected: no_audio_stream, where the audio has no such channel.
+        Rejected: no_audio_stream, if the audio has no such channel.
     """
     wanted = channel_text(channel)
     if wanted == MIX:

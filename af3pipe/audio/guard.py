@@ -1,10 +1,10 @@
-"""Decodes in processes of their own, so that a crash or a hang costs one file and not the worker.
+"""Decodes in separate processes, so that a crash or hang of a decoder affects one file and not the worker.
 
-Native decoders parse what anybody may have uploaded. A `DecoderPool` runs them in a few processes. Each decodes one
-recording at a time, is kept for the next, and is replaced when it dies, hangs or wants too much memory. The parent
-reads the file, so that the store, its retries and its errors stay here, and gets the samples through shared memory;
-`guarded` is the other side. Needs file descriptors that a child inherits: on Windows, `decoding.open_in_process`
-decodes in the worker's own.
+Native decoders parse untrusted files. A `DecoderPool` runs them in a few processes. Each decodes one recording at a
+time, is reused for the next, and is replaced when it dies, hangs or needs too much memory. The parent reads the file,
+so that the store, its retries and its errors stay here, and gets the samples through shared memory; `guarded` is the
+other side. It needs file descriptors that a child inherits: on Windows, `decoding.open_in_process` decodes in the
+worker's process.
 """
 
 import logging
@@ -33,18 +33,18 @@ _log = logging.getLogger(__name__)
 
 
 class DecoderError(Exception):
-    """Something unexpected was raised in a decoder process; the traceback from there is the cause."""
+    """An unexpected exception of a decoder process; its traceback is the cause."""
 
 
 class _Traceback(Exception):
-    """The text of a traceback in the decoder process."""
+    """Carries the text of a traceback from the decoder process."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 def check_limits(limits: DecoderLimits) -> None:
-    """Raises ValueError for limits that no process can be given."""
+    """Raises ValueError for limits that cannot be applied to a process."""
     if not 0 < limits.timeout_s <= MOST_TIMEOUT_S:
         raise ValueError(f"timeout_s is {limits.timeout_s:g}; it must be more than 0 and at most {MOST_TIMEOUT_S:g}")
     if not LEAST_MEMORY_MIB <= limits.memory_mib <= MOST_MEMORY_MIB:
@@ -52,14 +52,14 @@ def check_limits(limits: DecoderLimits) -> None:
 
 
 class DecoderPool:
-    """Opens recordings in decoder processes: as many as are open at once. For all threads of this process.
+    """Opens recordings in decoder processes, as many as are open at once; shared by all threads of this process.
 
     Args:
-        limits: What each of them may take.
-        decoder: `module:function` of the `OpenDecoding` that is called there.
+        limits: Limits of each decoder process.
+        decoder: `module:function` of the `OpenDecoding` to call there.
 
     Raises:
-        ValueError: Limits that no process can be given.
+        ValueError: The limits cannot be applied to a process.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class DecoderPool:
     def open(self, file: BinaryIO, asked: Asked) -> Iterator[Decoding]:
         """Opens a file as `decode.open_decoding` does.
 
-        A process that had other files before may have been broken by one of them, and one that was killed may have
-        been killed for the memory that others took: there the file is decoded again in a new one, and what was given
-        before is passed over.
+        If the process dies, the file is decoded again in a new one, without repeating what was yielded before, if the
+        process had decoded other files, one of which may have broken it, or was killed from outside, maybe because
+        others used too much memory.
 
         Raises:
             Rejected: As `decode.open_decoding`, and decoder_crashed, decode_timeout and out_of_memory; from `pieces`
                 as well.
-            DecoderError: Something unexpected was raised there.
+            DecoderError: The process raised an unexpected exception.
             GuardError: No process can be started.
         """
         session = _Session(self, file, asked)
@@ -98,7 +98,7 @@ class DecoderPool:
             session.close()
 
     def close(self) -> None:
-        """Ends the idle processes, and the others as soon as their recordings are closed."""
+        """Ends the idle processes, and the others when their recordings are closed."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -112,7 +112,7 @@ class DecoderPool:
         self.close()
 
     def forget(self) -> None:
-        """After a fork, in the child: the processes are the parent's."""
+        """Forgets all processes in a forked child: they are the parent's."""
         self._lock = threading.Lock()
         self._idle.clear()
         for process in self._processes:
@@ -153,13 +153,13 @@ class _GuardedDecoding(Decoding):
         self._session.parts = parts
         kind = "decode"
         while True:
-            told = self._session.ask(kind, decoding=self)
-            self.frames_read, self.ended = told["frames_read"], told["ended"]
-            if told["kind"] == "end":
+            reply = self._session.ask(kind, decoding=self)
+            self.frames_read, self.ended = reply["frames_read"], reply["ended"]
+            if reply["kind"] == "end":
                 self._session.end()
                 return
             samples, start = self._session.samples(), 0
-            for part, count, is_end, rejected in told["pieces"]:
+            for part, count, is_end, rejected in reply["pieces"]:
                 yield Piece(part, samples[start : start + count], is_end, rejected and _rejected(rejected))
                 start += count
             yield None
@@ -167,7 +167,7 @@ class _GuardedDecoding(Decoding):
 
 
 class _Session:
-    """One file in one process; in a second one, where the first may have been broken before."""
+    """Decodes one file in one process; in a second one, if the first may have been broken before."""
 
     def __init__(self, pool: DecoderPool, file: BinaryIO, asked: Asked) -> None:
         self.parts: Sequence[Part] = ()
@@ -178,7 +178,7 @@ class _Session:
         self._messages = 0
 
     def ask(self, kind: str, decoding: Decoding | None = None) -> dict[str, Any]:
-        """The reply to `open`, `decode` or `next`. Raises as `DecoderPool.open`; then the session is over."""
+        """Returns the reply to `open`, `decode` or `next`. Raises as `DecoderPool.open`; then the session is over."""
         if self._process is None and kind != "open":
             raise RuntimeError("the recording is closed, or was decoded already; open it again")
         process = self._process or self._take()
@@ -203,7 +203,7 @@ class _Session:
         reply = self._ask(process, "open")
         if kind == "open" or reply["kind"] != "opened":
             return reply
-        # Decoding gives the same messages every time; those that were given already are passed over.
+        # Decoding gives the same messages every time; those that were yielded already are skipped.
         reply = self._ask(process, "decode")
         for _ in range(self._messages):
             if reply["kind"] != "pieces":
@@ -212,14 +212,14 @@ class _Session:
         return reply
 
     def samples(self) -> Samples:
-        """Where the samples of the last reply lie, until the next command; shape (n,), of which n it says."""
+        """Returns the memory of the last reply's samples, valid until the next command; shape (at least n,)."""
         assert self._process is not None
         samples: Samples = self._process.memory.output[:]
         samples.flags.writeable = False
         return samples
 
     def close(self) -> None:
-        """Ends the recording, wherever it is."""
+        """Ends the recording, at any point."""
         if self._process is None:
             return
         try:
@@ -234,7 +234,7 @@ class _Session:
         return process
 
     def end(self) -> None:
-        """Gives the process back, once its recording is over."""
+        """Returns the process to the pool, once its recording is over."""
         process, self._process = self._process, None
         if process is not None:
             self._pool.give_back(process)
@@ -244,14 +244,14 @@ class _Session:
             fields = self._opening() if kind == "open" else {"parts": self.parts} if kind == "decode" else {}
             return process.ask(kind, fields, self._file)
         except BaseException:
-            # Of the store, or an interrupt, or the process is dead: it is in the middle of something.
+            # An error of the store, an interrupt or a dead process: it is in the middle of a command.
             self._process = None
             process.kill()
             raise
 
     def _opening(self) -> dict[str, Any]:
         fields = {"asked": self._asked, "size_bytes": self._file.seek(0, os.SEEK_END)}
-        with suppress(Exception):  # whatever it says, it is no file on a disk
+        with suppress(Exception):  # any error means that it is not a file on a disk
             state = os.fstat(self._file.fileno())
             # What gzip opens has the descriptor of the file below it, and another size.
             if stat.S_ISREG(state.st_mode) and state.st_size == fields["size_bytes"]:
@@ -279,7 +279,7 @@ _shared_lock = threading.Lock()
 
 
 def acquire_decoders(limits: DecoderLimits) -> DecoderPool:
-    """The process's one pool with these limits. Pair each call with one `release_decoders`."""
+    """Returns the process's one pool with these limits. Pair each call with one `release_decoders`."""
     with _shared_lock:
         pool, users = _shared.get(limits) or (DecoderPool(limits), 0)
         _shared[limits] = pool, users + 1
@@ -287,7 +287,7 @@ def acquire_decoders(limits: DecoderLimits) -> DecoderPool:
 
 
 def release_decoders(limits: DecoderLimits) -> None:
-    """Gives back what `acquire_decoders` gave; the last one ends its processes."""
+    """Ends one use from `acquire_decoders`; the last one ends the pool's processes."""
     with _shared_lock:
         pool, users = _shared.pop(limits)
         if users > 1:

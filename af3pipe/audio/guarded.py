@@ -1,4 +1,4 @@
-"""Runs inside a decoder process: serves one parent, decodes one file at a time. See `guard`.
+"""Runs inside a decoder process: serves one parent and decodes one file at a time. See `guard`.
 
 The parent leads; every command has one reply, and before it the process may ask for bytes of the file:
 
@@ -14,13 +14,12 @@ The parent leads; every command has one reply, and before it the process may ask
     close                     ->                              where it is not yet
                               <-    closed
 
-A `pieces` message has what about 10 s of the file gave to its parts, maybe nothing, so that a step is short whatever
-is asked for; what does not fit into the shared memory comes with the next one. A piece is [part, count of samples,
-whether the part ends, null or why it was rejected], and the samples of all of them lie one behind the other.
+A `pieces` message has the pieces of all parts from about 10 s of the file, maybe none, so that each step is short;
+pieces that do not fit into the shared memory come with the next message. A piece is [part, count of samples, whether
+the part ends, null or why it was rejected], and the samples of all pieces are consecutive in the shared memory.
 
 Instead of a reply there may be `rejected`, `store_failed`, `out_of_memory` or `error`, which end the file. Messages
-are JSON, so that nothing a broken decoder left behind is ever unpickled; bytes and samples lie in memory that both
-sides share.
+are JSON, so that the parent never unpickles data from a corrupted process; bytes and samples are in shared memory.
 """
 
 import importlib
@@ -43,9 +42,9 @@ from af3pipe.audio.decoding import Asked, Decoding, OpenDecoding, Part, Piece, S
 from af3pipe.schemas import Rejected
 
 INPUT_BYTES = 1 << 20
-"""Of the shared memory: bytes of the file, from its start on."""
+"""Size of the first area of the shared memory: bytes of the file."""
 OUTPUT_FRAMES = 1 << 18
-"""Behind them: decoded samples, float32. A block of 10 s at 16 kHz takes 0.6 of it."""
+"""Size of the second area: decoded samples, float32. A block of 10 s at 16 kHz takes 0.6 of it."""
 MEMORY_BYTES = INPUT_BYTES + 4 * OUTPUT_FRAMES
 
 # Read ahead from where a decoder seeks to, doubled while it reads on: headers cost little, bodies few messages.
@@ -57,7 +56,7 @@ _GRACE_S = 5
 
 
 class Link:
-    """Messages over one end of a socket pair: a line of JSON each, and descriptors of open files."""
+    """Sends and receives messages on a socket pair: one line of JSON each, and descriptors of open files."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
@@ -74,11 +73,11 @@ class Link:
             socket.send_fds(self._end, [json.dumps(message).encode() + b"\n"], [descriptor])
 
     def receive(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """The next message; a descriptor that came with it is its field `descriptor`.
+        """Receives the next message; a descriptor that came with it is its field `descriptor`.
 
         Raises:
-            EOFError: The other side is gone.
-            TimeoutError: It said nothing for that long.
+            EOFError: The other side has closed the link.
+            TimeoutError: No message came in that time.
         """
         if timeout_s != self._end.gettimeout():
             self._end.settimeout(None if timeout_s is None else max(timeout_s, 0.001))
@@ -87,7 +86,7 @@ class Link:
             searched = len(self._lines)
             part, descriptors, _, _ = socket.recv_fds(self._end, 1 << 16, 1)
             if not part:
-                raise EOFError("the other side of the link is gone")
+                raise EOFError("the other side has closed the link")
             self._lines += part
             self._descriptors += descriptors
         message: dict[str, Any] = json.loads(self._lines[:end])
@@ -97,12 +96,12 @@ class Link:
         return message
 
     def close(self) -> None:
-        """Closes this end; the other one reads the end of the file."""
+        """Closes this end; the other side then receives an end of file."""
         self._end.close()
 
 
 class Memory:
-    """What both sides share: a place for bytes of the file, and one for samples."""
+    """The shared memory: one area for bytes of the file, and one for samples."""
 
     def __init__(self, fd: int) -> None:
         memory = mmap.mmap(fd, MEMORY_BYTES)
@@ -111,12 +110,13 @@ class Memory:
 
 
 class DecoderLimits(NamedTuple):
-    """What a decoder may take before it is ended, and its recording rejected.
+    """Limits of a decoder; if it exceeds one, it is killed and its recording rejected.
 
     Attributes:
-        timeout_s: For one step, opening or a block of 10 s (some 20 ms); without the time that reading takes, but
-            for a single read from a disk that takes longer than this.
-        memory_mib: Beyond the process itself; kept on Linux only. 10 s of 8 channels at 192 kHz take some 200.
+        timeout_s: Longest time for one step, opening or a block of 10 s (typically 20 ms). Reads do not count, except
+            a single read from a disk that takes longer than this.
+        memory_mib: Most memory beyond that of the idle process; enforced on Linux only. 10 s of 8 channels at 192 kHz
+            need about 200.
     """
 
     timeout_s: float = 60.0
@@ -124,13 +124,13 @@ class DecoderLimits(NamedTuple):
 
 
 class _StoreFailed(Exception):
-    """The parent could not read the file; it has the error."""
+    """The parent could not read the file, and has the error."""
 
 
 class _ParentsFile(io.RawIOBase):
-    """The file as the decoder process sees it: its parent reads it, a chunk at a time.
+    """The file as the decoder process sees it: the parent reads it, one chunk at a time.
 
-    A file on a disk is read here, for speed; where that fails, its parent has the tries and the words for it.
+    A file on a disk is read here, for speed; if that fails, the parent retries and explains the error.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class _ParentsFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        """Fewer bytes than asked for where a chunk ends; none at the end of the file."""
+        """Returns fewer bytes than requested at the end of a chunk; none at the end of the file."""
         if self._position >= self._size:
             return b""
         start = self._position - self._chunk_start
@@ -207,13 +207,13 @@ class _ParentsFile(io.RawIOBase):
 
 
 def _set_alarm(timeout_s: float) -> None:
-    """The system kills this process some time after `timeout_s`; 0 calls it off."""
+    """Has the system kill this process some time after `timeout_s`; 0 cancels it."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, timeout_s and timeout_s + _GRACE_S)
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    """From here on this process gets no more than so much beyond what it has; allocations fail then."""
+    """Limits this process to this much memory beyond what it has; further allocations fail."""
     import resource
 
     try:
@@ -226,13 +226,13 @@ def _limit_memory(memory_bytes: int) -> None:
 
 
 def serve(link_fd: int, memory_fd: int, decoder: str, limits: DecoderLimits) -> None:
-    """Decodes the files that the parent sends, until it closes its end.
+    """Decodes the files that the parent sends, until the parent closes its end.
 
     Args:
         link_fd: This process's end of the socket pair.
-        memory_fd: Of the shared memory.
+        memory_fd: Descriptor of the shared memory.
         decoder: `module:function` of an `OpenDecoding`.
-        limits: What each step may take.
+        limits: Limits of each step.
     """
     import resource  # not on Windows, where this module is imported but nothing of it is used
 
@@ -263,7 +263,7 @@ def serve(link_fd: int, memory_fd: int, decoder: str, limits: DecoderLimits) -> 
 def _serve_recording(
     link: Link, memory: Memory, limits: DecoderLimits, opening: AbstractContextManager[Decoding]
 ) -> dict[str, Any]:
-    """The last reply about a recording, to be sent when all of it is closed: what hangs there is not the next's."""
+    """Decodes one recording and closes it; returns its last reply, to be sent only then."""
     try:
         with opening as decoding:
             link.send("opened", info=decoding.info, stated_frames=decoding.stated_frames)
@@ -296,7 +296,7 @@ def _serve_pieces(link: Link, memory: Memory, limits: DecoderLimits, decoding: D
 
 
 def _in_messages(pieces: Iterator[Piece | None], output: Samples) -> Iterator[list[Any]]:
-    """The pieces of one message after the other; their samples are in `output` until the next is taken."""
+    """Yields the pieces for one message after the other; their samples are in `output` until the next is taken."""
     message: list[Any] = []
     count = 0
     for piece in pieces:

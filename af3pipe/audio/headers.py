@@ -1,4 +1,4 @@
-"""What is read from a file's bytes before a decoder sees them: tags to skip, lengths, and files without a header."""
+"""Reads headers before a decoder does: finds tags to skip, stated lengths, and files without a header."""
 
 import codecs
 import re
@@ -23,14 +23,14 @@ class _File(Protocol):
 
 
 class Headerless(NamedTuple):
-    """How a file without a header is stored; one channel, at a constant number of bytes per sample.
+    """The format of files without a header: one channel, at a constant number of bytes per sample.
 
     Attributes:
         decoder: `soundfile` or `pyav`.
-        encoding: What that decoder calls it.
-        sample_rate: In Hz.
+        encoding: The decoder's name of the encoding.
+        sample_rate: Sampling rate in Hz.
         frames: Samples in a unit of `unit_bytes`.
-        unit_bytes: The smallest piece that is decoded.
+        unit_bytes: Size of the smallest unit that can be decoded.
     """
 
     decoder: str
@@ -40,7 +40,7 @@ class Headerless(NamedTuple):
     unit_bytes: int = 1
 
     def count(self, size_bytes: int) -> int:
-        """Samples in a file of that size."""
+        """Returns the samples in a file of this size."""
         return size_bytes // self.unit_bytes * self.frames
 
 
@@ -57,19 +57,19 @@ HEADERLESS = {
     **{f"sln{khz}": _linear(khz * 1000) for khz in (12, 16, 24, 32, 48, 96, 192)},
     "sln44": _linear(44_100),
 }
-"""What telephone exchanges write, by the file name's extension: nothing else tells what it is."""
+"""Formats of telephone exchanges by extension, which is the only way to recognise them."""
 
 
 def has_header(head: bytes) -> bool:
-    """Whether the first bytes are those of a container that says what it is."""
+    """Returns whether the first bytes are those of a container that identifies its format."""
     return head.startswith(_MAGIC) or head[4:8] == b"ftyp"
 
 
 def is_no_audio(head: bytes) -> bool:
-    """Whether the first bytes of what should be samples without a header are text, an archive or a picture.
+    """Returns whether the start of a supposedly headerless file is actually text, an archive or a picture.
 
-    Any bytes decode to a noise as mu-law or G.722, and a model would describe it: an error page saved as
-    `call.ulaw` has to be told here.
+    Any bytes decode to noise as mu-law or G.722, and a model would describe it: an error page saved as `call.ulaw`
+    must be recognised here.
     """
     if head.startswith(_NO_AUDIO_MAGIC):
         return True
@@ -82,12 +82,12 @@ def is_no_audio(head: bytes) -> bool:
 
 
 def audio_start(file: _File) -> tuple[bytes, int]:
-    """What to read in place of a file's beginning, so that cover art is not downloaded to learn a length.
+    """Returns a replacement for a file's beginning without its cover art, so that a probe does not download that.
 
     FFmpeg reads the pictures of an ID3 tag, and libFLAC those of a FLAC file, instead of seeking past them.
 
     Returns:
-        Bytes to begin with, and where in the file to go on behind them.
+        Bytes to begin with, and the offset in the file of what follows them.
     """
     start = _behind_id3(file)
     file.seek(start)
@@ -125,14 +125,14 @@ def _behind_flac_blocks(file: _File, position: int) -> int | None:
 
 
 def xing_states_length(file: _File, size_bytes: int) -> bool:
-    """Whether an MP3 states its own length, and states it for all of the file.
+    """Returns whether an MP3 states its length, for all of the file.
 
-    Without the Xing, Info or VBRI header the length is guessed from the first frame's bit rate. With it, the length
-    is wrong for files joined end to end, which are longer than the header's count of bytes.
+    Without a Xing, Info or VBRI header decoders guess the length from the first frame's bit rate. With one, the
+    length is wrong for concatenated files, which are longer than the header's count of bytes.
 
     Args:
-        file: From the first frame; tags in front of it are not looked through.
-        size_bytes: Of all that follows.
+        file: File at the first frame; tags before it are not skipped.
+        size_bytes: Size from there on.
     """
     file.seek(0)
     head = file.read(4096)
@@ -150,7 +150,7 @@ def xing_states_length(file: _File, size_bytes: int) -> bool:
 
 
 def caf_frames(file: _File, size_bytes: int) -> int | None:
-    """Frames of a CAF file of packets (ALAC, AAC), without the padding of the last, which FFmpeg counts in."""
+    """Returns the frames of a CAF file of packets (ALAC, AAC), without the final padding that FFmpeg includes."""
     position = 8
     for _ in range(_MOST):
         if position + 12 > size_bytes:
@@ -168,7 +168,7 @@ def caf_frames(file: _File, size_bytes: int) -> int | None:
 
 
 def ogg_breaks_off(file: _File, size_bytes: int) -> bool:
-    """Whether the last page of an Ogg file is not all there."""
+    """Returns whether the last page of an Ogg file is incomplete."""
     start = max(size_bytes - _OGG_PAGE_BYTES, 0)
     file.seek(start)
     tail = file.read(size_bytes - start)

@@ -1,4 +1,4 @@
-"""Says whether a part of a recording is too long or too short for the model, and in which words it is rejected."""
+"""Rejects parts of a recording that are too long or too short for the model."""
 
 from typing import BinaryIO
 
@@ -10,7 +10,7 @@ from af3pipe.schemas import Reason, Rejected, Stage
 
 
 def read_large_index(file: BinaryIO, stream: int | None) -> float | None:
-    """Seconds that an MP4 states in a large index, which FFmpeg would read whole; None for any other file."""
+    """Returns the duration in seconds of an MP4 with a large index, which FFmpeg would read whole; else None."""
     reader = Reader(file)
     whole_s = stated_by_large_index(reader, reader.size_bytes, stream)
     reader.raise_error()
@@ -18,14 +18,14 @@ def read_large_index(file: BinaryIO, stream: int | None) -> float | None:
 
 
 def check_large_index(whole_s: float, part: Part, limits: AudioLimits) -> None:
-    """Raises Rejected for a part that is too long, by `read_large_index`; `check_stated` has the last word."""
+    """Raises Rejected for a part that is too long by `read_large_index`; `check_stated` checks it again later."""
     available_s = max(whole_s - part.offset_s, 0.0)
     wanted_s = available_s if part.duration_s is None else min(available_s, part.duration_s)
     _check(round(wanted_s * limits.sample_rate), whole_s, limits, "pyav")
 
 
 def check_stated(decoding: Decoding, part: Part, limits: AudioLimits) -> None:
-    """Raises Rejected for a part that is too long by what the header states."""
+    """Raises Rejected for a part that is too long by the header."""
     stated = decoding.stated_samples(part)
     if stated is not None:
         _check(stated, (decoding.stated_frames or 0) / decoding.rate, limits, decoding.info.decoder)
@@ -43,7 +43,7 @@ def _check(wanted: int, whole_s: float, limits: AudioLimits, decoder: str) -> No
 
 
 def too_long(decoding: Decoding, limits: AudioLimits, position_s: float) -> Rejected:
-    """For more than the cap, where the header stated less or nothing."""
+    """Returns the error for a part that is longer than the cap although the header states less or nothing."""
     stated = decoding.info.duration_s
     header = "states no length" if stated is None else f"states {stated:.1f} s"
     detail = (
@@ -54,7 +54,7 @@ def too_long(decoding: Decoding, limits: AudioLimits, position_s: float) -> Reje
 
 
 def too_short(decoding: Decoding, limits: AudioLimits, samples: int, position_s: float) -> Rejected:
-    """For less than gives one audio token."""
+    """Returns the error for a part that is too short for one audio token."""
     rate = limits.sample_rate
     detail = (
         f"{samples} samples at {rate} Hz ({samples / rate:.3f} s) were decoded; "

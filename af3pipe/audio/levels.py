@@ -1,4 +1,4 @@
-"""How loud audio is as the model hears it, and where it is quietest."""
+"""Measures how loud audio is, and finds its quietest point."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import numpy.typing as npt
 from af3pipe.schemas import Levels
 
 FLOOR_DBFS = -120.0
-"""What digital silence is said to be, and all that is below it: 16-bit PCM ends at -90, so nothing is lost."""
+"""Level of digital silence and of everything quieter: 16-bit PCM ends at -90, so no information is lost."""
 
 SILENT_BELOW_DBFS = -60.0
-"""A peak of 32 steps of 16-bit PCM: idle lines and recorders' own noise stay under it."""
+"""A peak of 32 steps of 16-bit PCM: the noise of idle lines and of recorders is below it."""
 
 FULL_SCALE = 32767 / 32768
-"""The largest sample of 16-bit PCM, which is where clipped recordings stay."""
+"""The largest sample of 16-bit PCM: the value of clipped samples."""
 
 _CHUNK = 1 << 16
 _FRAME_S = 0.05
@@ -24,11 +24,11 @@ _QUIETER = 0.25  # in power, -6 dB: what swings less than that has no pause
 
 
 def measure(samples: npt.NDArray[np.float32], *, silent_below_dbfs: float = SILENT_BELOW_DBFS) -> Levels:
-    """The levels of a segment, with no temporary of its size.
+    """Measures the levels of a segment, without a temporary array of its size.
 
     Args:
         samples: float32 mono PCM, shape (n,), finite; full scale is 1.0.
-        silent_below_dbfs: A peak at or below this is silence.
+        silent_below_dbfs: A segment whose peak is at or below this is silent.
     """
     energy, clipped = 0.0, 0
     peak = max(float(samples.max(initial=0.0)), -float(samples.min(initial=0.0)))
@@ -44,13 +44,13 @@ def measure(samples: npt.NDArray[np.float32], *, silent_below_dbfs: float = SILE
 
 
 def combine(parts: Sequence[tuple[float, Levels]]) -> Levels:
-    """The levels of several pieces as one, whatever their order.
+    """Combines the levels of several pieces into one, in any order.
 
     Args:
-        parts: Seconds of a piece, and its levels; at least one.
+        parts: Duration in seconds and levels of each piece; at least one.
 
     Returns:
-        The largest peak; RMS by energy and clipped share by length; silent where every piece is.
+        The largest peak, RMS averaged by energy, clipped share averaged by duration; silent if every piece is.
     """
     seconds = math.fsum(length_s for length_s, _ in parts)
     energy = math.fsum(length_s * 10 ** (levels.rms_dbfs / 10) for length_s, levels in parts)
@@ -63,17 +63,17 @@ def combine(parts: Sequence[tuple[float, Levels]]) -> Levels:
 
 
 def quietest_point(samples: npt.NDArray[np.float32], sample_rate: int) -> int:
-    """Where to cut with least harm: the centre of the quietest quarter of a second.
+    """Finds the best place to cut: the centre of the quietest quarter of a second.
 
-    Of several that are equally quiet (digital silence between sentences) it is the last one's centre. Where none
-    is 6 dB quieter than the whole, as in a steady tone, noise or nothing but silence, it is the end.
+    Of several equally quiet ones (digital silence between sentences) it takes the last. If none is 6 dB quieter than
+    the whole, as in a steady tone, noise or complete silence, it takes the end.
 
     Args:
         samples: float32 mono PCM, shape (n,).
         sample_rate: In Hz.
 
     Returns:
-        An index from 1 to n, the first sample behind the cut; n as well where there is less than half a second.
+        Index of the first sample after the cut, from 1 to n; also n if there is less than half a second.
     """
     frame = max(round(_FRAME_S * sample_rate), 1)
     count = len(samples) // frame

@@ -1,7 +1,7 @@
-"""The length that an MP4 states, without the rest of its index.
+"""Reads the duration that an MP4 states, without the rest of its index.
 
-FFmpeg reads all of the index to open a file: 0.65 MB for an hour of AAC, and the cover art that is in it. To tell
-that a recording is too long takes the boxes that say so, and those are found by their sizes.
+FFmpeg reads the whole index to open a file: 0.65 MB for an hour of AAC, and the cover art in it. To find that a
+recording is too long, the boxes with the duration suffice, and their positions follow from the boxes' sizes.
 """
 
 import struct
@@ -26,9 +26,9 @@ class _Box(NamedTuple):
 
 
 def stated_by_large_index(file: _File, size_bytes: int, stream: int | None) -> float | None:
-    """Seconds of an audio track of an MP4 whose index is large; None where FFmpeg may as well read it.
+    """Returns the duration of an MP4 with a large index, in seconds; None if FFmpeg may as well read it.
 
-    Of several audio tracks it is the shortest, unless `stream` says which, so that none is taken for too long.
+    Of several audio tracks it takes the shortest, unless `stream` is given, so that none is rejected wrongly.
     """
     file.seek(0)
     if file.read(8)[4:] != b"ftyp":
@@ -69,7 +69,7 @@ def _first(boxes: Iterator[_Box], kind: bytes) -> _Box | None:
 
 
 def _track_s(file: _File, track: _Box, movie_rate: int) -> float | None:
-    """None for a track of something else; 0.0 for a sound whose length is not stated."""
+    """Returns a track's duration; None for a track that is not audio, 0.0 for audio without a stated duration."""
     parts = list(_boxes(file, track.start, track.end))
     media = _first(iter(parts), b"mdia")
     if media is None:
@@ -90,7 +90,7 @@ def _track_s(file: _File, track: _Box, movie_rate: int) -> float | None:
 
 
 def _listed_ticks(file: _File, media: list[_Box]) -> int:
-    """How long all frames of a track are together; 0 where that takes more than a few bytes to tell."""
+    """Returns the sum of all frames' durations in a track; 0 if finding it takes more than a few bytes."""
     information = _first(iter(media), b"minf")
     table = _first(_boxes(file, information.start, information.end), b"stbl") if information else None
     times = _first(_boxes(file, table.start, table.end), b"stts") if table else None
@@ -103,7 +103,7 @@ def _listed_ticks(file: _File, media: list[_Box]) -> int:
 
 
 def _clock(file: _File, box: _Box) -> tuple[int, int]:
-    """Ticks per second, and the length in ticks, of `mvhd` and `mdhd`; 0 where it is not stated."""
+    """Returns ticks per second, and the duration in ticks, from `mvhd` and `mdhd`; 0 if it is not stated."""
     file.seek(box.start)
     data = file.read(32)
     at, width = (20, 8) if data[:1] == b"\x01" else (12, 4)
@@ -112,7 +112,7 @@ def _clock(file: _File, box: _Box) -> tuple[int, int]:
 
 
 def _edited_s(file: _File, box: _Box, movie_rate: int) -> float:
-    """What is played of a track, in seconds."""
+    """Returns how much of a track is played (its edit list), in seconds."""
     file.seek(box.start)
     data = file.read(min(box.end - box.start, 4096))
     width = 8 if data[:1] == b"\x01" else 4

@@ -1,4 +1,4 @@
-"""Header to duration, rate, channels and codec; and the door to the two decoders.
+"""Reads duration, sampling rate, channels and codec from the header, and chooses between the two decoders.
 
 libsndfile reads what states its length in samples (WAV, FLAC, AIFF, AU, CAF, W64, ...). FFmpeg, through PyAV,
 reads the rest, and MP3 and Ogg too: libsndfile gives the same samples there, but trusts a length that it
@@ -53,15 +53,15 @@ _T = TypeVar("_T")
 
 
 class Source(NamedTuple):
-    """An open recording, before the first sample is read. Belongs to one thread at a time.
+    """An open recording, before the first sample is read. Use it in one thread at a time.
 
     Attributes:
         info: What the header says.
-        stated_frames: Length in frames at `info.sample_rate` that the header states; None where it does not, and
-            for headers written before the length was known. Not clamped to what is there.
+        stated_frames: Length by the header, in frames at `info.sample_rate`; None if it states none, and for headers
+            written before the length was known. Not limited to what the file contains.
         handle: The decoder.
         reader: The file below it.
-        stream: The stream to decode; None where the decoder knows but one.
+        stream: The stream to decode; None if the decoder supports only one.
     """
 
     info: AudioInfo
@@ -72,16 +72,16 @@ class Source(NamedTuple):
 
 
 def probe(file: BinaryIO, *, extension: str = "", stream: int | None = None) -> AudioInfo:
-    """Reads what the header states; decodes nothing.
+    """Reads what the header states, without decoding.
 
     Args:
-        file: Seekable, from its start; left open, at any position.
-        extension: Of the file's name, with or without the dot. Counts only for content without a header (`.g722`,
-            `.gsm`, `.ulaw`, `.alaw`, `.sln16`, ...): a WAV named `call.gsm` is a WAV.
-        stream: Index among the audio streams; None takes what FFmpeg holds for the best, as a player would.
+        file: Seekable, read from its start; stays open, at any position.
+        extension: Extension of the file's name, with or without the dot. Used only for content without a header
+            (`.g722`, `.gsm`, `.ulaw`, `.alaw`, `.sln16`, ...): a WAV named `call.gsm` is a WAV.
+        stream: Index among the audio streams; None for FFmpeg's best stream, as a player would choose.
 
     Raises:
-        Rejected: empty_file, unsupported_format, or no_audio_stream; and what `file` itself raises.
+        Rejected: empty_file, unsupported_format, or no_audio_stream; and the errors of `file`.
     """
     with open_source(file, extension=extension, stream=stream) as source:
         return source.info
@@ -89,7 +89,7 @@ def probe(file: BinaryIO, *, extension: str = "", stream: int | None = None) -> 
 
 @contextmanager
 def open_source(file: BinaryIO, *, extension: str = "", stream: int | None = None) -> Iterator[Source]:
-    """Opens `file` with the decoder that reads it whole; closes the decoder, not the file. Raises as `probe` does."""
+    """Opens `file` with the decoder that can read all of it; closing it leaves `file` open. Raises as `probe`."""
     reader = Reader(file)
     if reader.size_bytes == 0:
         raise Rejected(Stage.PROBE, Reason.EMPTY_FILE, "The object has 0 bytes.")
@@ -129,7 +129,7 @@ def _open(reader: Reader, extension: str, stream: int | None) -> Source:
 
 
 def raise_out_of_memory(error: Exception) -> None:
-    """Raises MemoryError where that is what a decoder's error means: it says nothing about the file."""
+    """Raises MemoryError if a decoder's error means that, since it says nothing about the file."""
     if isinstance(error, MemoryError) or getattr(error, "code", None) == _LIBSNDFILE_MALLOC_FAILED:
         raise MemoryError(str(error)) from error
 
@@ -183,7 +183,7 @@ def _cause(error: Exception) -> str:
 
 
 def _open_soundfile(reader: Reader, stream: int | None) -> Source | None:
-    """None for what libsndfile misreads, and where it cannot tell the end: FFmpeg reads on while there is more."""
+    """Opens a file with libsndfile; None for files that it misreads, or whose end only FFmpeg finds."""
     handle = soundfile.SoundFile(reader)
     misread = handle.subtype.startswith("MPEG") or (handle.subtype == "GSM610" and handle.format in ("WAV", "W64"))
     if not 0 < handle.frames < _UNKNOWN_FRAMES or misread:
@@ -198,9 +198,9 @@ def _open_soundfile(reader: Reader, stream: int | None) -> Source | None:
 
 
 def _stated_by_libsndfile(handle: soundfile.SoundFile) -> int | None:
-    """What the header says, where `frames` is already clamped to the file's size.
+    """Returns the frames that the header states; the handle's `frames` is limited to the file's size.
 
-    libsndfile's log has both numbers: `data : 3528000 (should be 1763978)`.
+    libsndfile's log contains both numbers: `data : 3528000 (should be 1763978)`.
     """
     found = _LIBSNDFILE_SIZE.search(handle.extra_info)
     if found is None:
@@ -244,7 +244,7 @@ def _chosen_stream(handle: av.container.InputContainer, stream: int | None) -> a
 
 
 def _stated_by_ffmpeg(handle: av.container.InputContainer, stream: av.AudioStream, reader: Reader) -> int | None:
-    """Frames at the stream's rate."""
+    """Returns the stated length in frames at the stream's rate."""
     name = handle.format.name
     if name == "caf":
         return _aside(reader, caf_frames)
@@ -261,7 +261,7 @@ def _stated_by_ffmpeg(handle: av.container.InputContainer, stream: av.AudioStrea
 
 
 def _aside(reader: Reader, look: "Callable[[Reader, int], _T]") -> "_T":
-    """Looks at the file without the decoder noticing."""
+    """Reads the file without changing the position that the decoder sees."""
     position = reader.tell()
     found = look(reader, reader.size_bytes)
     reader.seek(position)
@@ -279,6 +279,6 @@ def _stated_seconds(handle: av.container.InputContainer, stream: av.AudioStream)
 
 
 def _clock_s(text: str) -> float | None:
-    """Seconds of `00:00:05.008000000`."""
+    """Parses `00:00:05.008000000` to seconds."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", text.strip("\0 "))
     return None if match is None else int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])

@@ -1,18 +1,18 @@
-"""Reads a file for the decoders, and keeps the first error of the store so that no decoder hides it."""
+"""Reads a file for the decoders, and stores its first error, which decoders would hide."""
 
 import io
 from typing import Any, BinaryIO
 
 
 class Reader:
-    """The file as the decoders see it: it remembers the first exception instead of raising it.
+    """A file for the decoders that stores the first exception instead of raising it.
 
-    libsndfile calls `read` through cffi, which prints an exception and takes it for the end of the file: a store
-    that fails would look like a short recording. So the error is kept, and raised again by `raise_error`.
+    libsndfile calls `read` through cffi, which prints an exception and treats it as the end of the file: a failing
+    store would look like a short recording. So the error is stored, and `raise_error` raises it.
 
     Attributes:
-        size_bytes: Of what the decoders see: the whole file, until `begin_at`.
-        at_end: Whether a decoder has asked for bytes beyond the end.
+        size_bytes: Size that the decoders see: of the whole file, until `begin_at`.
+        at_end: Whether a decoder has requested bytes beyond the end.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -24,13 +24,13 @@ class Reader:
         self.begin_at(b"", 0)
 
     def begin_at(self, head: bytes, start: int) -> None:
-        """Shows `head` and what the file holds from `start` on, in place of the whole file."""
+        """Replaces the file's content by `head` and the content from `start` on."""
         self._head = head
         self._shift = start - len(head)
         self.size_bytes = max(self._file_bytes - self._shift, len(head))
 
     def read(self, size: int = -1) -> bytes:
-        """Returns `size` bytes, fewer only at the end of the file or once it has failed."""
+        """Returns `size` bytes; fewer only at the end of the file or after an error."""
         if self._error is not None:
             return b""
         if self._position >= self.size_bytes:  # maybe far beyond: broken headers point to where no file can seek
@@ -55,7 +55,7 @@ class Reader:
         return data
 
     def readinto(self, buffer: Any) -> int:
-        """As `read`; libsndfile asks this way, 8 KiB at a time."""
+        """Reads into a buffer, as `read`; libsndfile calls it with 8 KiB at a time."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -67,10 +67,10 @@ class Reader:
         return self._position
 
     def tell(self) -> int:
-        """The position in bytes."""
+        """Returns the position in bytes."""
         return self._position
 
     def raise_error(self) -> None:
-        """Raises what the file raised, if it did."""
+        """Raises the stored error of the file, if there is one."""
         if self._error is not None:
             raise self._error

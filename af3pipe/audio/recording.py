@@ -1,4 +1,4 @@
-"""Decodes recordings, and any number of parts of one object in one pass, into segments that the model can take."""
+"""Decodes recordings, or any number of parts of one object in one pass, into segments for the model."""
 
 import math
 from collections.abc import Generator, Iterator, Sequence
@@ -15,8 +15,8 @@ from af3pipe.schemas import MIX, Recording, Rejected, Segment, channel_text
 
 OverLength: TypeAlias = Literal["dead-letter", "truncate", "split"]
 
-HELD_S = 1200.0
-"""How much audio the parts of one pass may gather at once, in seconds: 77 MB at 16 kHz."""
+BUFFERED_S = 1200.0
+"""Most audio of all parts of one pass in memory at once, in seconds: 77 MB at 16 kHz."""
 # Each has a resampler that takes 0.5 MB, in a decoder process that may have 64 MiB.
 _MOST_AT_ONCE = 64
 _MOST_PARTS = 20_000  # of one pass: a decoder process keeps them in mind, some 15 MB
@@ -32,10 +32,10 @@ def read_segments(
     silent_below_dbfs: float = SILENT_BELOW_DBFS,
     open_decoding: OpenDecoding = open_in_process,
 ) -> Iterator[Segment]:
-    """Decodes a recording, or the range of it that is asked for, into segments: `read_parts` for one part.
+    """Decodes a recording (or its requested range) into segments: `read_parts` for a single part.
 
     Raises:
-        Rejected: As `read_parts` gives it.
+        Rejected: The rejection that `read_parts` yields.
     """
     with closing(
         read_parts(
@@ -52,7 +52,7 @@ def read_segments(
             if isinstance(outcome, Rejected):
                 raise outcome
             yield outcome
-            del outcome  # or it is held while the next one is gathered
+            del outcome  # or it stays in memory while the next one is filled
 
 
 def read_parts(
@@ -67,37 +67,38 @@ def read_parts(
 ) -> Generator[tuple[int, Segment | Rejected], None, None]:
     """Decodes all parts of one object into the segments that the policy allows, in one pass over the file.
 
-    Parts may overlap, be equal, and come in any order. Each gives the segments and the rejection that it gives alone,
-    whatever other parts there are. Only parts that a dying decoder process leaves undone are rejected together.
+    Parts may overlap, be equal, and come in any order. Each gives the same segments and rejection as if it were
+    decoded alone. Only parts that a crashed decoder process leaves unfinished are rejected together.
 
-    Over-length is known from the header before the body is read, or at the cap where the header lies or states
-    nothing. `dead-letter` rejects it, `truncate` gives one segment of exactly the cap, `split` gives consecutive
-    ones, each of which ends at the quietest point of the last `split_tolerance_s` before the cap (0: at the cap).
-    At the cap exactly, give or take `limits.min_samples`, a part is not over-length.
+    Over-long parts are detected from the header before the body is read, or while decoding if the header is wrong or
+    states no length. The cap is the longest segment (`limits.max_samples`). `dead-letter` rejects over-long parts,
+    `truncate` gives one segment of exactly the cap, `split` gives consecutive segments, each of which ends at the
+    quietest point of the last `split_tolerance_s` before the cap (0: at the cap). A part of the cap plus less than
+    `limits.min_samples` is not over-long.
 
-    The last segment's `info.duration_s` is what decoding found the object to last. Where decoding stopped before
-    the object's end it is what the header states, or at least what was decoded, so that a truncated segment is seen
-    to end before it; for a range that was asked for it may be None.
+    The last segment's `info.duration_s` is the object's duration as decoded. If decoding stopped before the object's
+    end, it is what the header states, but at least what was decoded, so that a truncated segment visibly ends before
+    it; for a requested range it may be None.
 
-    The file is read front to back. Gaps between parts are skipped where the format allows exact seeks (PCM, FLAC).
-    There are more passes than one
+    The file is read from front to back. Gaps between parts are skipped if the format allows exact seeks (PCM, FLAC).
+    Several passes are needed
 
-    - for each audio stream that is chosen (`Recording.stream`);
-    - for parts of the mix and of single channels of one stream, in formats that FFmpeg reads, where the number of
-      channels may change half-way;
-    - where parts that overlap would gather more than `HELD_S` of audio at once, or are more than 64: those that do
-      not fit are decoded again rather than held. One part alone always fits;
-    - where there are more than 20,000 parts;
-    - where the decoder fails, and parts behind that place can be reached by an exact seek.
+    - if several audio streams are requested (`Recording.stream`);
+    - if parts of the mix and of single channels of one stream are requested in formats that FFmpeg reads, where the
+      number of channels may change in the middle;
+    - if overlapping parts would need more than `BUFFERED_S` of audio in memory at once, or are more than 64: the rest
+      is decoded in another pass. A single part always fits;
+    - if there are more than 20,000 parts;
+    - if the decoder fails, and parts after the failure can be reached by an exact seek.
 
     Args:
-        file: Seekable; left open. What its `read` raises, other than Rejected, is raised here, unchanged.
-        parts: All of the same object.
-        limits: The model's.
-        over_length: What becomes of parts longer than the cap.
-        split_tolerance_s: How much earlier than at the cap `split` may cut, in seconds.
+        file: Seekable; stays open. Exceptions of its `read`, other than Rejected, are raised here, unchanged.
+        parts: Recordings of the same object.
+        limits: The model's limits.
+        over_length: Policy for parts longer than the cap.
+        split_tolerance_s: How long before the cap `split` may cut, in seconds.
         silent_below_dbfs: A segment whose peak is at or below this is silent.
-        open_decoding: Where it is decoded: in this process, or in another one by `guard.DecoderPool.open`.
+        open_decoding: Opens the decoder: in this process, or in another one with `guard.DecoderPool.open`.
 
     Yields:
         The index of a part, and its next segment or its end. Segments of one part come in order of time, as soon as
@@ -105,8 +106,8 @@ def read_parts(
 
     Raises:
         ValueError: An offset or a duration is not finite, an offset is negative, or a channel has no such name.
-        Exception: What opening and reading raise other than Rejected: GuardError, DecoderError, errors of the file.
-            It concerns all parts that have not ended.
+        Exception: Errors of opening and reading other than Rejected: GuardError, DecoderError, errors of the file.
+            They concern all parts that have not ended.
     """
     policy = _Policy(limits, over_length, split_tolerance_s, silent_below_dbfs)
     streams: dict[int | None, dict[Part, _Reading]] = {}
@@ -146,11 +147,11 @@ def _part(recording: Recording, policy: _Policy) -> Part:
 
 
 class _Reading:
-    """A part that is being read, for all recordings that are this same part.
+    """A part that is being decoded, for all recordings that request the same part.
 
     Attributes:
-        takers: Index among the parts, and recording, of each.
-        has_ended: Whether its last segment or its rejection was given.
+        takers: Index among the parts, and the recording, for each of them.
+        has_ended: Whether its last segment or its rejection was yielded.
     """
 
     def __init__(self, part: Part, policy: _Policy) -> None:
@@ -163,20 +164,20 @@ class _Reading:
         self._samples = 0
 
     def gathers_s(self, decoding: Decoding) -> float:
-        """How much audio it holds at most while it is read, in seconds."""
+        """Returns how much audio it needs in memory at most, in seconds."""
         limits = self._policy.limits
         stated = decoding.stated_samples(self.part)
         wanted_s = self.part.duration_s if stated is None else stated / limits.sample_rate
         return limits.max_s if wanted_s is None else min(max(wanted_s, 0.0), limits.max_s)
 
     def ends_s(self) -> float:
-        """Where in the object it is done with, in seconds; infinite where that is at the end."""
+        """Returns where in the object it ends, in seconds; infinite for the object's end."""
         most, duration_s = self.part.most_samples, self.part.duration_s
         until_s = math.inf if duration_s is None else self.part.offset_s + duration_s
         return until_s if most is None else min(until_s, self._end_s(most))
 
     def take(self, piece: Piece, decoding: Decoding) -> Iterator[tuple[int, Segment | Rejected]]:
-        """The outcomes that its next samples make; none once it has ended, where what was decoded goes on."""
+        """Yields the segments that its next samples complete; none after it has ended, even if more was decoded."""
         if self.has_ended:
             return
         if self._cutter is None:
@@ -190,7 +191,7 @@ class _Reading:
         self._samples += len(piece.samples)
         for cut in self._cutter.push(piece.samples):
             yield from self._give(cut, decoding)
-            del cut  # or it is held while the next one is gathered
+            del cut  # or it stays in memory while the next one is filled
             if self.has_ended:
                 return
         if not piece.is_end:
@@ -204,14 +205,14 @@ class _Reading:
             yield from self.reject(lengths.too_short(decoding, limits, self._samples, self._end_s(self._samples)))
 
     def reject(self, rejected: Rejected) -> Iterator[tuple[int, Rejected]]:
-        """Ends all recordings that are this part."""
+        """Ends this part, with a rejection for all of its recordings."""
         self._end()
         for index, _ in self.takers:
             yield index, rejected
 
     def _give(self, cut: Cut, decoding: Decoding) -> Iterator[tuple[int, Segment | Rejected]]:
         policy = self._policy
-        decided_s = self._end_s(decided_samples(policy.limits))  # so much is there at least, where more follows
+        decided_s = self._end_s(decided_samples(policy.limits))  # the shortest possible length if more follows
         if policy.rejects_long and not cut.is_last:
             yield from self.reject(lengths.too_long(decoding, policy.limits, decided_s))
             return
@@ -248,14 +249,14 @@ class _Reading:
         self._cutter = None  # with what it gathered beyond
 
     def _end_s(self, samples: int) -> float:
-        """Where so many samples of it end, in seconds from the start of the object."""
+        """Returns the end of its first `samples` samples, in seconds from the start of the object."""
         return self.part.offset_s + samples / self._policy.limits.sample_rate
 
 
 def _read_stream(
     file: BinaryIO, asked: Asked, readings: list[_Reading], policy: _Policy, open_decoding: OpenDecoding
 ) -> Iterator[tuple[int, Segment | Rejected]]:
-    """All parts of one audio stream, sorted by offset, in as many passes as they need."""
+    """Decodes all parts of one audio stream, sorted by offset, in as many passes as they need."""
     try:
         if policy.rejects_long and (whole_s := lengths.read_large_index(file, asked.stream)) is not None:
             for reading in readings:
@@ -303,7 +304,7 @@ def _read_pass(
 
 
 def _of_one_kind(readings: list[_Reading], decoding: Decoding) -> list[_Reading]:
-    """The mix or single channels: where a stream's channels may change, that is the end of the latter only."""
+    """Returns the parts of the mix, or those of single channels: only the latter end if the channels change."""
     if decoding.info.decoder == "soundfile" or not readings:
         return readings
     of_mix = readings[0].part.channel == MIX
@@ -311,19 +312,19 @@ def _of_one_kind(readings: list[_Reading], decoding: Decoding) -> list[_Reading]
 
 
 def _that_fit(readings: list[_Reading], decoding: Decoding) -> list[_Reading]:
-    """Of parts sorted by offset, those that one pass can read in bounded memory; at least the first one."""
+    """Chooses from parts sorted by offset those that one pass can decode in bounded memory; at least the first."""
     chosen: list[_Reading] = []
     open_: list[tuple[float, float]] = []  # where a part ends, and what it gathers, in seconds
-    held_s = 0.0
+    buffered_s = 0.0
     for reading in readings:
         while open_ and open_[0][0] <= reading.part.offset_s:
-            held_s -= heappop(open_)[1]
+            buffered_s -= heappop(open_)[1]
         gathers_s = reading.gathers_s(decoding)
-        if open_ and (held_s + gathers_s > HELD_S or len(open_) == _MOST_AT_ONCE):
+        if open_ and (buffered_s + gathers_s > BUFFERED_S or len(open_) == _MOST_AT_ONCE):
             continue
         if len(chosen) == _MOST_PARTS:
             break
         heappush(open_, (reading.ends_s(), gathers_s))
-        held_s += gathers_s
+        buffered_s += gathers_s
         chosen.append(reading)
     return chosen

@@ -1,4 +1,4 @@
-"""Cuts blocks of PCM into segments, in whole samples."""
+"""Splits blocks of PCM into segments, in whole samples."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from af3pipe.audio.levels import quietest_point
 
 
 class AudioLimits(NamedTuple):
-    """What one sample given to the model may be. Read from the checkpoint by `models.family`; no constants here.
+    """Limits of one audio given to the model, read from the checkpoint by `models.family`; no constants here.
 
     Attributes:
-        sample_rate: In Hz, of the feature extractor.
-        max_samples: The cap of one segment: the processor's `max_audio_len` in whole windows.
-        min_samples: Fewer give not a single audio token.
-        window_samples: One window of the audio encoder.
+        sample_rate: Sampling rate of the feature extractor, in Hz.
+        max_samples: Longest segment (the cap): the processor's `max_audio_len` in whole windows.
+        min_samples: Shortest segment; fewer samples give no audio token.
+        window_samples: Length of one window of the audio encoder.
     """
 
     sample_rate: int
@@ -26,17 +26,17 @@ class AudioLimits(NamedTuple):
 
     @property
     def max_s(self) -> float:
-        """The cap in seconds."""
+        """The longest segment, in seconds."""
         return self.max_samples / self.sample_rate
 
 
 class Cut(NamedTuple):
-    """One segment's samples, before it knows which recording it is of.
+    """The samples of one segment, before it is assigned to a recording.
 
     Attributes:
         start: Index of the first sample, counted from the first sample decoded.
         samples: float32 mono PCM, shape (n,), n between `min_samples` and `max_samples`.
-        is_last: Whether nothing that could be answered follows.
+        is_last: Whether no further segment follows.
     """
 
     start: int
@@ -45,32 +45,32 @@ class Cut(NamedTuple):
 
 
 def decided_samples(limits: AudioLimits) -> int:
-    """How many samples show that another segment follows the first."""
+    """Returns how many samples suffice to know that a second segment follows the first."""
     return limits.max_samples + limits.min_samples
 
 
 def is_over_length(total: int, limits: AudioLimits) -> bool:
-    """Whether `total` samples need more than one segment."""
+    """Returns whether `total` samples need more than one segment."""
     return total >= decided_samples(limits)
 
 
 class Cutter:
-    """Regroups blocks of PCM into consecutive segments that join without a gap, in linear time.
+    """Regroups blocks of PCM into consecutive segments without gaps, in linear time.
 
     A segment ends at the cap, or at the quietest point (`levels.quietest_point`) of the tolerance before it, so
-    that no word is cut where there is a pause. Only what lies before the cap decides, not how it came in blocks.
+    that no word is cut if there is a pause. Only the samples before the cap decide, not the sizes of the blocks.
 
-    A remainder shorter than `min_samples` (under 0.03 s) gives not a single audio token. It is no segment of its
-    own, and it cannot lengthen the last one past the cap: it belongs to none, and the recording counts as covered
-    without it. There is no segment at all where all blocks together are that short.
+    A remainder shorter than `min_samples` (under 0.03 s) gives no audio token. It is not a segment, and cannot extend
+    the last one past the cap: it is dropped, and the recording counts as covered without it. There is no segment at
+    all if all blocks together are that short.
 
-    A segment is held back until it is known whether another follows, so that `is_last` is right. It is gathered in
-    place, so at most one segment and one block are in memory here; a caller who keeps segments adds those.
+    A segment is delayed until it is known whether another follows, so that `is_last` is right. It is filled in place,
+    so at most one segment and one block are in memory here, besides the segments that a caller keeps.
 
     Args:
-        limits: The cap, and the shortest that can be answered.
-        tolerance_samples: How much earlier than at the cap a segment may end; half the cap at most counts.
-        expected: How many samples will come, where that is known; saves memory, and may be wrong.
+        limits: The longest and the shortest segment.
+        tolerance_samples: How many samples before the cap a segment may end; at most half the cap.
+        expected: Number of samples to come, if known; saves memory, and may be wrong.
     """
 
     def __init__(self, limits: AudioLimits, *, tolerance_samples: int = 0, expected: int | None = None) -> None:
@@ -83,7 +83,7 @@ class Cutter:
         self._start = 0
 
     def push(self, block: npt.NDArray[np.float32]) -> Iterator[Cut]:
-        """Takes the next samples, float32 mono, shape (n,); gives the segments after which others follow."""
+        """Adds the next samples, float32 mono, shape (n,); yields the segments that others follow."""
         while len(block):
             taken = min(len(block), self._decided - self._count)
             self._make_room(self._count + taken)
@@ -99,7 +99,7 @@ class Cutter:
             del piece
 
     def end(self) -> Cut | None:
-        """The last segment, once all samples were pushed."""
+        """Returns the last segment, once all samples were pushed."""
         gathered, count, self._gathered = self._gathered, self._count, np.empty(0, np.float32)
         if count < self._limits.min_samples:
             return None
@@ -117,7 +117,7 @@ class Cutter:
 
 
 def _end(gathered: npt.NDArray[np.float32], limits: AudioLimits, tolerance_samples: int) -> int:
-    """Where a segment ends of which more is there than the cap."""
+    """Returns where a segment ends if there are more samples than the cap."""
     cap = limits.max_samples
     tolerance = min(tolerance_samples, cap // 2, cap - limits.min_samples)
     if tolerance <= 0:

@@ -1,4 +1,4 @@
-"""PCM to text: the tasks and the door to the engines. Importing this never imports torch."""
+"""Turns audio into text: tasks, checkpoints, and the engines that run the model. Importing it never imports torch."""
 
 from af3pipe.models.engine import (
     ENGINES,

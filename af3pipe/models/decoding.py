@@ -1,4 +1,4 @@
-"""The next token of many prompts at once: what stock `generate` would choose for each of them alone."""
+"""Chooses the next tokens of many prompts at once, as unmodified `generate` would for each prompt alone."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ _NO_TOKEN = 2**62  # outside every vocabulary: matches no stop string
 
 
 class _Sampling(NamedTuple):
-    """What rows must share to go through the same warpers."""
+    """The parameters that rows must share to be processed by the same logits warpers."""
 
     temperature: float
     top_k: int
@@ -33,13 +33,12 @@ class _Sampling(NamedTuple):
 
 
 class Choice:
-    """One prompt's reply while it is decoded; made by `Chooser.begin`.
+    """The reply to one prompt while it is decoded; created by `Chooser.begin`.
 
     Attributes:
-        tokens: Chosen so far, the end-of-sequence token included.
-        finish_reason: None while it goes on; `stop` when the model or a stop string ended it, else `length`.
-        error: Why a constraint could not be followed to the end; None if it could. The reply is finished then, and
-            what there is of it is worth nothing.
+        tokens: Tokens so far, the end-of-sequence token included.
+        finish_reason: None while it is decoded; `stop` if the model or a stop string ended it, else `length`.
+        error: Why a constraint could not be followed to the end, or None. The reply is finished then, and invalid.
     """
 
     __slots__ = (
@@ -78,13 +77,13 @@ class Choice:
         self._drawn: tuple[int, float] = (-1, 0.0)
 
     def _uniform(self) -> float:
-        """The number that the next token is drawn with; the same one until it is there."""
+        """The random number for the next token; the same number until that token is appended."""
         if self._drawn[0] != len(self.tokens):
             self._drawn = (len(self.tokens), self._uniforms.random())
         return self._drawn[1]
 
     def _follow(self) -> None:
-        """Takes the last token into account: for the penalty and the constraint."""
+        """Updates the repetition penalty and the constraint with the last token."""
         if self.decoding.repetition_penalty != 1:
             self._seen.append(self.tokens[-1])
         if self._matcher is not None and self.finish_reason is None:
@@ -92,19 +91,19 @@ class Choice:
 
 
 class Chooser:
-    """Chooses as `generate` does for one prompt, for prompts with decoding parameters of their own.
+    """Chooses tokens as `generate` does, for prompts with different decoding parameters in one batch.
 
-    The processors are Hugging Face's, each given all the rows that share its parameters. What a prompt gets does
-    not depend on the others: draws come from a counter-based generator that the two seeds are the key of.
+    The logits processors are Hugging Face's, each applied to all rows that share its parameters. A prompt's tokens do
+    not depend on the other prompts: samples come from a counter-based generator keyed by the two seeds.
     """
 
     def __init__(self, tokenizer: Any, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
-        """Compiles nothing yet.
+        """Stores the vocabulary; compiles nothing yet.
 
         Args:
-            tokenizer: The checkpoint's own.
-            eos_token_ids: Each of them ends a reply.
-            vocab_size: Rows of the language model's head; may be more than the tokenizer has tokens.
+            tokenizer: The checkpoint's tokenizer.
+            eos_token_ids: Tokens each of which ends a reply.
+            vocab_size: Rows of the language model's head, which may be more than the tokenizer's tokens.
         """
         self._tokenizer = tokenizer
         self._eos = list(eos_token_ids)
@@ -115,18 +114,18 @@ class Chooser:
         self._guide = functools.lru_cache(1)(self._make_guide)
 
     def begin(self, decoding: Decoding, seed: int, prompt_ids: Sequence[int]) -> Choice:
-        """A prompt's reply, still empty.
+        """Creates the reply to a prompt, still empty.
 
         Args:
-            decoding: How it is chosen.
-            seed: The request's own.
-            prompt_ids: With the audio's placeholders, as stock `generate` would be given it.
+            decoding: Decoding parameters.
+            seed: Seed of the request.
+            prompt_ids: Token ids of the prompt, with audio placeholders, as for unmodified `generate`.
 
         Raises:
-            ModelError: Parameters that Hugging Face refuses, or a constraint that cannot be followed.
+            ModelError: Hugging Face rejects the parameters, or the constraint cannot be compiled.
         """
         if decoding.max_new_tokens < 1:
-            raise ModelError(f"max_new_tokens is {decoding.max_new_tokens}; a reply has at least one token")
+            raise ModelError(f"max_new_tokens is {decoding.max_new_tokens}; a reply needs at least one token")
         try:
             _penalty(decoding.repetition_penalty)
             _warpers(_sampling(decoding))
@@ -143,14 +142,14 @@ class Chooser:
         return Choice(decoding, seed, prompt_ids, tail, matcher)
 
     def next(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
-        """Chooses a token for each prompt, and sets what has finished by it.
+        """Chooses a token for each prompt, and marks replies that it finishes.
 
         Args:
-            logits: What the model says of the next token, shape (prompts, vocab size), any float dtype and device.
-            choices: One a row, none of them finished; the tokens are appended to them.
+            logits: Logits of the next token, shape (prompts, vocab size), any float dtype and device.
+            choices: One for each row, none of them finished; the tokens are appended to them.
 
         Returns:
-            The tokens, one a row.
+            The tokens, one for each row.
         """
         # Ties go to the first of equals in every dtype, so this needs no float32.
         tokens: list[int] = logits.argmax(-1).tolist()
@@ -180,9 +179,9 @@ class Chooser:
         return tokens
 
     def generate_arguments(self, decoding: Decoding, seed: int) -> dict[str, Any]:
-        """What stock `generate` must be given beside `inputs.generation_config` to choose the same, for one prompt.
+        """Returns arguments with which unmodified `generate` chooses the same tokens, for one prompt.
 
-        They are for one call: the processors remember how far it is.
+        Pass them along with `inputs.generation_config`, and to one call only: the processors have state.
 
         Raises:
             ModelError: As `begin`.
@@ -198,7 +197,7 @@ class Chooser:
     # -- rows with parameters of their own -------------------------------------------------------------------------
 
     def _pick(self, scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
-        """Tokens for float32 scores, which are overwritten; in the order of stock `generate`."""
+        """Chooses tokens from float32 logits, which it overwrites, in the order of operations of `generate`."""
         for penalty, rows in _groups(choices, lambda choice: choice.decoding.repetition_penalty).items():
             if penalty != 1:
                 ids = _padded([choices[row]._seen for row in rows]).to(scores.device)
@@ -219,7 +218,7 @@ class Chooser:
         return picked
 
     def _stopped(self, choices: Sequence[Choice], tokens: Sequence[int]) -> list[int]:
-        """Rows whose reply ends in a stop string once their next token is added."""
+        """Returns the rows whose reply ends in a stop string once their next token is appended."""
         stopped = []
         for stop, rows in _groups(choices, lambda choice: choice.decoding.stop).items():
             if stop:
@@ -232,7 +231,7 @@ class Chooser:
         return stopped
 
     def _allow(self, scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
-        """Scores with everything at -inf that a constraint forbids next."""
+        """Sets the logits of all tokens that a constraint forbids to -inf."""
         allowed = np.zeros((len(choices), self._vocab_size), dtype=bool)
         for row, choice in zip(allowed, choices, strict=True):
             assert choice._matcher is not None
@@ -249,22 +248,22 @@ class Chooser:
     # -- made once ---------------------------------------------------------------------------------------------------
 
     def _make_stop_criteria(self, stop: tuple[str, ...]) -> Any:
-        """Looks through the whole vocabulary, in Python: seconds for a large one."""
+        """Compiles stop strings. Scans the whole vocabulary in Python: seconds for a large one."""
         if not all(stop):
-            raise ValueError("a stop string is empty, which every reply begins with")
+            raise ValueError("a stop string is empty; give strings of at least one character")
         return hf.StopStringCriteria(self._tokenizer, list(stop))
 
     def _make_guide(self) -> llguidance.LLTokenizer:
-        """The tokenizer as the constraints' library has it."""
+        """Converts the tokenizer for the library of constrained decoding."""
         size = max(self._vocab_size, len(self._tokenizer))
         eos = self._eos[0] if self._eos else None
         return llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=size, eos_token=eos)
 
     def _make_matcher(self, one_of: tuple[str, ...], json_schema: str | None) -> llguidance.LLMatcher:
-        """A compiled constraint at its start; to be copied.
+        """Compiles a constraint and returns its matcher at the start, to be copied for each reply.
 
         Raises:
-            ModelError: The library refuses it.
+            ModelError: The library rejects the constraint.
         """
         if one_of and json_schema is not None:
             raise ModelError("one_of and json_schema are two constraints on one reply; give one of them")
@@ -285,12 +284,12 @@ class Chooser:
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first stop string in it; all of it where there is none."""
+    """Returns the text before the first stop string in it; all of it if there is none."""
     return text[: min((place for each in stop if (place := text.find(each)) >= 0), default=len(text))]
 
 
 class _Constrained(hf.LogitsProcessor):
-    """A constraint for stock `generate`, one prompt."""
+    """Applies a constraint in unmodified `generate`, to one prompt."""
 
     def __init__(self, choice: Choice, allow: Callable[[torch.Tensor, Sequence[Choice]], torch.Tensor]) -> None:
         self._choice = choice
@@ -309,7 +308,7 @@ class _Constrained(hf.LogitsProcessor):
 
 
 class _Drawn(hf.LogitsProcessor):
-    """Leaves only the token that is drawn, so that greedy `generate` takes it."""
+    """Keeps only the sampled token, so that greedy `generate` takes it."""
 
     def __init__(self, choice: Choice) -> None:
         self._uniforms = choice._uniforms
@@ -320,13 +319,13 @@ class _Drawn(hf.LogitsProcessor):
 
 
 def _uniforms(seed: int, request_seed: int) -> np.random.Generator:
-    """Uniform numbers in [0, 1), one a step; negative seeds are as good as others."""
+    """Yields uniform numbers in [0, 1), one for each step; the seed may be negative."""
     key = np.array([seed % 2**64, request_seed % 2**64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
 
 
 def _draw(scores: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Tokens by inverse CDF, shape (rows,): the first whose cumulative probability is above the row's number."""
+    """Samples tokens by inverse CDF, shape (rows,): the first whose cumulative probability exceeds a row's number."""
     cumulative = scores.double().softmax(-1).cumsum(-1)
     below = torch.tensor(uniforms, dtype=torch.float64, device=scores.device).unsqueeze(1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, below, right=True).squeeze(1)
@@ -335,15 +334,15 @@ def _draw(scores: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
 
 
 def _sampling(decoding: Decoding) -> _Sampling | None:
-    """None for greedy rows."""
+    """Returns the sampling parameters; None for greedy decoding."""
     return _Sampling(decoding.temperature, decoding.top_k, decoding.top_p) if decoding.do_sample else None
 
 
 def _warpers(sampling: _Sampling | None) -> Any:
-    """The list that `generate` would make itself if it were to sample.
+    """Returns the logits warpers that `generate` would create for sampling.
 
     Raises:
-        ValueError: A value out of its range.
+        ValueError: A value is out of its range.
     """
     warpers = hf.LogitsProcessorList()
     if sampling is None:
@@ -362,7 +361,7 @@ def _penalty(penalty: float) -> Any:
 
 
 def _groups(choices: Sequence[Choice], key: Callable[[Choice], Hashable]) -> dict[Any, list[int]]:
-    """Rows by what they share."""
+    """Groups rows by the parameters that they share."""
     groups = defaultdict(list)
     for row, choice in enumerate(choices):
         groups[key(choice)].append(row)
@@ -370,7 +369,7 @@ def _groups(choices: Sequence[Choice], key: Callable[[Choice], Hashable]) -> dic
 
 
 def _padded(ids: Sequence["array[int]"]) -> torch.Tensor:
-    """Rows of ids made as long as the longest, by an id that the row holds already."""
+    """Pads rows of ids to the longest one, each with an id that it contains already."""
     padded = np.empty((len(ids), max(map(len, ids))), dtype=np.int64)
     for line, row in zip(padded, ids, strict=True):
         line[: len(row)] = row

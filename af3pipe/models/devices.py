@@ -1,8 +1,8 @@
-"""What a device name means, and which process has which GPU.
+"""Resolves device names, and ensures that no two processes use the same GPU.
 
-A GPU is claimed by a lock on a file that is named for its UUID, in a folder of the user's under the temporary one.
-The kernel frees the lock with the process that holds it, however that ends. What does not share user and folder, as
-another container, is not seen.
+A process claims a GPU by locking a file named after its UUID, in a folder of the user below the temporary folder. The
+kernel releases the lock when the process ends, however it ends. Processes of other users or with another temporary
+folder, such as other containers, are not seen.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ _CPU_MEMORY_SHARE = 0.25  # of all there is
 
 
 class Claim:
-    """A GPU that this process has, and no other takes as long as that is so.
+    """A GPU claimed by this process: no other process of this user takes it.
 
     Attributes:
-        gpu: Its id.
-        fd: Of the locked file. A child process that inherits it keeps the GPU claimed for as long as it lives.
+        gpu: Id of the GPU.
+        fd: Descriptor of the locked file. A child process that inherits it keeps the GPU claimed while it lives.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
@@ -43,30 +43,30 @@ class Claim:
         self._released = False
 
     def release(self) -> None:
-        """Gives the GPU back. A second call does nothing."""
+        """Releases the GPU. A second call does nothing."""
         with _lock:
-            users = _held.get(self._path, ())
+            users = _claims.get(self._path, ())
             if self._released or self not in users:  # not there: this process is a fork, the claim its parent's
                 return
             self._released = True
-            _held[self._path].remove(self)
-            if not _held[self._path]:
-                del _held[self._path]
-                fcntl.flock(self.fd, fcntl.LOCK_UN)  # not left to close(): a fork may hold the file open
+            _claims[self._path].remove(self)
+            if not _claims[self._path]:
+                del _claims[self._path]
+                fcntl.flock(self.fd, fcntl.LOCK_UN)  # close() is not enough: a fork may have the file open
                 os.close(self.fd)
 
 
-_held: dict[Path, list[Claim]] = {}  # of this process, whose engines share what they must
+_claims: dict[Path, list[Claim]] = {}  # of this process, whose engines share what they must
 _lock = threading.Lock()
 
 
 def _forget() -> None:
-    """In a forked process: the claims are its parent's, and must end with that one."""
+    """Clears the claims in a forked process: they are its parent's, and must end with the parent."""
     global _lock
     _lock = threading.Lock()
-    for users in _held.values():
+    for users in _claims.values():
         os.close(users[0].fd)
-    _held.clear()
+    _claims.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -74,15 +74,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def claim(gpus: Sequence[str], folder: Path, *, most: int = 1, wait_s: float = _WAIT_S) -> list[Claim]:
-    """Claims up to `most` GPUs that nobody has, at least one; where there is none, some that this process has.
+    """Claims up to `most` free GPUs, at least one; if none is free, returns some that this process has already.
 
-    So two engines of one process come to share a GPU when they must, but never those of two processes.
+    So engines of one process share a GPU if they must, but engines of two processes never do.
 
     Args:
-        gpus: Their ids, each a valid file name; those in front are taken first.
-        folder: Where their files are.
-        most: How many at most.
-        wait_s: How long to wait for the first, in seconds.
+        gpus: Ids of the GPUs, each a valid file name; the first ones are preferred.
+        folder: Folder of the lock files.
+        most: Largest number of GPUs.
+        wait_s: How long to wait for the first GPU, in seconds.
 
     Raises:
         ModelError: Other processes have them all.
@@ -106,22 +106,22 @@ def claim(gpus: Sequence[str], folder: Path, *, most: int = 1, wait_s: float = _
 def _claim_free(paths: Sequence[Path], most: int) -> list[Claim]:
     claims: list[Claim] = []
     for path in paths:
-        if len(claims) < most and path not in _held and (fd := _try_lock(path)) is not None:
+        if len(claims) < most and path not in _claims and (fd := _try_lock(path)) is not None:
             claims.append(Claim(path, fd))
-            _held[path] = claims[-1:]
+            _claims[path] = claims[-1:]
     return claims
 
 
 def _share_own(paths: Sequence[Path], most: int) -> list[Claim]:
-    own = sorted((path for path in paths if path in _held), key=lambda path: len(_held[path]))
-    claims = [Claim(path, _held[path][0].fd) for path in own[:most]]
+    own = sorted((path for path in paths if path in _claims), key=lambda path: len(_claims[path]))
+    claims = [Claim(path, _claims[path][0].fd) for path in own[:most]]
     for path, claimed in zip(own, claims, strict=False):
-        _held[path].append(claimed)
+        _claims[path].append(claimed)
     return claims
 
 
 def _try_lock(path: Path) -> int | None:
-    """The descriptor of the locked file, which then names this process; None where another one has it."""
+    """Locks the file and writes this process's id to it; returns its descriptor, or None if it is locked."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,10 +145,10 @@ def _who_has_them(paths: Sequence[Path], wait_s: float) -> str:
 
 
 class Device:
-    """A device, and the claim on it where it is claimed.
+    """A device, and the claim on it if there is one.
 
     Attributes:
-        torch: As torch knows it.
+        torch: The torch device.
         claim: None for a device that the user named, and for a CPU.
     """
 
@@ -157,19 +157,19 @@ class Device:
         self.claim = claim
 
     def release(self) -> None:
-        """Gives it back, once the memory on it is free. A second call does nothing."""
+        """Releases the claim, once the device's memory is free. A second call does nothing."""
         if self.claim is not None:
             self.claim.release()
 
 
 def open_device(name: str) -> Device:
-    """The device for one engine; release it when that is closed.
+    """Opens the device for one engine; release it when that is closed.
 
     Args:
-        name: `auto` claims a GPU, and is the CPU where there is none; else as torch names it.
+        name: `auto` for a claimed GPU, or the CPU if there is none; else torch's name of a device.
 
     Raises:
-        ModelError: There is no such device, or other processes have every GPU.
+        ModelError: There is no such device, or other processes have claimed all GPUs.
     """
     if name != "auto":
         return Device(_named(name))
@@ -177,11 +177,11 @@ def open_device(name: str) -> Device:
 
 
 def open_devices(name: str) -> list[Device]:
-    """The devices of several engines, each to be released when its engine is closed.
+    """Opens the devices of several engines; release each when its engine is closed.
 
     Args:
-        name: `all` claims every GPU that nobody has, and is the CPU where there is none; else names that
-            `open_device` takes, separated by commas.
+        name: `all` for every free GPU, or the CPU if there is none; else names for `open_device`, separated by
+            commas.
 
     Raises:
         ModelError: As `open_device`.
@@ -198,7 +198,7 @@ def open_devices(name: str) -> list[Device]:
 
 
 def _claimed(most: int) -> list[Device]:
-    """Up to so many GPUs; none where there is none, or no way to claim it."""
+    """Claims up to `most` GPUs; none if there is none, or no way to claim one."""
     if fcntl is None or not torch.cuda.is_available():
         return []
     # By UUID, because CUDA_VISIBLE_DEVICES numbers them anew in every process.
@@ -210,10 +210,10 @@ def _claimed(most: int) -> list[Device]:
 
 
 def claims_folder() -> Path:
-    """Where this user's processes claim GPUs.
+    """Returns the folder where this user's processes claim GPUs.
 
     Raises:
-        ModelError: Somebody else made it.
+        ModelError: The folder belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"af3pipe-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -239,7 +239,7 @@ def _named(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that slots may take, once the model is loaded."""
+    """Returns the memory available for slots, once the model is loaded."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE)
     try:
@@ -250,7 +250,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether less at once may work where this was raised."""
+    """Returns whether an error means that less work at once may succeed."""
     # On the CPU torch raises a plain RuntimeError. What CUDA's libraries allocate themselves fails as a CUDA error,
     # and so do kernels and graphs that are loaded late.
     signs = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")
@@ -258,12 +258,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the pages that torch adds to it."""
+    """Returns an error's message without the pages of text that torch adds."""
     return str(error).strip().partition("\n")[0]
 
 
 def is_device_lost(error: Exception) -> bool:
-    """After such an error every further call on the device fails, too: this process cannot go on."""
+    """Returns whether every further call on the device would fail, so that this process cannot continue."""
     accelerator_error = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
     lost = isinstance(error, accelerator_error) or "CUDA error" in str(error)
     return lost and not is_out_of_memory(error)

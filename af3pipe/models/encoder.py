@@ -1,7 +1,7 @@
-"""Windows of audio to embeddings: the checkpoint's own encoder and projector, without the padding.
+"""Encodes windows of audio with the checkpoint's encoder and projector, without padding them to 30 s.
 
-Stock code pads every window to 30 s and masks the rest; what the mask leaves is the same without it (float32: 2e-6),
-and a clip of 2 s costs a fifteenth.
+The unmodified code pads every window to 30 s and masks the rest. Without the padding the embeddings are the same
+(float32: 2e-6), and a clip of 2 s costs a fifteenth.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ _ROUNDING = {"cpu": 1, "cuda": 64}
 
 
 class _Batch(NamedTuple):
-    """Windows encoded together, and what each is padded to."""
+    """Windows encoded together, and the length that each is padded to."""
 
     windows: list[Window]
     positions: int
@@ -35,7 +35,8 @@ class AudioEncoder:
     """The audio tower and the projector of a loaded model.
 
     Attributes:
-        max_positions: Through the encoder at once; halved when they do not fit in memory, and never raised again.
+        max_positions: Most positions to encode at once; halved when they do not fit in memory, and never raised
+            again.
     """
 
     def __init__(self, core: Any, *, rounding: int | None = None) -> None:
@@ -48,11 +49,11 @@ class AudioEncoder:
 
     @torch.inference_mode()
     def encode(self, windows: Sequence[Window], between: Callable[[], None]) -> list[torch.Tensor]:
-        """Embeddings of each window, in order; shape (audio tokens, hidden size of the language model).
+        """Encodes windows; returns the embeddings of each, in order, shape (audio tokens, LM hidden size).
 
         Args:
-            windows: Of any recordings, in any order.
-            between: Called before each batch; what it raises ends the work.
+            windows: Windows of any recordings, in any order.
+            between: Called before each batch; an exception from it ends the encoding.
         """
         by_length = sorted(range(len(windows)), key=lambda index: windows[index].frames)
         encoded: dict[int, torch.Tensor] = {}
@@ -71,13 +72,13 @@ class AudioEncoder:
         return [encoded[index] for index in range(len(windows))]
 
     def _batch(self, windows: list[Window]) -> _Batch:
-        """As many of these, the shortest first, as are of one rounded length and fit."""
+        """Takes the shortest of these windows, as many as have one rounded length and fit."""
         positions = self._rounded(windows[0])
         alike = next((n for n, other in enumerate(windows) if self._rounded(other) != positions), len(windows))
         return _Batch(windows[: max(1, min(alike, self.max_positions // positions))], positions)
 
     def _rounded(self, window: Window) -> int:
-        """Positions that a window takes, rounded up; never more than a full one has."""
+        """Returns the positions of a window, rounded up, but at most those of a full window."""
         most = _positions(window.full_frames)
         return min(most, -(-_positions(window.frames) // self._rounding) * self._rounding)
 
@@ -100,7 +101,7 @@ class AudioEncoder:
         return [piece[: window.tokens].clone() for piece, window in zip(embedded, windows, strict=True)]
 
     def _mask(self, batch: _Batch, hidden: torch.Tensor) -> Any:
-        """Hides padding, as the attention in use wants it; None where there is none."""
+        """Returns the mask of the padding for the attention in use; None if there is none."""
         lengths = [_positions(window.frames) for window in batch.windows]
         if min(lengths) == batch.positions:
             return None
@@ -109,10 +110,10 @@ class AudioEncoder:
         return create_bidirectional_mask(config=self._tower.config, inputs_embeds=hidden, attention_mask=audio)
 
     def _with_times(self, hidden: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
-        """Music Flamingo turns the embeddings by when they are heard in their recording.
+        """Rotates Music Flamingo's embeddings by their times in the recording.
 
-        Stock code reads that off input_ids and the padded length, so the times are those of full windows here, too;
-        and float32 as there, for the same cosines.
+        The unmodified code derives the times from input_ids and the padded length, so this uses those of full
+        windows, too; and float32 as there, for the same cosines.
         """
         full = _positions(windows[0].full_frames) // 2
         step = self._core.config.audio_frame_step * 4
@@ -125,10 +126,10 @@ class AudioEncoder:
 
 
 def _fit(features: torch.Tensor, frames: int) -> torch.Tensor:
-    """Cut or padded to so many mel frames; the padding is hidden from all that is kept."""
+    """Cuts or pads features to this many mel frames; the padding is masked in everything that is kept."""
     return functional.pad(features[:, :frames], (0, max(0, frames - features.shape[1])))
 
 
 def _positions(frames: int) -> int:
-    """What the second convolution, of stride 2, makes of mel frames."""
+    """Returns the length after the second convolution, of stride 2, for a number of mel frames."""
     return (frames - 1) // 2 + 1

@@ -1,4 +1,4 @@
-"""The engine contract, and the only door to torch: an engine is opened by its name, on the machine that runs it."""
+"""Defines the engine contract, and opens engines by name on the machine that runs them; imports torch only then."""
 
 import atexit
 import importlib
@@ -13,27 +13,27 @@ _GROUP = "af3pipe.models.engine_group:open_group"
 
 
 class ModelError(Exception):
-    """The model cannot be loaded or does not fit this job. Ends the job; never a dead letter per recording."""
+    """The model cannot be loaded, or does not fit this job. Ends the job; never becomes a dead letter."""
 
 
 class EngineFailed(Exception):
-    """The engine can answer nothing more (closed, or its device is lost). The runner must retry elsewhere."""
+    """The engine is closed or its device is lost. The runner must retry on another worker or process."""
 
 
 class EngineOptions(NamedTuple):
-    """What an engine is opened with. Equal options share one engine in a process.
+    """Options that an engine is opened with. In a process, equal options share one engine.
 
     Attributes:
         model: Hub id, local directory, or `demo` for the small checkpoint that ships with the package.
         engine: A name from `ENGINES`.
         revision: Branch, tag or commit on the hub; None for the default branch.
         dtype: `auto` (bfloat16 on CUDA, float32 on CPU), or `float32`, `bfloat16`, `float16`.
-        device: As torch names it; `auto` claims a GPU that no other process has, and is the CPU where there is none.
-            `all` claims every such GPU; for each, and for each of `cuda:0,cuda:1`, an engine process is started.
-        slots: Most prompts (a request has one a task) decoded together; None for what the device is good for.
-        queue_audio_s: Most seconds of audio that wait to be worked on.
-        attention: The audio encoder's attention, by Hugging Face's name for it.
-        cuda_graphs: Whether decoding steps are captured as CUDA graphs; without meaning on a CPU.
+        device: torch's name of a device; or `auto` for a GPU that no other process has claimed, or the CPU if there
+            is none. `all` claims every such GPU; for each, and for each of `cuda:0,cuda:1`, an engine process starts.
+        slots: Most prompts (one for each task of a request) decoded together; None for a default of the device.
+        queue_audio_s: Most seconds of audio that wait in the queue.
+        attention: The audio encoder's attention implementation, by Hugging Face's name.
+        cuda_graphs: Whether decoding steps are captured as CUDA graphs; ignored on a CPU.
         adapter: Directory of a PEFT adapter that is merged into the weights.
         quantize: `none`, or `int8` or `fp8` for the language model's weights.
     """
@@ -52,10 +52,10 @@ class EngineOptions(NamedTuple):
 
 
 class EngineInfo(NamedTuple):
-    """What was opened: lands in every answer and in the run's record.
+    """The opened engine; written with every answer and in the run record.
 
     Attributes:
-        slots: Prompts that are decoded together at most.
+        slots: Most prompts that are decoded together.
     """
 
     model_id: str
@@ -69,13 +69,13 @@ class EngineInfo(NamedTuple):
 
 
 class EngineStats(NamedTuple):
-    """What the engine did since it was last asked. Times are wall seconds of its thread.
+    """What the engine did since the last `take_stats`. Times are wall-clock seconds of its thread.
 
     Attributes:
-        windows: Windows of audio (30 s or less) through the audio encoder.
-        prompt_tokens: Of all prompts; `reused_tokens` of them were there already, from another task or turn.
-        steps: Decoding steps; `slot_steps` were taken by prompts, `slot_capacity` could have been.
-        idle_s: Waiting with nothing to do, from the first request on.
+        windows: Windows of audio (30 s or less) that the audio encoder processed.
+        prompt_tokens: Tokens of all prompts; `reused_tokens` of them were copied from another task or turn.
+        steps: Decoding steps, with `slot_steps` tokens for prompts out of `slot_capacity` possible ones.
+        idle_s: Time without any request, counted from the first request on.
     """
 
     requests: int = 0
@@ -94,23 +94,24 @@ class EngineStats(NamedTuple):
 
 
 class Engine(Protocol):
-    """Turns requests into replies, on threads or processes of its own; shared by all threads of the process."""
+    """Turns requests into replies, on its own threads or processes; shared by all threads of the process."""
 
     @property
     def info(self) -> EngineInfo:
-        """What was opened."""
+        """The opened model, device and dtype."""
         ...
 
     @property
     def is_open(self) -> bool:
-        """Whether it still answers; once closed or lost, never again."""
+        """Whether it still accepts requests; once closed or lost, it never does again."""
         ...
 
     def submit(self, request: Request) -> "Future[list[Reply]]":
         """Queues a request; blocks while the queue is full.
 
-        The future gives one reply per task, in order. It fails alone: with `Rejected` for a request that cannot
-        be answered, with `EngineFailed` when the engine itself is lost. A cancelled future is not worked on.
+        The future's result is one reply per task, in order. It fails independently: with `Rejected` for a request
+        that cannot be answered, with `EngineFailed` if the engine itself is lost. A cancelled future is not
+        processed.
 
         Raises:
             EngineFailed: The engine is closed or lost.
@@ -118,15 +119,15 @@ class Engine(Protocol):
         ...
 
     def ask_alone(self, request: Request) -> "Future[list[Reply]]":
-        """As `submit`, but by stock `generate`, one task at a time: what `submit` must agree with."""
+        """Like `submit`, but by unmodified `generate`, one task at a time: the reference for `submit`."""
         ...
 
     def take_stats(self) -> EngineStats:
-        """What was done since the last call; each piece of work is told once, whoever asks."""
+        """Returns the statistics since the last call; each piece of work is reported once, whoever calls."""
         ...
 
     def close(self) -> None:
-        """Stops the thread and frees the model. Requests not yet answered fail with `EngineFailed`."""
+        """Stops the thread and frees the model. Unanswered requests fail with `EngineFailed`."""
         ...
 
 
@@ -134,7 +135,7 @@ def open_engine(options: EngineOptions) -> Engine:
     """Loads a model into a new engine.
 
     Raises:
-        ModelError: Unknown engine, or the model cannot be loaded here.
+        ModelError: The engine is unknown, or the model cannot be loaded here.
     """
     if options.engine not in ENGINES:
         raise ModelError(f"engine {options.engine!r} is not known; choose from {', '.join(sorted(ENGINES))}")
@@ -151,7 +152,7 @@ def open_engine(options: EngineOptions) -> Engine:
 
 
 class _Shared:
-    """An engine in use, and by how many."""
+    """A shared engine, and the number of its users."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -165,9 +166,9 @@ _kept: set[EngineOptions] = set()
 
 
 def acquire_engine(options: EngineOptions) -> Engine:
-    """The process's one engine for these options; the first caller loads it while the others wait.
+    """Returns the process's one engine for these options; the first caller loads it while the others wait.
 
-    One that is lost is replaced by a new one: a runner tries a failed bundle again in the same process.
+    A lost engine is replaced by a new one: a runner retries a failed bundle in the same process.
 
     Pair each call with one `release_engine`.
     """
@@ -184,7 +185,7 @@ def acquire_engine(options: EngineOptions) -> Engine:
 
 
 def hold_engine(options: EngineOptions) -> None:
-    """Keeps the process's engine for these options open from when somebody acquires it; opens none.
+    """Prevents the process's engine for these options from closing once somebody acquires it; opens none.
 
     Pair each call with one `release_engine`.
     """
@@ -195,18 +196,18 @@ def hold_engine(options: EngineOptions) -> None:
 
 
 def keep_engine(options: EngineOptions) -> None:
-    """Keeps the process's engine for these options open until the process ends, however often it is called."""
+    """Keeps the process's engine for these options open until the process ends; repeated calls have no effect."""
     with _shared_lock:
         if options in _kept:
             return
         _kept.add(options)
     hold_engine(options)
-    # Not left to the system: a thread that is in the middle of native code when Python ends may crash it.
+    # Closed explicitly: a thread in the middle of native code when Python ends may crash the process.
     atexit.register(_close_engine, options)
 
 
 def _close_engine(options: EngineOptions) -> None:
-    """Whoever still uses it."""
+    """Closes an engine, whoever still uses it."""
     shared = _shared[options]
     with shared.lock:
         if shared.engine is not None:
@@ -215,7 +216,7 @@ def _close_engine(options: EngineOptions) -> None:
 
 
 def release_engine(options: EngineOptions) -> None:
-    """Gives back what `acquire_engine` gave or `hold_engine` kept; the last one closes the engine."""
+    """Ends one use of `acquire_engine` or `hold_engine`; the last one closes the engine."""
     with _shared_lock:
         shared = _shared[options]
     with shared.lock:

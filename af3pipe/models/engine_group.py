@@ -1,7 +1,7 @@
-"""Several engines as one: each in a process of its own, one a GPU. `engine_process` is the other side.
+"""Runs several engines as one, each in its own process, one per GPU. `engine_process` is the process's side.
 
-The processes are started from this package and not by `multiprocessing`, which would import the user's own script
-again in each of them, and so run its pipeline once more where nothing guards it.
+The processes are started by this package and not by `multiprocessing`, which would import the user's script again in
+each of them, and run its pipeline again if the script has no `__main__` guard.
 """
 
 import itertools
@@ -39,7 +39,7 @@ _CLOSE_S = 10.0  # an engine ends within a decoding step
 
 
 def open_group(options: EngineOptions) -> Engine:
-    """An engine for a device name that means several; `all` of one GPU, or none, needs no further process.
+    """Opens an engine for a device name that means several devices; `all` of one GPU, or none, needs no process.
 
     Raises:
         ModelError: There is no such device, or the model cannot be loaded on it.
@@ -55,19 +55,19 @@ def open_group(options: EngineOptions) -> Engine:
 
 
 class EngineGroup:
-    """Engines in processes of their own, asked as one; see `Engine` for the contract.
+    """Runs several engines in their own processes as one engine; see `Engine` for the contract.
 
-    A request goes to the process with the least audio under way. How much a process takes is for its engine's own
-    queue to say: the next request is sent when that has accepted the last one. When one process is lost the group is:
-    what the others have is still answered, until it is closed.
+    A request goes to the process with the least audio in progress. The process's own queue limits how much it takes:
+    the next request is sent when the last one was accepted. When one process is lost, the group is: the other
+    processes still answer what they have, until the group is closed.
     """
 
     def __init__(self, options: EngineOptions, devices: list[Device]) -> None:
-        """Starts the processes, which load the model at the same time.
+        """Starts the processes, which load the model concurrently.
 
         Args:
-            options: Of each engine, but for the device.
-            devices: One a process; released when its process has ended.
+            options: Options of each engine, except for the device.
+            devices: One for each process; released when its process has ended.
 
         Raises:
             ModelError: The model cannot be loaded in one of them.
@@ -96,35 +96,35 @@ class EngineGroup:
 
     @property
     def info(self) -> EngineInfo:
-        """What was opened: the devices of all, and their slots together."""
+        """The opened model, with the devices and slots of all processes."""
         return self._info
 
     @property
     def is_open(self) -> bool:
-        """Whether all of them still answer."""
+        """Whether all processes still accept requests."""
         return self._failure is None
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of the processes."""
+        """Ids of the processes."""
         return tuple(member.process.pid for member in self._members if member.process)
 
     def submit(self, request: Request) -> "Future[list[Reply]]":
-        """Sends a request to one of the engines; blocks while the queues of all are full."""
+        """Sends a request to one of the engines; blocks while all queues are full."""
         return self._ask("submit", request)
 
     def ask_alone(self, request: Request) -> "Future[list[Reply]]":
-        """As `submit`, by stock `generate`."""
+        """Like `submit`, by unmodified `generate`."""
         return self._ask("ask_alone", request)
 
     def take_stats(self) -> EngineStats:
-        """What all of them did until their last reply, since the last call."""
+        """Returns the statistics of all processes, up to their last reply, since the last call."""
         with self._changed:
             stats, self._stats = self._stats, EngineStats()
         return stats
 
     def close(self) -> None:
-        """Ends the processes and fails what is not answered. A second call does nothing."""
+        """Ends the processes and fails unanswered requests. A second call does nothing."""
         with self._changed:
             self._failure = self._failure or EngineFailed(f"the engines of {self._model!r} were closed")
             self._changed.notify_all()
@@ -151,7 +151,7 @@ class EngineGroup:
         return asked.future
 
     def _take(self, member: "_Member", message: Any) -> None:
-        """What a process says about its requests; on its member's thread."""
+        """Handles a message of a process about its requests; runs on its member's thread."""
         with self._changed:
             if isinstance(message, Accepted):
                 member.accepts = True
@@ -166,7 +166,7 @@ class EngineGroup:
         asked.finish(message.result)
 
     def _lose(self, member: "_Member", how: str) -> None:
-        """A process has ended; on its member's thread."""
+        """Handles the end of a process; runs on its member's thread."""
         with self._changed:
             self._failure = self._failure or EngineFailed(how)
             self._changed.notify_all()
@@ -176,11 +176,11 @@ class EngineGroup:
 
 
 class _Asked(NamedTuple):
-    """A request under way.
+    """A request in progress.
 
     Attributes:
-        samples: Of audio.
-        prompts: One a task.
+        samples: Number of audio samples.
+        prompts: Number of prompts, one for each task.
     """
 
     future: "Future[list[Reply]]"
@@ -197,7 +197,7 @@ class _Asked(NamedTuple):
 
 
 class _Trace(Exception):
-    """The text of a traceback in an engine process."""
+    """Carries the text of a traceback from an engine process."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -210,12 +210,12 @@ def _error(failed: Failed) -> BaseException:
 
 
 class _Member:
-    """An engine process as its parent has it, from its start to its end on a thread of its own.
+    """An engine process as its parent sees it, from start to end, on its own thread.
 
     Attributes:
-        opened: Its engine's info, or what was raised while it was opened.
-        asked: What it has, by id.
-        accepts: Whether its engine's queue took the last request it was sent.
+        opened: Its engine's info, or the error of opening it.
+        asked: Its requests in progress, by id.
+        accepts: Whether its engine's queue accepted the last request sent.
         process: None until it is started.
     """
 
@@ -232,24 +232,24 @@ class _Member:
         self._sending = threading.Lock()
 
     def start(self, take: Callable[["_Member", Any], None], lose: Callable[["_Member", str], None]) -> None:
-        """Starts the thread, which gives each message to `take`, and how it ended to `lose`."""
+        """Starts the thread, which passes each message to `take`, and the end of the process to `lose`."""
         self.thread = threading.Thread(
             target=self._run, args=(take, lose), name=f"af3pipe-engine-{self._options.device}", daemon=True
         )
         self.thread.start()
 
     def load(self) -> tuple[int, int]:
-        """Samples and prompts under way."""
+        """Samples and prompts in progress."""
         asked = self.asked.values()
         return sum(each.samples for each in asked), sum(each.prompts for each in asked)
 
     def send(self, message: bytes) -> None:
-        """Sends a pickled message; without effect when the process is gone, which the thread hears of."""
+        """Sends a pickled message; does nothing if the process has ended, which the thread notices."""
         with self._sending, suppress(OSError):
             self._link.send_bytes(message)
 
     def hang_up(self) -> None:
-        """Lets the process end, and then the thread."""
+        """Closes the connection, so that the process ends, and then the thread."""
         with suppress(OSError):  # hung up before
             self._socket.shutdown(socket.SHUT_RDWR)
         if self.process and not self.opened.done():
@@ -327,7 +327,7 @@ class _Member:
 
 
 def _log_levels() -> dict[str, int]:
-    """Of all loggers that have one of their own, by name; the root's is the empty one."""
+    """Returns the levels of all loggers that set their own, by name; the root logger's name is empty."""
     loggers = {name: logger for name, logger in logging.root.manager.loggerDict.items() if name}
     levels = {name: logger.level for name, logger in loggers.items() if isinstance(logger, logging.Logger)}
     return {"": logging.root.level} | {name: level for name, level in levels.items() if level}

@@ -1,4 +1,4 @@
-"""The inside of an engine process: one engine, asked by its parent over a socket. See `engine_group`.
+"""Runs one engine in its own process for a parent, which sends requests over a socket. See `engine_group`.
 
     parent                          process
     (options, log levels)     ->
@@ -6,10 +6,10 @@
     Ask(id, kind, request)    ->    any number of times
                               <-    Accepted(id)              once the engine's queue had room for it
     Cancel(id)                ->                              at any time
-                              <-    Done(id, stats, result)   in whatever order they are done
+                              <-    Done(id, stats, result)   in the order of completion
 
 Log records come in between. Both sides are this package and trust each other, so messages are pickled. The process
-ends when its parent closes the socket, and with its parent.
+ends when its parent closes the socket or ends.
 """
 
 import logging
@@ -31,7 +31,7 @@ from af3pipe.schemas import Rejected, Reply, Request
 
 
 class Ask(NamedTuple):
-    """A request, and how it is asked."""
+    """A request, and the method that processes it."""
 
     id: int
     kind: Literal["submit", "ask_alone"]
@@ -39,32 +39,32 @@ class Ask(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """Nobody waits for this request any more."""
+    """Cancels a request that nobody waits for any more."""
 
     id: int
 
 
 class Failed(NamedTuple):
-    """What was raised, and where, as text, if it was not raised knowingly."""
+    """An error, with its traceback as text if it was unexpected."""
 
     error: BaseException
     trace: str | None
 
 
 class Opened(NamedTuple):
-    """The engine is ready."""
+    """Says that the engine is ready."""
 
     info: EngineInfo
 
 
 class Accepted(NamedTuple):
-    """The engine's queue has this request, and may have room for the next."""
+    """Says that the engine's queue has this request, and may have room for the next."""
 
     id: int
 
 
 class Done(NamedTuple):
-    """What became of a request, None if it was cancelled; and what was done since the last one."""
+    """The result of a request, None if it was cancelled, and the statistics since the last one."""
 
     id: int
     stats: EngineStats
@@ -72,7 +72,7 @@ class Done(NamedTuple):
 
 
 def serve(link_fd: int) -> None:
-    """Opens an engine and asks it what the parent sends, until it closes its end. Does not return.
+    """Opens an engine and processes the parent's requests until the parent closes its end. Does not return.
 
     Args:
         link_fd: This process's end of the socket pair.
@@ -89,7 +89,7 @@ def serve(link_fd: int) -> None:
 
 
 class _Server:
-    """The main thread receives, so that it hears at once when the parent hangs up; others feed and send."""
+    """Receives on the main thread, so that it notices at once when the parent closes; other threads do the rest."""
 
     def __init__(self, link: Connection) -> None:
         self._link = link
@@ -167,7 +167,7 @@ def _failed(error: BaseException) -> Failed:
 
 
 def _die_with_parent() -> None:
-    """The kernel kills this process when the thread that started it ends: that thread is there for nothing else."""
+    """Has the kernel kill this process when the thread that started it ends, which lives only for that."""
     import ctypes
 
     pr_set_pdeathsig = 1

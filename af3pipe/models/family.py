@@ -1,4 +1,4 @@
-"""What a checkpoint can take and who made it, read from its JSON files: no torch, no weights."""
+"""Reads a checkpoint's family, limits and licence from its JSON files, without torch and without weights."""
 
 import hashlib
 import importlib.resources
@@ -33,15 +33,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint as its JSON files describe it.
+    """A checkpoint as described by its JSON files.
 
     Attributes:
-        model_id: As the user named it: hub id, directory, or `demo`.
+        model_id: Id as the user gave it: hub id, directory, or `demo`.
         revision: Commit on the hub; `sha256:` and 12 hex digits for a directory.
         path: The local directory; None for a checkpoint on the hub.
         family: `AudioFlamingo3` or `MusicFlamingo`.
-        licence: As the model card states it; `unknown` where there is none.
-        limits: What one segment may be.
+        licence: Licence from the model card; `unknown` if it states none.
+        limits: Shortest and longest audio of one segment.
         hop_length: Samples from one mel frame to the next.
     """
 
@@ -55,29 +55,29 @@ class Checkpoint(NamedTuple):
 
     @property
     def source(self) -> str:
-        """What `from_pretrained` takes."""
+        """The argument for `from_pretrained`."""
         return self.path or self.model_id
 
     def window_tokens(self, n_samples: int) -> tuple[int, ...]:
-        """Audio tokens of each window of a segment; a last one of a few samples gives none."""
+        """Returns the audio tokens of each window of a segment; a last one of a few samples gives none."""
         size = self.limits.window_samples
         lengths = (min(size, n_samples - start) for start in range(0, n_samples, size))
         return tuple(_tokens(length, self.hop_length) for length in lengths)
 
     def audio_tokens(self, n_samples: int) -> int:
-        """Placeholders that a segment takes in the prompt: what the processor itself would write."""
+        """Returns the number of audio placeholders in the prompt for a segment, as the processor computes it."""
         return sum(self.window_tokens(n_samples))
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
-    """Reads what a checkpoint says of itself; from the hub its JSON files only.
+    """Reads a checkpoint's description; from the hub it loads only the JSON files.
 
     Args:
         model: `demo`, a local directory, or a hub id.
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ModelError: Nothing there, not reachable, or not an Audio Flamingo; says what to do.
+        ModelError: It does not exist, is not reachable, or is not an Audio Flamingo; the message says what to do.
     """
     directory = _directory(model)
     files = _read_hub(model, revision) if directory is None else _read_directory(model, directory)
@@ -103,7 +103,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
 
 def adapter_revision(directory: str) -> str:
-    """Names the content of an adapter's directory, as a checkpoint's is named: `sha256:` and 12 hex digits.
+    """Returns an id of an adapter directory's content, in the form of a checkpoint's: `sha256:` and 12 hex digits.
 
     Raises:
         ModelError: There is no adapter.
@@ -119,7 +119,7 @@ def adapter_revision(directory: str) -> str:
 
 
 def model_revision(checkpoint: Checkpoint, adapter: str | None = None, quantize: str = "none") -> str:
-    """Names the weights that answer: other weights, other answers, another revision.
+    """Returns the revision of the weights, adapter and quantization included: other weights, another revision.
 
     Raises:
         ModelError: There is no such adapter.
@@ -129,7 +129,7 @@ def model_revision(checkpoint: Checkpoint, adapter: str | None = None, quantize:
 
 
 class _Files(NamedTuple):
-    """The small files of a checkpoint, by name; None for one it does not have."""
+    """The small files of a checkpoint, by name; None for a missing one."""
 
     texts: dict[str, str | None]
     revision: str
@@ -146,7 +146,7 @@ class _Files(NamedTuple):
 
 
 def _directory(model: str) -> Path | None:
-    """Where a checkpoint lies on this machine, or None for a name that can only be a hub id."""
+    """Returns a checkpoint's local directory, or None for a name that can only be a hub id."""
     if model == "demo":
         return Path(str(importlib.resources.files("af3pipe.demo") / "checkpoint"))
     path = Path(model).expanduser()
@@ -197,9 +197,9 @@ def _unreachable(model: str, revision: str | None, error: Exception) -> ModelErr
 
 
 def _directory_revision(directory: Path) -> str:
-    """Names the content of a directory without reading gigabytes: its configs, its weights' sizes and samples.
+    """Returns an id of a directory's content without reading all of it: configs, and sizes and samples of weights.
 
-    Names and sizes alone would be the same after every fine-tuning, and a rerun would skip work it must do.
+    Names and sizes alone would not change with fine-tuning, and a rerun would skip work it must do.
     """
     digest = hashlib.sha256()
     for name in (_CONFIG, _PROCESSOR, _PREPROCESSOR, "generation_config.json", ADAPTER_CONFIG):
@@ -228,9 +228,9 @@ def _limits(model: str, extractor: dict[str, Any], max_audio_s: float) -> AudioL
 
 
 def _tokens(n_samples: int, hop: int) -> int:
-    """Audio tokens of one window: mel frames, halved by the second convolution, halved by the pooling.
+    """Returns the audio tokens of one window: mel frames, halved by the second convolution, halved by the pooling.
 
-    The arithmetic of `_get_feat_extract_output_lengths` in transformers' modeling_audioflamingo3.py.
+    It follows `_get_feat_extract_output_lengths` in transformers' modeling_audioflamingo3.py.
     """
     frames = -(-n_samples // hop)
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
@@ -259,7 +259,7 @@ def _licence(model: str, files: _Files) -> str:
 
 
 def _front_matter(text: str) -> dict[str, str]:
-    """The plain `key: value` lines between a model card's first two `---`."""
+    """Parses the plain `key: value` lines between a model card's first two `---`."""
     block = re.match(r"\s*---\n(.*?)\n---", text, re.DOTALL)
     if not block:
         return {}

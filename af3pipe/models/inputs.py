@@ -1,4 +1,4 @@
-"""The checkpoint's own processor, and what goes in and out: samples, prompts, decoding, replies."""
+"""Converts samples and prompts to model inputs, and generated tokens to replies, with the checkpoint's processor."""
 
 import inspect
 import itertools
@@ -24,14 +24,14 @@ hf: Any = transformers  # typed in parts only: strict mypy refuses to call the r
 
 
 class Window(NamedTuple):
-    """A window as the audio encoder takes it.
+    """A window of audio as the encoder's input.
 
     Attributes:
         features: Log-mel, float32, shape (mel bins, frames and some of the silence behind them).
-        frames: That hold audio.
-        full_frames: Of a full window.
-        tokens: Audio tokens; never 0.
-        place: In its recording, from 0.
+        frames: Number of frames that contain audio.
+        full_frames: Number of frames of a full window.
+        tokens: Number of audio tokens; never 0.
+        place: Index of the window in its recording, from 0.
     """
 
     features: torch.Tensor
@@ -42,14 +42,14 @@ class Window(NamedTuple):
 
 
 class Inputs:
-    """The processor of a checkpoint, and what the engine needs of it.
+    """The processor of a checkpoint, with the methods that the engine needs.
 
-    Windows that give no audio token are left out: only a last one of a few samples can be such. They add nothing
-    to the prompt, and stock Music Flamingo raises on them (tests/models/test_parity.py).
+    Windows that give no audio token are skipped; only a last one of a few samples can be so short. They add nothing
+    to the prompt, and the unmodified Music Flamingo raises on them (tests/models/test_parity.py).
 
     Attributes:
-        checkpoint: Whose arithmetic is used.
-        processor: The checkpoint's own.
+        checkpoint: The checkpoint, for the number of audio tokens.
+        processor: The checkpoint's processor.
     """
 
     def __init__(self, checkpoint: Checkpoint, processor: Any) -> None:
@@ -69,7 +69,7 @@ class Inputs:
         """Loads the processor.
 
         Raises:
-            ModelError: It cannot be loaded here.
+            ModelError: The processor cannot be loaded here.
         """
         try:
             return cls(
@@ -80,15 +80,15 @@ class Inputs:
 
     @property
     def audio_token_id(self) -> int:
-        """The placeholder that audio takes the place of."""
+        """Id of the placeholder token for audio."""
         return int(self.processor.audio_token_id)
 
     def check(self, samples: npt.NDArray[np.float32]) -> None:
-        """Whether a segment fits the model: at least one audio token, and nothing that would be cut off.
+        """Raises Rejected for a segment that the model cannot process, or only in part.
 
         Raises:
-            Rejected: `too_short`, `too_long`, or `decode_error` for samples that are no numbers: the model would
-                answer those, too.
+            Rejected: `too_short`, `too_long`, or `decode_error` for samples that are NaN or infinite, for which
+                the model would generate a reply, too.
         """
         limits, n = self.checkpoint.limits, len(samples)
         if self.checkpoint.audio_tokens(n) == 0:
@@ -104,8 +104,8 @@ class Inputs:
     def windows(self, samples: npt.NDArray[np.float32], device: str = "cpu") -> list[Window]:
         """Cuts a checked segment into windows and computes their log-mel features on `device`.
 
-        Equal to what the stock processor gives, as far as there is audio: frames are computed each for itself, and
-        what they are scaled by is their maximum, which silence does not raise.
+        Equal to the processor's output, as far as there is audio: each frame is computed independently, and frames
+        are scaled by their maximum, which silence does not raise.
         """
         limits, hop = self.checkpoint.limits, self.checkpoint.hop_length
         size = limits.window_samples
@@ -129,19 +129,18 @@ class Inputs:
     def prompt(
         self, turns: Sequence[Turn], replies: Sequence[str], audio_tokens: Sequence[int]
     ) -> npt.NDArray[np.int64]:
-        """A whole conversation as tokens, up to where the next reply begins; shape (length,).
+        """Tokenizes a conversation, up to where the next reply begins; shape (length,).
 
-        A text token is its id. A placeholder of audio is negative: -1 - i stands for embedding i of all the
-        request's audio, so that equal numbers mean the same input. Otherwise equal to what the processor gives for
-        such turns.
+        A text token is its id. An audio placeholder is negative: -1 - i stands for embedding i of all the request's
+        audio, so that equal numbers mean the same input. Otherwise equal to the processor's output for such turns.
 
         Args:
-            turns: What the user said.
-            replies: What the model said to all but the last of them.
-            audio_tokens: Of each of the request's audios.
+            turns: The user's turns.
+            replies: The model's replies to all but the last of them.
+            audio_tokens: Number of audio tokens of each of the request's audios.
 
         Raises:
-            Rejected: A turn holds the placeholder as text, or hears what is not there.
+            Rejected: A turn contains the placeholder as text, or refers to an audio that does not exist.
         """
         heard = heard_in(turns, len(audio_tokens))
         ids = self._template(
@@ -171,11 +170,11 @@ class Inputs:
         return np.concatenate(parts)
 
     def ids(self, prompt: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """A prompt as the model's own token ids, the placeholders as what they are."""
+        """Returns a prompt as the model's token ids, with its placeholder id for audio."""
         return np.where(prompt < 0, self.audio_token_id, prompt)
 
     def _template(self, turns: tuple[tuple[str, int], ...], replies: tuple[str, ...]) -> npt.NDArray[np.int64]:
-        """Token ids of a conversation, one placeholder for each audio (or turn that has some)."""
+        """Returns the token ids of a conversation, with one placeholder for each audio (or turn with audio)."""
         with self._lock:
             key = (turns, replies)
             if key not in self._templates:
@@ -195,12 +194,12 @@ class Inputs:
         return np.asarray(processor.tokenizer(text)["input_ids"], dtype=np.int64)
 
     def reply(self, tokens: Sequence[int], prompt: npt.NDArray[np.int64], task: Task, finish_reason: str) -> Reply:
-        """What the model said to a task.
+        """Decodes the generated tokens into the reply to a task.
 
         Args:
-            tokens: The new tokens.
-            prompt: As `prompt` gave it.
-            task: What was asked.
+            tokens: The generated tokens.
+            prompt: The result of `prompt`.
+            task: The task.
             finish_reason: `stop` or `length`.
         """
         options = {"strip_prefix": True} if task.strip_prefix and self._strips_prefix else {}
@@ -214,7 +213,7 @@ class Inputs:
         )
 
     def said(self, reply: Reply) -> str:
-        """A reply as it stands in a conversation: as the model gave it, framing and all."""
+        """Returns a reply as it appears in a conversation: verbatim, with the framing sentence."""
         text: str = self.processor.tokenizer.decode(list(reply.tokens), skip_special_tokens=True)
         return text
 
@@ -222,11 +221,11 @@ class Inputs:
 def conversation(
     turns: Sequence[tuple[str, Sequence[npt.NDArray[np.float32] | None]]], replies: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """A conversation as chat templates take it.
+    """Builds a conversation in the format of chat templates.
 
     Args:
-        turns: The user's, each a text (none where it is empty) and its audio; without samples, for the text alone.
-        replies: The model's to all but the last of them.
+        turns: The user's turns, each with its text (unless empty) and its audio; without samples, for the text alone.
+        replies: The model's replies to all but the last of them.
     """
     messages: list[dict[str, Any]] = []
     for (prompt, audios), reply in itertools.zip_longest(turns, replies):
@@ -239,10 +238,10 @@ def conversation(
 
 
 def heard_in(turns: Sequence[Turn], audios: int) -> list[tuple[int, ...]]:
-    """Which of a request's audios each turn of a conversation holds.
+    """Returns the indices of a request's audios in each turn of a conversation.
 
     Raises:
-        Rejected: One that the request does not have.
+        Rejected: A turn refers to an audio that the request does not have.
     """
     every = tuple(range(audios))
     heard = [turn.audios if turn.audios is not None else () if place else every for place, turn in enumerate(turns)]
@@ -254,14 +253,14 @@ def heard_in(turns: Sequence[Turn], audios: int) -> list[tuple[int, ...]]:
 
 
 def generation_config(decoding: Decoding, released: GenerationConfig) -> GenerationConfig:
-    """Everything that decides the next token, stated: what is left open, `generate` takes from the checkpoint.
+    """Returns a generation config that sets everything: for missing values, `generate` uses the checkpoint's.
 
-    But for constraints and draws, which `Chooser.generate_arguments` adds: sampling by `generate` itself depends on
-    whatever torch drew before.
+    It excludes constraints and sampling, which `Chooser.generate_arguments` adds: sampling by `generate` itself
+    depends on torch's global random state.
 
     Args:
-        decoding: What the task asks for.
-        released: The checkpoint's own; only its special tokens are used.
+        decoding: Decoding parameters of the task.
+        released: The checkpoint's generation config; only its special tokens are used.
     """
     config: GenerationConfig = hf.GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -278,18 +277,18 @@ def generation_config(decoding: Decoding, released: GenerationConfig) -> Generat
 
 
 def eos_token_ids(released: GenerationConfig) -> tuple[int, ...]:
-    """The checkpoint's end-of-sequence tokens; there may be several."""
+    """Returns the checkpoint's end-of-sequence tokens; there may be several."""
     ids = released.eos_token_id
     return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
 def revision_options(checkpoint: Checkpoint) -> dict[str, str]:
-    """What pins `from_pretrained` to the commit the JSON files came from; nothing for a directory."""
+    """Returns arguments that pin `from_pretrained` to the commit of the JSON files; none for a directory."""
     return {} if checkpoint.path else {"revision": checkpoint.revision}
 
 
 def load_error(checkpoint: Checkpoint, part: str, error: Exception) -> ModelError:
-    """One sentence about a part of a checkpoint that does not load."""
+    """Returns the error for a part of a checkpoint that cannot be loaded, in one sentence."""
     reason = " ".join(str(error).split())[:500]
     return ModelError(
         f"model {checkpoint.model_id!r} at {checkpoint.revision}: {part} cannot be loaded from "

@@ -1,4 +1,4 @@
-"""The reference: stock processor and stock `generate`, one request at a time. For tests and for checking a run."""
+"""Reference implementation: unmodified processor and `generate`, one request at a time, for tests and verifying."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from af3pipe.schemas import Reply, Request, Task, Turn
 
 
 class Oracle:
-    """A checkpoint asked exactly as Hugging Face documents it: nothing batched, nothing shared, nothing cut.
+    """Runs a checkpoint exactly as Hugging Face documents it: nothing is batched, shared or cut.
 
     Attributes:
-        checkpoint: What is asked.
-        model: The family's class, in float32 on the CPU unless loaded otherwise.
-        processor: The checkpoint's own.
+        checkpoint: The checkpoint.
+        model: The family's model class, in float32 on the CPU unless loaded otherwise.
+        processor: The checkpoint's processor.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Any, processor: Any) -> None:
@@ -45,10 +45,10 @@ class Oracle:
     def inputs(
         self, audios: Sequence[npt.NDArray[np.float32]], turns: Sequence[Turn], replies: Sequence[str] = ()
     ) -> Any:
-        """What stock `generate` is given: input_ids, attention_mask, features and their mask.
+        """Returns the inputs of `generate`: input_ids, attention_mask, features and their mask.
 
-        The stock processor makes it where it can, which is for one audio. For several, as in AF3-Chat, the parts are
-        put together as it does for one.
+        For one audio they are the processor's output. It does not support several, as in AF3-Chat: those are built in
+        the same way.
         """
         heard = heard_in(turns, len(audios))
         said = [(turn.prompt, [audios[place] for place in places]) for turn, places in zip(turns, heard, strict=True)]
@@ -75,21 +75,21 @@ class Oracle:
         return hf.BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **features})
 
     def ask(self, samples: npt.NDArray[np.float32], task: Task, seed: int = 0) -> Reply:
-        """The reply to one task about one segment; its prompt must be filled in, the seed is the request's.
+        """Returns the reply to one task about one segment; its prompt must be filled in; the seed is the request's.
 
         Raises:
-            ValueError: The task has no prompt, or turns before it.
-            ModelError: Its decoding parameters cannot be used.
+            ValueError: The task has no prompt, or earlier turns.
+            ModelError: Its decoding parameters are invalid.
         """
         (reply,) = self.ask_all(Request(samples, (task,), seed))
         return reply
 
     def ask_all(self, request: Request) -> Iterator[Reply]:
-        """The replies to a request's tasks, one after the other.
+        """Returns the replies to a request's tasks, one after the other.
 
         Raises:
-            ValueError: A task has no prompt, or follows a turn that is no task before it.
-            ModelError: Decoding parameters cannot be used.
+            ValueError: A task has no prompt, or follows a turn that is not an earlier task.
+            ModelError: Decoding parameters are invalid.
         """
         replies: dict[tuple[Turn, ...], Reply] = {}
         for task in request.tasks:
@@ -122,5 +122,5 @@ class Oracle:
 
 
 def ask_alone(model: str, samples: npt.NDArray[np.float32], task: Task) -> Reply:
-    """Loads a checkpoint, asks one thing, and lets it go. For several questions keep an `Oracle`."""
+    """Loads a checkpoint, runs one task, and frees it. For several tasks keep an `Oracle`."""
     return Oracle.load(model).ask(samples, task)

@@ -1,4 +1,4 @@
-"""Who is in which slot, how long the slots are, and how many the memory allows."""
+"""Assigns prompts to slots, chooses the lengths of slots, and limits them to the available memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +16,13 @@ from af3pipe.schemas import Reason, Rejected, Stage, Task
 
 
 class Prompt:
-    """One task of a request while it is decoded, or waits for a slot.
+    """A task of a request while it is decoded, or waits for a slot.
 
     Attributes:
         job: The request.
-        place: Of the task in it.
-        tokens: The prompt, as `Inputs.prompt` gives it.
-        audio: Embeddings that its negative tokens stand for, shape (audio tokens, hidden size).
+        place: Index of the task in the request.
+        tokens: The prompt, from `Inputs.prompt`.
+        audio: Embeddings for its negative tokens, shape (audio tokens, hidden size).
         choice: The reply so far.
     """
 
@@ -38,22 +38,22 @@ class Prompt:
         return self.job.request.tasks[self.place]
 
     @property
-    def held(self) -> npt.NDArray[np.int64]:
-        """What its slot holds: the prompt, and the reply but for its last token, which comes with the next step."""
+    def cached(self) -> npt.NDArray[np.int64]:
+        """The tokens in its slot: the prompt, and the reply except its last token, which the next step adds."""
         chosen = self.choice.tokens[:-1] if self.choice else []
         return np.concatenate([self.tokens, np.asarray(chosen, dtype=np.int64)])
 
     def shared_with(self, other: "Prompt") -> int:
-        """How many of its first tokens are in the other's slot; at least one is left, to have scores from."""
+        """Returns how many of its first tokens are in the other's slot, but not all: logits need one token."""
         if other.job is not self.job or other.choice is None:
             return 0
-        held = other.held[: len(self.tokens) - 1]
-        differ = np.flatnonzero(held != self.tokens[: len(held)])
-        return int(differ[0]) if len(differ) else len(held)
+        cached = other.cached[: len(self.tokens) - 1]
+        differ = np.flatnonzero(cached != self.tokens[: len(cached)])
+        return int(differ[0]) if len(differ) else len(cached)
 
 
 class Admission(NamedTuple):
-    """A prompt and the slot it is given, of which the first `start` positions are right already."""
+    """A prompt and its slot, whose first `start` positions already contain the prompt's beginning."""
 
     prompt: Prompt
     row: int
@@ -61,12 +61,12 @@ class Admission(NamedTuple):
 
 
 class Pool:
-    """Slots of one length: who is in them, and who waits for them.
+    """Slots of one length, with the prompts in them and the prompts that wait for them.
 
     Attributes:
         slots: None while there is no memory for them.
-        rows: By slot, the prompt that is or was last in it.
-        active: Whether that one is still decoded.
+        rows: For each slot, the prompt that is in it or was last in it.
+        active: For each slot, whether that prompt is still decoded.
         waiting: Prompts whose audio is encoded.
     """
 
@@ -78,13 +78,13 @@ class Pool:
         self.waiting: deque[Prompt] = deque()
 
     def open(self, slots: Slots) -> None:
-        """Takes slots, all of them free."""
+        """Opens the pool with these slots, all of them free."""
         self.slots = slots
         self.rows = [None] * slots.count
         self.active = [False] * slots.count
 
     def close(self) -> None:
-        """Gives the memory back; who was in a slot waits for another, from the beginning."""
+        """Frees the memory; prompts in slots wait for another slot, and start again."""
         ended = [prompt for prompt, active in zip(self.rows, self.active, strict=True) if prompt and active]
         for prompt in ended:
             prompt.choice = None
@@ -92,12 +92,12 @@ class Pool:
         self.slots, self.rows, self.active = None, [], []
 
     def admit(self, most_tokens: int) -> list[Admission]:
-        """Gives waiting prompts free slots: those that hold most of them already.
+        """Assigns free slots to waiting prompts, and reuses slots that already contain most of a prompt.
 
-        A prompt whose audio is just being prefilled for another task waits until it can share that.
+        A prompt whose audio is being prefilled for another task waits until it can reuse that.
 
         Args:
-            most_tokens: To be prefilled, in all; a longer one alone is admitted.
+            most_tokens: Most tokens to prefill in all; a single longer prompt is admitted.
         """
         assert self.slots is not None
         admissions: list[Admission] = []
@@ -105,7 +105,7 @@ class Pool:
         tokens = 0
         while self.waiting and not all(self.active):
             prompt = self.waiting.popleft()
-            shared = [prompt.shared_with(held) if held else 0 for held in self.rows]
+            shared = [prompt.shared_with(other) if other else 0 for other in self.rows]
             source = max(range(len(self.rows)), key=lambda row: (shared[row], not self.active[row]))
             start = shared[source]
             if not start and any(other.prompt.job is prompt.job for other in admissions):
@@ -126,7 +126,7 @@ class Pool:
         return admissions
 
     def take_back(self, admissions: Sequence[Admission]) -> None:
-        """Lets prompts that could not be prefilled wait again, in their order."""
+        """Returns prompts that could not be prefilled to the waiting ones, in their order."""
         for prompt, row, _ in reversed(admissions):
             if self.active[row] and self.rows[row] is prompt:
                 prompt.choice = None
@@ -134,20 +134,20 @@ class Pool:
                 self.waiting.appendleft(prompt)
 
     def forget(self, job: Job) -> None:
-        """Lets go of a request's prompts, and of what slots hold of it."""
+        """Removes a request's prompts, and its prefixes in slots."""
         self.waiting = deque(prompt for prompt in self.waiting if prompt.job is not job)
         for row, prompt in enumerate(self.rows):
             if prompt is not None and prompt.job is job:
                 self.rows[row], self.active[row] = None, False
 
     def _free_row(self, wanted: set[Job]) -> int:
-        """A free slot; not one that holds what somebody waits to share, where there is another."""
+        """Returns a free slot; if possible one without a prefix that a waiting prompt wants to share."""
         free = [row for row, active in enumerate(self.active) if not active]
-        return min(free, key=lambda row: (held := self.rows[row]) is not None and held.job in wanted)
+        return min(free, key=lambda row: (last := self.rows[row]) is not None and last.job in wanted)
 
     @property
     def free(self) -> int:
-        """Slots that nobody is in or waits for."""
+        """Number of slots that no prompt is in or waits for."""
         return len(self.rows) - sum(self.active) - len(self.waiting)
 
     @property
@@ -155,27 +155,27 @@ class Pool:
         return not any(self.active) and not self.waiting
 
     def compact(self) -> None:
-        """Moves prompts into free slots before them: a step costs what its last slot makes it cost."""
+        """Moves prompts into free slots before them: a step's cost depends on the last slot in use."""
         while any(self.active[sum(self.active) :]):
             last = max(row for row, active in enumerate(self.active) if active)
             hole = self.active.index(False)
             prompt = self.rows[last]
             assert prompt is not None
             assert self.slots is not None
-            self.slots.copy(last, hole, len(prompt.held))
+            self.slots.copy(last, hole, len(prompt.cached))
             self.rows[hole], self.active[hole] = prompt, True
             self.rows[last], self.active[last] = None, False
 
 
 class Pools:
-    """The pools of one device, by the length of their slots, within its memory.
+    """The pools of one device, one for each slot length, within its memory.
 
-    A pool is opened when somebody wants it and closed when another needs its memory and nobody is in it. What does
-    not fit is halved; that is remembered for as long as this lives.
+    A pool is opened when a prompt needs it, and closed when it is idle and another needs its memory. If slots do not
+    fit, their number is halved, for the lifetime of this object.
 
     Args:
-        language: The model that works on the slots.
-        slots: That a pool has at most.
+        language: The model that uses the slots.
+        slots: Most slots of a pool.
         free_bytes: Memory for all slots.
         graphs: Whether steps are captured as CUDA graphs.
         after_failure: Called with each out-of-memory error.
@@ -202,14 +202,14 @@ class Pools:
         return iter(list(self._pools.values()))
 
     def __getitem__(self, capacity: int) -> Pool:
-        """The pool of this length, open or not."""
+        """Returns the pool of this length, open or not."""
         return self._pools.setdefault(capacity, Pool(capacity))
 
     def has_slots(self, pool: Pool) -> bool:
-        """Whether a pool has slots, opened now if need be; not while others have all the memory.
+        """Returns whether a pool has slots, and opens it if needed; False while others use all the memory.
 
         Raises:
-            Rejected: Not even one fits, though nothing else is there.
+            Rejected: Not even one slot fits, although no other pool is open.
         """
         while pool.slots is None:
             wanted = self._most.get(pool.capacity, self._slots)
@@ -232,10 +232,10 @@ class Pools:
         return True
 
     def shrink(self, pool: Pool, error: Exception) -> tuple[Prompt, Rejected] | None:
-        """Takes less memory from now on, after an error in using a pool; its prompts begin again.
+        """Uses less memory from now on, after an error in using a pool; its prompts start again.
 
         Returns:
-            The prompt that had all the memory to itself, and why it has failed; None where there is hope.
+            The prompt that failed with all memory to itself, and why; None if a retry may succeed.
         """
         others = [other for other in self._open() if other is not pool]
         failed = None
@@ -256,17 +256,17 @@ class Pools:
         return [pool for pool in self if pool.slots is not None]
 
     def _close_idle(self) -> bool:
-        """Gives back slots that nobody is in; whether there were any."""
+        """Closes pools without prompts; returns whether there were any."""
         idle = [pool for pool in self._open() if pool.is_idle]
         for pool in idle:
             pool.close()
         return bool(idle)
 
     def _fitting(self, pool: Pool) -> int:
-        """Slots that a pool may have: half of what memory is left, so that other lengths find some; one at least."""
+        """Returns how many slots a pool may have, at least one: half of the remaining memory, so that others fit."""
         others = self._open()
-        left = self._positions - sum(len(other.rows) * other.capacity for other in others)
-        return max(1, left // 2 // pool.capacity) if left >= pool.capacity or not others else 0
+        remaining = self._positions - sum(len(other.rows) * other.capacity for other in others)
+        return max(1, remaining // 2 // pool.capacity) if remaining >= pool.capacity or not others else 0
 
     def _does_not_fit(self, what: str, error: Exception) -> Rejected:
         dtype = str(self._language.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Reads questions as users write them: in a manifest's row, a job file or a flag, by the same rules."""
+"""Parses questions as users write them, by the same rules in manifest rows, job files and flags."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,20 +11,20 @@ QUESTION_KEYS = frozenset({"question", "choices", "id", "prompt", "then"})
 
 
 def question_keys(item: Any, choices: Sequence[str] | None = None) -> dict[str, Any]:
-    """Reads one question into its keys.
+    """Parses one question into its keys.
 
     Args:
         item: Text, in which choices may follow (`Who? | cat | dog`); or an object whose `question` is verbatim, with
             `choices` (a list, or text split at `|`), `id`, `prompt` (given to the model verbatim, instead of what is
             made of question and choices), and `then` (questions that follow it up). Without a `question`, the
             `prompt` is its text. Other keys are kept as they are.
-        choices: Of a question that names none; its text is then verbatim, too.
+        choices: Choices for a question that has none of its own; its text is then taken verbatim.
 
     Returns:
         `question` (str) and `choices` (tuple of str), and `id` and `prompt` (str) and `then` (list) where given.
 
     Raises:
-        ValueError: Something is of the wrong kind, or there is no text.
+        ValueError: A value has the wrong type, or there is no text.
     """
     if isinstance(item, str):
         if choices is not None:
@@ -46,7 +46,7 @@ def question_keys(item: Any, choices: Sequence[str] | None = None) -> dict[str, 
 
 
 def read_choices(value: Any) -> tuple[str, ...]:
-    """Reads choices: a list, or text split at `|`. Raises ValueError."""
+    """Parses choices: a list, or text split at `|`. Raises ValueError."""
     if isinstance(value, str):
         value = value.split("|")
     if not isinstance(value, list | tuple):
@@ -55,14 +55,14 @@ def read_choices(value: Any) -> tuple[str, ...]:
 
 
 def read_questions(item: Any, choices: Sequence[str] | None = None) -> Iterator[Question]:
-    """Reads one question and those that follow it up, each after the one that it follows.
+    """Parses a question and its follow-ups; each comes after the one that it follows.
 
     Args:
         item: As for `question_keys`.
         choices: As for `question_keys`.
 
     Raises:
-        ValueError: As `question_keys`; or choices that no reply could tell apart.
+        ValueError: As `question_keys`; or two choices are indistinguishable in a reply.
     """
     yield from _questions(question_keys(item, choices), None)
 

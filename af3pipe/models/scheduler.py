@@ -1,4 +1,4 @@
-"""Who is worked on next, and what one failure takes down: itself alone. Plain Python, no torch."""
+"""Queues requests fairly among callers, and confines each failure to the request that causes it. Imports no torch."""
 
 import itertools
 import threading
@@ -20,9 +20,9 @@ _MOST_PASSES = 64  # how often others may go before a request whose slot is not 
 
 
 def capacity_class(positions: int) -> int:
-    """Length of the slots that a prompt with so many tokens, those of its reply included, is decoded in.
+    """Returns the length of the slots for a prompt with this many tokens, its reply included.
 
-    Few classes, so that the slots of one are shared by many; none more than twice as long as it must be.
+    There are few lengths, so that many prompts share the slots of one; none is more than twice as long as needed.
     """
     capacity = _SMALLEST_CAPACITIES[0]
     while capacity < positions:
@@ -31,15 +31,15 @@ def capacity_class(positions: int) -> int:
 
 
 class Job:
-    """A request, its future, and the replies it has so far.
+    """A request, its future, and its replies so far.
 
     Attributes:
-        seconds: Of audio.
-        audio_tokens: Of each of its audios; this and the next are filled in by the engine.
-        capacity: Length of the slots its prompts take.
-        alone: Whether it is asked by stock `generate` and takes no slot.
-        number: In the order of arrival.
-        passed: How many that came later went before it.
+        seconds: Duration of its audio.
+        audio_tokens: Audio tokens of each of its audios; the engine fills in this and the next.
+        capacity: Length of the slots for its prompts.
+        alone: Whether unmodified `generate` processes it, without a slot.
+        number: Position in the order of arrival.
+        passed: Number of later jobs that overtook it.
     """
 
     def __init__(self, request: Request, seconds: float, *, alone: bool = False) -> None:
@@ -56,11 +56,11 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether it is answered, or has failed: nothing more needs to be done for it."""
+        """Whether it is answered or has failed, so that nothing more needs to be done for it."""
         return self.future.done()
 
     def begin_ready(self) -> list[int]:
-        """Tasks that can be asked now and were not before: those whose conversation so far has its replies."""
+        """Returns the tasks that can start now and could not before: those whose earlier turns have their replies."""
         ready = []
         for place in range(len(self.request.tasks)):
             if place not in self._begun and self.history(place) is not None:
@@ -69,10 +69,10 @@ class Job:
         return ready
 
     def history(self, place: int) -> list[Reply] | None:
-        """The replies to the turns before a task; None while one is missing.
+        """Returns the replies to the turns before a task; None while one is missing.
 
         Raises:
-            ValueError: A turn before it is no task of this request.
+            ValueError: A turn before it is not a task of this request.
         """
         tasks = self.request.tasks
         before = []
@@ -89,7 +89,7 @@ class Job:
         return [self._replies[asked] for asked in before]
 
     def reply(self, place: int, reply: Reply) -> None:
-        """Files the reply to one of its tasks; the last one answers the request."""
+        """Records the reply to one of its tasks; the last one completes the future."""
         self._replies[place] = reply
         if len(self._replies) == len(self.request.tasks) and not self.done:
             self.future.set_result([self._replies[index] for index in range(len(self._replies))])
@@ -101,13 +101,13 @@ class Job:
 
 
 class JobQueue:
-    """Requests waiting for the engine's thread, a bounded number a caller; the callers take turns.
+    """Queues requests for the engine's thread, a bounded number for each caller, and serves callers in turn.
 
-    Every job that was put is either taken or, when the queue is closed, failed.
+    Every queued job is either taken or, when the queue is closed, failed.
 
     Args:
-        max_jobs: Most that may wait, for each caller.
-        max_seconds: Most audio that may wait, for each caller; a longer one alone passes.
+        max_jobs: Most waiting jobs of a caller.
+        max_seconds: Most waiting audio of a caller, in seconds; a single longer job is accepted.
     """
 
     def __init__(self, max_jobs: int, max_seconds: float) -> None:
@@ -125,10 +125,10 @@ class JobQueue:
             return sum(len(jobs) for jobs in self._waiting.values())
 
     def put(self, job: Job, caller: int | None = None) -> None:
-        """Appends a job; blocks while this caller (by default: thread) has enough waiting.
+        """Appends a job; blocks while this caller (by default: thread) has enough waiting jobs.
 
         Raises:
-            EngineFailed: The queue is closed, with the reason it was closed for.
+            EngineFailed: The queue is closed; the message says why.
         """
         caller = threading.get_ident() if caller is None else caller
         with self._changed:
@@ -139,16 +139,16 @@ class JobQueue:
             self._changed.notify_all()
 
     def take(self, fits: Callable[[Job], bool], *, wait: bool) -> Job | None:
-        """The next job that fits, marked as running; the callers take turns, each is served in its order.
+        """Takes the next job that fits, and marks it as running. Callers take turns; each is served in its order.
 
-        A job that does not fit lets others pass, but not for ever: after some it is the only one that may come.
+        Other jobs may overtake one that does not fit, but only a bounded number: then it must be the next.
 
         Args:
-            fits: Whether there is a slot for a job.
-            wait: Whether to wait for a job where there is none.
+            fits: Returns whether there is a slot for a job.
+            wait: Whether to wait while there is no job.
 
         Returns:
-            None where no job fits, or none is there.
+            The job; None if no job fits, or there is none.
 
         Raises:
             EngineFailed: The queue is closed.
@@ -172,7 +172,7 @@ class JobQueue:
             return None
 
     def _remove(self, caller: int, job: Job) -> None:
-        """Takes a job out and sends its caller to the end of the line; one without jobs is forgotten."""
+        """Removes a job and moves its caller to the end of the order; forgets a caller without jobs."""
         jobs = self._waiting.pop(caller)
         jobs.remove(job)
         if jobs:
@@ -180,7 +180,7 @@ class JobQueue:
         self._changed.notify_all()
 
     def close(self, failure: EngineFailed) -> None:
-        """Fails the jobs that wait and all that come; the first reason given stands."""
+        """Fails the waiting and all future jobs; the first reason given is kept."""
         with self._changed:
             self._failure = self._failure or failure
             jobs = [job for waiting in self._waiting.values() for job in waiting]
@@ -192,16 +192,16 @@ class JobQueue:
 
     @property
     def is_open(self) -> bool:
-        """Whether jobs may still be put."""
+        """Whether jobs are still accepted."""
         return self._failure is None
 
     def raise_if_closed(self) -> None:
-        """Raises what the queue was closed with, once it is."""
+        """Raises the error that the queue was closed with, if it is closed."""
         if self._failure:
             raise self._failure
 
     def take_idle_s(self) -> float:
-        """Seconds that `take` waited for jobs since this was last asked, counted from the first job on."""
+        """Returns the seconds that `take` waited for jobs since the last call, from the first job on."""
         with self._changed:
             idle_s, self._idle_s = self._idle_s, 0.0
         return idle_s
@@ -225,13 +225,13 @@ def isolate(
     fail: Callable[[T, Exception], None],
     after_failure: Callable[[Exception], None],
 ) -> None:
-    """Does the work on all items; where it raises, on halves, down to the one that is to blame.
+    """Applies work to all items; if it raises, to each half, down to the items that cause the error.
 
     Args:
-        items: What to work on; may be empty.
-        work: All or nothing: when it raises, none of its items is worked on.
-        fail: Takes the item to blame, and what it raised.
-        after_failure: Called with each exception before the halves are tried; what it raises ends everything.
+        items: The items; may be empty.
+        work: Processes items, all or none: if it raises, none was processed.
+        fail: Receives each item that causes an error, and the error.
+        after_failure: Called with each exception before the halves are tried; an exception from it ends everything.
     """
     if not items:
         return

@@ -1,12 +1,12 @@
-"""Keys and values of the prompts that are decoded together, and the stock language model over them.
+"""Batched decoding with a key-value cache of fixed-size slots, on top of the unmodified language model.
 
-A slot is one row of a cache of fixed size, filled from its start. Keys are kept as they are after the rotary
-embedding, so a row may be copied, cut short and grown at will. The model is Hugging Face's own; only its attention is
-given another cache, through the library's registry of attention functions:
+A slot is one row of a cache of fixed size, filled from its start. Keys are stored after the rotary embedding: a row
+can be copied, truncated and extended. The model is Hugging Face's; only its attention uses another cache, through
+the library's registry of attention functions:
 
-- Prefill: pieces of many prompts follow each other in one sequence, each attends to its own row. No padding.
-- Step: one token of each of the first rows, each at its own position. Where a row holds less than
-  the longest, the rest is masked.
+- Prefill: chunks of many prompts are packed into one sequence, and each attends to its own row. No padding.
+- Step: one token for each of the first rows, each at its own position. Rows shorter than the longest are masked
+  beyond their end.
 """
 
 import functools
@@ -32,7 +32,7 @@ _GRAPH_TOLERANCE = 0.05  # of the largest logit: bfloat16's own noise is smaller
 
 
 class _Attention(Protocol):
-    """Stores a layer's new keys and values, and attends; shapes (batch, heads, tokens, head size)."""
+    """Stores a layer's new keys and values, and computes attention; shapes (batch, heads, tokens, head size)."""
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -57,11 +57,11 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 class LanguageModel:
-    """The language model and its head, as the slots use them.
+    """The language model and its output head, with an attention function that uses slots.
 
     Attributes:
-        device: Where it is.
-        position_bytes: What one position of one slot takes in memory.
+        device: Device of the weights.
+        position_bytes: Memory for one position of one slot.
     """
 
     def __init__(self, model: Any) -> None:
@@ -81,32 +81,32 @@ class LanguageModel:
         self.attention(ATTENTION)
 
     def attention(self, name: str) -> None:
-        """Chooses the attention function: ours over slots, or the stock one."""
+        """Selects the attention function: the one over slots, or the unmodified one."""
         self._config._attn_implementation = name
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of token ids."""
+        """Returns the embeddings of token ids."""
         embedded: torch.Tensor = self._embed(ids)
         return embedded
 
     def hidden(self, embeds: torch.Tensor, positions: torch.Tensor, slots: _Attention) -> torch.Tensor:
-        """Last hidden states; (batch, tokens, hidden size) at positions (batch, tokens)."""
+        """Returns the last hidden states, shape (batch, tokens, hidden size), at positions (batch, tokens)."""
         output = self._decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, slots=slots)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token, float32; (..., vocabulary)."""
+        """Returns the float32 logits of the next token, shape (..., vocabulary)."""
         scores: torch.Tensor = self._head(hidden)
         return scores.float()
 
 
 class Piece(NamedTuple):
-    """Part of a prompt to be prefilled.
+    """A chunk of a prompt to prefill.
 
     Attributes:
-        row: Which slot.
-        start: Position of its first token; everything before is in the slot already.
+        row: Index of the slot.
+        start: Position of its first token; everything before it is already in the slot.
         embeds: Shape (tokens, hidden size).
     """
 
@@ -116,42 +116,42 @@ class Piece(NamedTuple):
 
 
 class Slots:
-    """Slots of one length.
+    """A key-value cache of slots of one length.
 
     Args:
         model: The language model.
-        count: How many.
-        capacity: Positions in each; the last one is not used by prompts.
+        count: Number of slots.
+        capacity: Positions in each; prompts do not use the last one.
         graphs: Whether steps are captured as CUDA graphs.
 
     Raises:
-        RuntimeError: They do not fit in memory, or what torch raises there.
+        RuntimeError: The slots do not fit in memory, or another error of torch.
     """
 
     def __init__(self, model: LanguageModel, count: int, capacity: int, *, graphs: bool = False) -> None:
         self.count = count
         self.capacity = capacity
         self._model = model
-        # Zeros, because what the mask hides is still multiplied by 0.
+        # Zeros, because masked values are still multiplied by 0.
         shape = (model.layers, count, model.heads, capacity, model.head_size)
         self._keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self._values = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self._rows = torch.arange(count, device=model.device)
-        # What a step reads, in places that stay the same, as CUDA graphs need it.
+        # Inputs of a step, at fixed addresses, as CUDA graphs need them.
         self._read = torch.zeros(2, count, dtype=torch.long, device=model.device)
         self._tokens, self._positions = self._read
         self._rounding = _LENGTH_ROUNDING.get(model.device.type, 256)
         self._graphs = _Graphs(model, count) if graphs and model.device.type == "cuda" else None
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copies the first positions of a slot to another."""
+        """Copies the first `length` positions of a slot to another."""
         for cache in (self._keys, self._values):
             cache[:, target, :, :length] = cache[:, source, :, :length]
-            cache[:, target, :, length:] = 0  # as in prefill: what is no number there would not stay hidden
+            cache[:, target, :, length:] = 0  # as in prefill: the mask would not hide a NaN there
 
     @torch.inference_mode()
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Stores pieces of prompts, each in a slot of its own; the scores after the last token of each."""
+        """Stores chunks of prompts, each in its own slot; returns the logits after the last token of each."""
         ends = np.cumsum([len(piece.embeds) for piece in pieces])
         positions = torch.cat([torch.arange(piece.start, piece.start + len(piece.embeds)) for piece in pieces])
         embeds = torch.cat([piece.embeds for piece in pieces])
@@ -187,17 +187,17 @@ class Slots:
 
     @torch.inference_mode()
     def step(self, first: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Adds one token to each of some neighbouring slots; the scores of the next, shape (slots, vocabulary).
+        """Appends one token to each of several adjacent slots; returns the next logits, shape (slots, vocabulary).
 
         Args:
-            first: The first of the slots.
-            tokens: One for each slot.
-            positions: Where each token goes: how much the slot holds; the last one of all for a slot that is free.
+            first: Index of the first slot.
+            tokens: One token for each slot.
+            positions: Position of each token: the slot's filled length; for a free slot, the last position of all.
         """
         count = len(tokens)
         self._read[:, first : first + count] = torch.from_numpy(np.stack([tokens, positions]))
-        held = int(positions[positions < self.capacity - 1].max(initial=0))
-        length = min(self.capacity, -(-(held + 1) // self._rounding) * self._rounding)
+        filled = int(positions[positions < self.capacity - 1].max(initial=0))
+        length = min(self.capacity, -(-(filled + 1) // self._rounding) * self._rounding)
         if self._graphs and first == 0:
             # Slots beyond those asked for take part; they write to the position that no prompt uses.
             rounded = min(self.count, 1 << (count - 1).bit_length())
@@ -206,7 +206,7 @@ class Slots:
         return self._forward(first, count, length)
 
     def _forward(self, first: int, count: int, length: int) -> torch.Tensor:
-        """One step over the slots' first positions, reading what was left in `_tokens` and `_positions`."""
+        """Runs one step over the slots' first positions, with the inputs in `_tokens` and `_positions`."""
         rows = self._rows[:count]
         slots = slice(first, first + count)
         positions = self._positions[slots]
@@ -232,22 +232,22 @@ class Slots:
 
 
 class _Graphs:
-    """Steps of a GPU captured once and replayed, so that its many small kernels are not started one by one.
+    """Captures decoding steps on a GPU as CUDA graphs and replays them, which saves launching many small kernels.
 
-    A graph is of fixed shape: the number of slots and the length looked at are rounded up. Each is held against the
-    plain step once; where capturing fails or differs, all steps are plain from then on, with one warning.
+    A graph has a fixed shape, so the number of slots and the length are rounded up. Each graph is compared with the
+    eager step once. If capturing fails or the result differs, all later steps are eager, after one warning.
     """
 
-    _broken = False  # for the process: what fails once on this machine fails again
+    _broken = False  # of the whole process: a failure on this machine would recur
 
     def __init__(self, model: LanguageModel, count: int) -> None:
         self._captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._logits = torch.empty(count, model.vocabulary, dtype=torch.float32, device=model.device)
         self._pool: Any = None
 
-    # The slots are passed each time: kept here, they would live in a circle, and their memory until it is collected.
+    # The slots are a parameter: an attribute would make a reference cycle, which keeps their memory until collection.
     def step(self, slots: Slots, count: int, length: int) -> torch.Tensor:
-        """The scores of the first slots; valid until the next step."""
+        """Returns the logits of the first slots, which are valid until the next step."""
         if _Graphs._broken:
             return slots._forward(0, count, length)
         if (count, length) not in self._captured:
@@ -256,7 +256,7 @@ class _Graphs:
         return self._logits[:count]
 
     def _capture(self, slots: Slots, count: int, length: int) -> torch.Tensor:
-        """The plain step's scores, and its graph for the next time."""
+        """Runs an eager step and captures its graph for the next time; returns the eager logits."""
         plain = slots._forward(0, count, length)  # also what capturing needs: everything is initialised
         captured = self._logits[:count]
         graph = torch.cuda.CUDAGraph()
@@ -271,7 +271,7 @@ class _Graphs:
                 captured.copy_(slots._forward(0, count, length))
             graph.replay()
             self._pool = graph.pool()
-            # What is no number is one prompt's trouble, and the same in both.
+            # NaN or infinity concerns a single prompt, and is the same in both.
             known = plain.isfinite()
             difference = torch.where(known, captured - plain, 0).abs().max()
             if not difference <= _GRAPH_TOLERANCE * torch.where(known, plain, 0).abs().max():
@@ -291,10 +291,10 @@ _capturing = threading.Lock()
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device; torch's own default is one for all. Graphs that share memory must share it, too."""
+    """Returns one stream per device; torch's default is one for all. Graphs that share memory must share it."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _for_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """Keys or values as often as query heads share them."""
+    """Repeats keys or values for the query heads that share them."""
     return shared.repeat_interleave(query.shape[1] // shared.shape[1], dim=1)

@@ -1,4 +1,4 @@
-"""What to ask and how to read the reply: task factories, the families' own prompts, parsers, stitching."""
+"""Creates tasks, and parses and merges their replies: task factories, the families' prompts, parsers."""
 
 import functools
 import hashlib
@@ -53,14 +53,14 @@ Parser = Callable[[Task, str], tuple[str, str | None]]
 
 
 def caption(*, prompt: str | None = None, max_new_tokens: int = 512, think: bool = False) -> Task:
-    """Asks for a description of the audio, greedily; rows go to `captions/`."""
+    """Creates a task that describes the audio, with greedy decoding; rows go to `captions/`."""
     return Task(CAPTION, prompt=prompt, decoding=Decoding(max_new_tokens=max_new_tokens), think=think)
 
 
 def transcript(*, prompt: str | None = None, max_new_tokens: int = 2048, think: bool = False) -> Task:
-    """Asks for the words spoken (or sung), greedily; rows go to `transcripts/`.
+    """Creates a task that transcribes the words spoken (or sung), with greedy decoding; rows go to `transcripts/`.
 
-    The framing sentence of the reply is removed, and the segments of a long recording make one answer.
+    The reply's framing sentence is removed, and the replies for the segments of a long recording are merged.
     """
     return Task(
         TRANSCRIPT,
@@ -85,24 +85,24 @@ def answer(
     think: bool = False,
     after: Task | None = None,
 ) -> Task:
-    """Asks a question, greedily; rows go to `answers/`.
+    """Creates a task that asks a question, with greedy decoding; rows go to `answers/`.
 
     Args:
-        question: In words. With choices it is asked as `question (A) first (B) second`.
-        choices: What the answer must name one of; empty for free text. At most 26, no two alike.
-        question_id: Names the question across runs; by default 12 hex digits over question, choices and what was
-            asked before.
-        prompt: Asked instead of what is built from question and choices.
-        max_new_tokens: Where the reply is cut; not used when `decoding` is given.
+        question: The question in words. With choices the prompt is `question (A) first (B) second`.
+        choices: Allowed answers; empty for free text. At most 26, no two alike.
+        question_id: Identifies the question across runs; by default 12 hex digits over question, choices and earlier
+            turns.
+        prompt: Prompt to use instead of the one built from question and choices.
+        max_new_tokens: Longest reply, in tokens; ignored if `decoding` is given.
         decoding: All decoding parameters, for example to sample.
-        constrained: Whether the model can say nothing but one of the choices, with its letter or without.
+        constrained: Whether decoding is constrained to the choices, with their letters or without.
         json_schema: A JSON schema, or its text, that the reply must follow; not together with choices.
-        think: Whether the model is asked to reason first; needs the adapter that was trained to.
-        after: The task that this one follows up: the model sees what it was asked and what it replied. Ask both of
-            the same recording, `after` first.
+        think: Whether the model is asked to reason first; needs the adapter trained for it.
+        after: The task that this one follows up: the model sees its prompt and reply. Use both for the same
+            recording, `after` first.
 
     Raises:
-        ValueError: No question, choices that no reply could tell apart, or wishes that exclude each other.
+        ValueError: There is no question, choices are indistinguishable in a reply, or arguments exclude each other.
     """
     choices = tuple(choices)
     if not question.strip():
@@ -141,22 +141,22 @@ def prompt(
     json_schema: Mapping[str, Any] | str | None = None,
     think: bool = False,
 ) -> Task:
-    """A task of your own: the prompt is given to the model as it stands.
+    """Creates a task of your own, whose prompt is given to the model verbatim.
 
     Args:
-        name: The `task` column; rows go to `answers/`, but for the names `caption` and `transcript`.
-        text: The user turn.
-        max_new_tokens: Where the reply is cut; not used when `decoding` is given.
+        name: The `task` column; rows go to `answers/`, except for the names `caption` and `transcript`.
+        text: The prompt.
+        max_new_tokens: Longest reply, in tokens; ignored if `decoding` is given.
         decoding: All decoding parameters, for example to sample.
         parser: A name from `PARSERS`, or `module:function` of a `Parser` that the workers can import.
         strip_prefix: Whether the checkpoint's framing sentence is removed.
-        stitch: Whether the replies of a long recording's segments make one answer.
+        stitch: Whether the replies for the segments of a long recording are merged into one answer.
         json_schema: A JSON schema, or its text, that the reply must follow; the parser is then `json`, unless
-            another one is named.
-        think: Whether the model is asked to reason first; needs the adapter that was trained to.
+            another one is given.
+        think: Whether the model is asked to reason first; needs the adapter trained for it.
 
     Raises:
-        ValueError: An empty name or prompt, or wishes that exclude each other.
+        ValueError: Name or prompt is empty, or arguments exclude each other.
     """
     if not name.strip() or not text.strip():
         raise ValueError(f"prompt() needs a name and a text; it got {name!r} and {text!r}")
@@ -173,7 +173,7 @@ def prompt(
 
 
 def _constrained(task: Task, json_schema: Mapping[str, Any] | str | None) -> Task:
-    """The task with its schema, if there is one, once it is sure that all its constraints can hold together."""
+    """Adds the schema, if there is one, to the task, and checks that all its constraints are compatible."""
     if json_schema is not None:
         task = task._replace(
             decoding=task.decoding._replace(json_schema=_schema_text(json_schema)),
@@ -187,7 +187,7 @@ def _constrained(task: Task, json_schema: Mapping[str, Any] | str | None) -> Tas
 
 
 def _schema_text(schema: Mapping[str, Any] | str) -> str:
-    """One spelling for equal schemas. The order of keys stays: it is the order in which the model writes them."""
+    """Encodes equal schemas alike. The order of keys stays: it is the order in which the model writes them."""
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -199,7 +199,7 @@ def _schema_text(schema: Mapping[str, Any] | str) -> str:
 
 
 def _replies_for(choices: tuple[str, ...]) -> tuple[str, ...]:
-    """All that a constrained reply may be: each choice with its letter and without, where that names it alone."""
+    """Returns all allowed replies: each choice with its letter, and without where that is unambiguous."""
     if not choices:
         raise ValueError("constrained needs choices; a question without any may be answered in any words")
     forms = [
@@ -209,14 +209,14 @@ def _replies_for(choices: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def thinking(task: Task) -> Task:
-    """The task with the words that ask for thinking in its prompt, once, if it is to think and has a prompt."""
+    """Adds the request to think to the task's prompt, once, if it is to think and has a prompt."""
     if not task.think or task.prompt is None or task.prompt.endswith(THINK):
         return task
     return task._replace(prompt=task.prompt + THINK)
 
 
 def _turns_of(task: Task) -> tuple[Turn, ...]:
-    """What a follow-up has before it."""
+    """Returns the earlier turns for a follow-up to a task."""
     if task.prompt is None:
         raise ValueError(
             f"a follow-up needs to know the prompt it follows, and that of task {task.name!r} depends on the model; "
@@ -226,12 +226,12 @@ def _turns_of(task: Task) -> tuple[Turn, ...]:
 
 
 def resolve(task: Task, family: str) -> Task:
-    """The task as the model is asked it: its prompt filled in for this family, its parser looked up.
+    """Completes a task for a model family: fills in the family's prompt, and checks its parser.
 
-    Resolving a second time changes nothing.
+    It is idempotent.
 
     Raises:
-        ModelError: The family has no prompt of its own for this task, or the parser cannot be imported.
+        ModelError: The family has no prompt for this task, or the parser cannot be imported.
     """
     load_parser(task.parser)
     if task.prompt is None:
@@ -246,18 +246,18 @@ def resolve(task: Task, family: str) -> Task:
 
 
 def table_of(task_name: str) -> str:
-    """The table folder that a task's rows go to."""
+    """Returns the table folder for a task's rows."""
     return _TABLES.get(task_name, "answers")
 
 
 def parse(task: Task, text: str) -> tuple[str, str | None]:
-    """Reads a reply with the task's parser.
+    """Parses a reply with the task's parser.
 
     Returns:
-        The text to keep, and the choice it names (None for free text).
+        The text to keep, and the choice that it selects (None for free text).
 
     Raises:
-        Rejected: The reply is not what the task allows; the detail quotes it.
+        Rejected: The task does not allow this reply; the detail quotes it.
     """
     try:
         kept, choice = load_parser(task.parser)(task, text)
@@ -271,7 +271,7 @@ def parse(task: Task, text: str) -> tuple[str, str | None]:
 
 @functools.cache
 def load_parser(name: str) -> Parser:
-    """A parser by its name in `PARSERS`, or by `module:function`.
+    """Returns a parser by its name in `PARSERS`, or by `module:function`.
 
     Raises:
         ModelError: There is no such parser.
@@ -290,13 +290,13 @@ def load_parser(name: str) -> Parser:
 
 
 def stitch(answers: Sequence[Answer]) -> Answer:
-    """One answer out of a recording's segments' answers to one task, whatever order they come in.
+    """Merges the answers for a recording's segments to one task, in any order, into one answer.
 
-    The text is joined by spaces, and `segments` tells when each piece was heard. The key is a sha256 over the
-    parts' keys; one part keeps its own, because it is the same work.
+    The texts are joined by spaces, and `segments` has the time range of each. The key is a sha256 over the parts'
+    keys; a single part keeps its own, because it is the same work.
 
     Raises:
-        ValueError: No answers, or answers to different things.
+        ValueError: There are no answers, or they belong to different tasks.
     """
     if not answers:
         raise ValueError("nothing to stitch: no answers")
@@ -328,14 +328,14 @@ def _parse_text(task: Task, text: str) -> tuple[str, str | None]:
 
 
 def _parse_json(task: Task, text: str) -> tuple[str, str | None]:
-    """One JSON value, out of its code fence; kept as compact JSON, so that equal values are equal text."""
+    """Parses one JSON value, inside a code fence or not, to compact JSON, so that equal values are equal text."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
     value = json.loads(fenced[1] if fenced else text)
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")), None
 
 
 def _parse_choice(task: Task, text: str) -> tuple[str, str | None]:
-    """The one choice that the reply names, by its label or its words."""
+    """Returns the one choice that the reply selects, by its label or its words."""
     named = _choices_named(task.choices, text)
     if len(named) != 1:
         options = " ".join(f"({_LABELS[i]}) {choice}" for i, choice in enumerate(task.choices))
@@ -350,12 +350,12 @@ _NEGATION = re.compile(r"\b(no|not|none|neither|nor|never|without|cannot)\b|n't\
 
 
 def _choices_named(choices: Sequence[str], reply: str) -> set[int]:
-    """Indices of the choices that a reply names.
+    """Returns the indices of the choices that a reply selects.
 
-    A reply that is nothing but a label (`B`, `(B)`, `B.`) or a choice's words counts as it stands. A label and
-    the whole words of a choice name that choice, even where the label is another's: small models copy the words
-    of what they hear better than its letter. In a sentence, labels count in parentheses only (`A` is a word),
-    and a negation makes it name nothing.
+    A reply that is only a label (`B`, `(B)`, `B.`) or a choice's words selects that choice. A label with all words of
+    a choice selects the choice of the words, even if the label is another's: small models copy the words of a choice
+    more reliably than its letter. In a sentence, labels count in parentheses only (`A` is a word), and a negation
+    selects nothing.
     """
     said = _normal(reply)
     labels = {label.lower(): index for index, label in enumerate(_LABELS[: len(choices)])}
@@ -378,7 +378,7 @@ def _choices_named(choices: Sequence[str], reply: str) -> set[int]:
 
 
 def _normal(text: str) -> str:
-    """Lower case, single spaces, without quotes and full stops around."""
+    """Normalises text: lower case, single spaces, without quotes and full stops around."""
     return " ".join(text.casefold().split()).strip(_WRAPPING)
 
 

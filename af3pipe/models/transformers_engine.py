@@ -1,9 +1,9 @@
-"""The default engine: Hugging Face modules, every segment encoded once, prompts decoded in flight in shared slots.
+"""The default engine: Hugging Face models with continuous batching over a shared key-value cache.
 
-One thread does the work, in rounds: requests for which there are slots are encoded and prefilled, then every slot
-takes a step. A slot whose reply has ended takes the next prompt in the next round, so nobody waits for the longest
-reply of a batch. Tasks about the same audio, and later turns of a conversation, find their beginning in a slot that
-holds it already: that much is copied, and only the rest is computed.
+One thread does the work, in rounds: it encodes and prefills requests for which slots are free, then decodes one token
+in every slot. A slot whose reply has ended takes the next prompt in the next round, so no request waits for the
+longest reply of a batch. The audio of a segment is encoded once. Tasks about the same audio, and later turns of a
+conversation, reuse the cached prefix of another slot: it is copied, and only the rest is computed.
 """
 
 import contextlib
@@ -40,14 +40,14 @@ _LEAST_PREFILL_TOKENS = 256
 
 
 class TransformersEngine:
-    """Turns requests into replies with a stock Hugging Face model; see `Engine` for the contract."""
+    """Runs requests through an unmodified Hugging Face model; see `Engine` for the contract."""
 
     def __init__(self, options: EngineOptions, *, loaded: tuple[Any, Any] | None = None) -> None:
-        """Loads the model and starts the thread.
+        """Loads the model and starts the engine's thread.
 
         Args:
-            options: Which model, on what.
-            loaded: Model and processor that are in memory already, on the device and of the dtype they have.
+            options: The model, its device and further options.
+            loaded: Model and processor that are already in memory, on their device and in their dtype.
 
         Raises:
             ModelError: The checkpoint cannot be loaded here.
@@ -75,7 +75,7 @@ class TransformersEngine:
             raise
 
     def _load(self, checkpoint: Checkpoint, slots: int, loaded: tuple[Any, Any] | None) -> None:
-        """The processor and the model, and what works with them."""
+        """Loads the processor and the model, and creates the objects that use them."""
         options = self._options
         dtype = _dtype(options.dtype, self._device)
         if self._device.type == "cuda":
@@ -125,20 +125,20 @@ class TransformersEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What was opened."""
+        """The opened model, device and dtype."""
         return self._info
 
     @property
     def is_open(self) -> bool:
-        """Whether it still answers."""
+        """Whether it still accepts requests."""
         return self._queue.is_open
 
     def submit(self, request: Request) -> "Future[list[Reply]]":
-        """Queues a request; blocks while the calling thread has enough waiting."""
+        """Queues a request; blocks while the calling thread has enough waiting requests."""
         return self._submit(request, alone=False)
 
     def ask_alone(self, request: Request) -> "Future[list[Reply]]":
-        """As `submit`, but by stock `generate` with the same weights; everything else waits meanwhile."""
+        """Like `submit`, but by unmodified `generate` with the same weights, while all other requests wait."""
         return self._submit(request, alone=True)
 
     def _submit(self, request: Request, *, alone: bool) -> "Future[list[Reply]]":
@@ -154,19 +154,19 @@ class TransformersEngine:
         return job.future
 
     def take_stats(self) -> EngineStats:
-        """What was done since the last call."""
+        """Returns the statistics since the last call."""
         with self._stats_lock:
             stats, self._stats = self._stats, EngineStats()
         return stats._replace(idle_s=self._queue.take_idle_s())
 
     def close(self) -> None:
-        """Stops the thread, fails what is not answered, and frees the model. A second call does nothing."""
+        """Stops the thread, fails unanswered requests, and frees the model. A second call does nothing."""
         self._queue.close(EngineFailed(f"the engine of {self._info.model_id!r} was closed"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _longest(self, job: Job) -> int:
-        """Checks a request; the most positions that one of its prompts may take, its reply included."""
+        """Checks a request; returns the most positions that one of its prompts may need, reply included."""
         tasks = job.request.tasks
         for audio in job.request.audios:
             self._inputs.check(audio)
@@ -194,10 +194,10 @@ class TransformersEngine:
     def _run(
         self, checkpoint: Checkpoint, slots: int, loaded: tuple[Any, Any] | None, opened: "Future[None]"
     ) -> None:
-        """Loads the model, then works.
+        """Loads the model, then processes requests.
 
-        Loading is work for torch, too: OpenMP keeps helpers for each thread that had any, and once there are more of
-        them than cores, all wait by sleeping, and steps on a CPU take twice as long.
+        It loads in the same thread, because OpenMP keeps worker threads for each thread that used it: once there are
+        more than cores, all wait by sleeping, and steps on a CPU take twice as long.
         """
         try:
             self._load(checkpoint, slots, loaded)
@@ -233,7 +233,7 @@ class TransformersEngine:
         self._working.clear()
         gc.collect()
         if self._device.type == "cuda":
-            # After a lost device even this fails, and there is nothing left to free.
+            # After a lost device even this fails, and there is nothing to free.
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
         self._claimed.release()
@@ -241,15 +241,15 @@ class TransformersEngine:
     def _each_alone(
         self, items: Sequence[Any], work: Callable[[Sequence[Any]], None], job_of: Callable[[Any], Job]
     ) -> None:
-        """Does work on all items; one that fails takes its own request with it and nothing else."""
+        """Applies work to all items; a failure affects only the request of its item."""
         isolate(items, work, lambda item, error: self._fail(job_of(item), error), self._after_failure)
 
     def _alone(self, job: Job, work: Callable[..., None], *arguments: Any) -> None:
-        """Does a piece of work for one request."""
+        """Does a piece of work for one request, and fails only that request on an error."""
         self._each_alone([job], lambda _: work(*arguments), _itself)
 
     def _after_failure(self, error: Exception) -> None:
-        """Goes on, or ends the engine: closed, or its device is lost."""
+        """Continues after an error, or ends the engine if it is closed or its device is lost."""
         if isinstance(error, EngineFailed):
             raise error
         if is_device_lost(error):
@@ -269,7 +269,7 @@ class TransformersEngine:
         self._let_go(job)
 
     def _let_go(self, job: Job) -> None:
-        """Forgets a request that is done: its other prompts, and what its slots hold."""
+        """Forgets a finished request: its other prompts, and its prefixes in slots."""
         self._working.discard(job)
         for pool in self._pools:
             pool.forget(job)
@@ -277,9 +277,9 @@ class TransformersEngine:
     # -- requests to slots ---------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Fills free slots; waits for requests where there is nothing else to do.
+        """Fills free slots; waits for requests if there is nothing else to do.
 
-        Once a round: requests that end with their first token would keep those in the slots from ever taking a step.
+        Runs once per round: otherwise requests that end with their first token could starve those already in slots.
         """
         jobs = self._take()
         for job in jobs:
@@ -290,7 +290,7 @@ class TransformersEngine:
             self._fill(pool)
 
     def _fill(self, pool: Pool) -> None:
-        """Gives free slots to those who wait for them."""
+        """Assigns free slots to waiting requests."""
         try:
             while pool.waiting and self._pools.has_slots(pool) and not all(pool.active):
                 self._prefill(pool)
@@ -299,7 +299,7 @@ class TransformersEngine:
                 self._fail(prompt.job, error)
 
     def _take(self) -> list[Job]:
-        """Requests for which slots are free, all of them marked as running."""
+        """Takes requests for which slots are free; all of them are marked as running."""
         jobs: list[Job] = []
         prompts: dict[int, int] = {}  # that they will have, by the length of their slots
         refused: dict[Job, Exception] = {}
@@ -337,7 +337,7 @@ class TransformersEngine:
         return jobs
 
     def _ask_alone(self, job: Job) -> None:
-        """Answers a request with stock `generate`, task by task."""
+        """Answers a request with unmodified `generate`, task by task."""
         if self._oracle is None:
             # A processor of its own: callers use the engine's meanwhile, and tokenizers bear one user at a time.
             checkpoint, processor = self._inputs.checkpoint, copy.deepcopy(self._inputs.processor)
@@ -354,7 +354,7 @@ class TransformersEngine:
     # -- samples to audio embeddings -----------------------------------------------------------------------------
 
     def _encode(self, jobs: Sequence[Job]) -> None:
-        """Encodes the audio of requests, each once, and makes their first prompts."""
+        """Encodes the audio of requests, each once, and creates their first prompts."""
         if not jobs:
             return
         began = time.perf_counter()
@@ -384,7 +384,7 @@ class TransformersEngine:
         self._count(encode_s=time.perf_counter() - began)
 
     def _begin(self, job: Job, audio: torch.Tensor) -> None:
-        """Makes the prompts of those of a request's tasks that can be asked now."""
+        """Creates the prompts of those tasks of a request that can start now."""
         prompts = []
         for place in job.begin_ready():
             said = [self._inputs.said(reply) for reply in job.history(place) or ()]
@@ -403,7 +403,7 @@ class TransformersEngine:
     # -- prompts to first tokens ---------------------------------------------------------------------------------
 
     def _prefill(self, pool: Pool) -> None:
-        """Gives waiting prompts free slots and chooses their first tokens."""
+        """Prefills waiting prompts into free slots and chooses their first tokens."""
         began = time.perf_counter()
         admissions = pool.admit(self._prefill_tokens)
 
@@ -426,10 +426,10 @@ class TransformersEngine:
         self._each_alone(admissions, work, lambda admission: admission.prompt.job)
 
     def _without_overflow(self, some: Sequence[Admission], scores: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-        """The slots, and their scores, of those prompts that the model has any for; the others fail.
+        """Returns the slots and logits of prompts whose logits are finite; fails the other prompts.
 
-        Samples far beyond full scale, or weights that do not fit the dtype, end as what is no number: any token
-        chosen from that would look like a reply.
+        Samples far beyond full scale, or weights that overflow the dtype, give NaN or infinity: any token chosen from
+        that would look like a reply.
         """
         known: list[bool] = scores.amax(-1).isfinite().tolist()
         if all(known):
@@ -442,10 +442,10 @@ class TransformersEngine:
         return [some[place].row for place in places], scores[places]
 
     def _chunks(self, admissions: Sequence[Admission]) -> Iterator[tuple[list[Piece], list[int]]]:
-        """What is prefilled in one call each, and which of its pieces end a prompt; long prompts take several."""
+        """Yields what one prefill call takes, and which pieces end a prompt; long prompts take several calls."""
         pieces: list[Piece] = []
         ends: list[int] = []
-        left = self._prefill_tokens
+        budget = self._prefill_tokens
         for prompt, row, start in admissions:
             ids = torch.from_numpy(self._inputs.ids(prompt.tokens[start:])).to(self._device)
             embeds = self._language.embed(ids)
@@ -455,15 +455,15 @@ class TransformersEngine:
                 embeds[heard.to(self._device)] = prompt.audio[taken.to(self._device)].to(embeds.dtype)
             place = 0
             while place < len(embeds):
-                part = embeds[place : place + left]
+                part = embeds[place : place + budget]
                 pieces.append(Piece(row, start + place, part))
                 place += len(part)
-                left -= len(part)
+                budget -= len(part)
                 if place == len(embeds):
                     ends.append(len(pieces) - 1)
-                if not left:
+                if not budget:
                     yield pieces, ends
-                    pieces, ends, left = [], [], self._prefill_tokens
+                    pieces, ends, budget = [], [], self._prefill_tokens
             if prompt.choice is None:
                 prompt.choice = self._chooser.begin(
                     prompt.task.decoding, prompt.job.request.seed, self._inputs.ids(prompt.tokens).tolist()
@@ -473,7 +473,7 @@ class TransformersEngine:
             yield pieces, ends
 
     def _prefill_out_of_memory(self, pool: Pool, admissions: Sequence[Admission], error: Exception) -> None:
-        """Prefills less at once from now on; where that is little already, slots must go."""
+        """Prefills fewer tokens per call from now on; if they are few already, reduces the slots."""
         if self._prefill_tokens <= _LEAST_PREFILL_TOKENS:
             self._out_of_memory(pool, error)
             return
@@ -489,7 +489,7 @@ class TransformersEngine:
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def _step(self, pool: Pool) -> None:
-        """One more token for everybody in a slot."""
+        """Decodes one more token in every active slot."""
         if pool.slots is None or not any(pool.active):
             return
         began = time.perf_counter()
@@ -529,9 +529,10 @@ class TransformersEngine:
         return prompt.job
 
     def _choose(self, pool: Pool, rows: Sequence[int], scores: torch.Tensor, work: str, began: float) -> None:
-        """The next token of each of these slots; those whose reply has ended are freed.
+        """Chooses the next token of each of these slots; frees those whose reply has ended.
 
-        What the scores took is told before anybody has a reply, so that who has all of them has all the work, too.
+        The time is added to the statistics before any reply is delivered, so that a caller with all replies sees all
+        of the work.
         """
         prompts = [pool.rows[row] for row in rows]
         choices = [prompt.choice for prompt in prompts if prompt is not None and prompt.choice is not None]
@@ -544,7 +545,7 @@ class TransformersEngine:
                     self._alone(prompt.job, self._finish, prompt)
 
     def _finish(self, prompt: Prompt) -> None:
-        """Files a reply; what was waiting for it comes next, in the same slot."""
+        """Delivers a reply; prompts that were waiting for it come next, in the same slot."""
         assert prompt.choice is not None
         assert prompt.choice.finish_reason is not None
         if prompt.choice.error:
@@ -559,8 +560,8 @@ class TransformersEngine:
 
     def _count(self, **more: Any) -> None:
         with self._stats_lock:
-            told = {name: getattr(self._stats, name) + value for name, value in more.items()}
-            self._stats = self._stats._replace(**told)
+            sums = {name: getattr(self._stats, name) + value for name, value in more.items()}
+            self._stats = self._stats._replace(**sums)
 
 
 def _itself(job: Job) -> Job:
@@ -568,7 +569,7 @@ def _itself(job: Job) -> Job:
 
 
 def _let_frames_go(error: BaseException | None) -> None:
-    """Keeps the text of a traceback in its place: whoever keeps the error would keep slots and audio with it."""
+    """Replaces an error's traceback by its text: frames would keep slots and audio in memory with the error."""
     while error is not None:
         if error.__traceback__ is not None:
             if sys.version_info >= (3, 11):

@@ -1,4 +1,4 @@
-"""A checkpoint's weights on a device: the stock model, an adapter merged into it, its language model quantised."""
+"""Loads a checkpoint's weights onto a device, merges an adapter, and quantizes the language model."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -35,20 +35,20 @@ def load_model(
     adapter: str | None = None,
     quantize: str = "none",
 ) -> Any:
-    """The family's class with all of its weights, on the device, for inference.
+    """Loads the family's model class with all of its weights, on the device, for inference.
 
     Args:
-        checkpoint: Whose weights.
-        device: Where they go.
-        dtype: Of everything that is not quantised.
-        attention: Of the audio encoder, by Hugging Face's name for it.
+        checkpoint: The checkpoint.
+        device: Device of the weights.
+        dtype: Dtype of everything that is not quantized.
+        attention: Attention implementation of the audio encoder, by Hugging Face's name.
         adapter: Directory of a PEFT LoRA that is merged into the weights, with `non_lora_trainables.bin` if it has
             one.
         quantize: `none`, or `int8` or `fp8` for the weights of the language model's linear layers. The head, the
-            audio encoder and the projector stay as they are.
+            audio encoder and the projector are not quantized.
 
     Raises:
-        ModelError: It cannot be loaded here, weights are missing, or the adapter is not one of this model.
+        ModelError: The model cannot be loaded here, weights are missing, or the adapter does not fit this model.
     """
     hf.utils.logging.disable_progress_bar()  # it would draw over the run's own line, and fill a worker's log
     try:
@@ -81,11 +81,11 @@ def load_model(
 
 
 def _with_adapter(model: Any, directory: Path, what: str) -> Any:
-    """The plain model with a LoRA merged into its weights, and those that were trained in full put in place.
+    """Merges a LoRA into the model's weights, and replaces those that were trained in full.
 
     This is the model card's recipe for think mode (`load_state_dict(..., strict=False)`, then
-    `PeftModel.from_pretrained`), but strict: done literally it puts nothing of `non_lora_trainables.bin` in place,
-    because the names have changed, and says nothing.
+    `PeftModel.from_pretrained`), but strict: done literally it loads nothing of `non_lora_trainables.bin`, because
+    the names have changed, without an error.
     """
     try:
         import peft
@@ -121,7 +121,7 @@ def _with_adapter(model: Any, directory: Path, what: str) -> Any:
 
 
 def _load_non_lora(model: Any, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Puts weights in place that were trained in full beside a LoRA; each of them must be one of the model's."""
+    """Loads weights that were trained in full beside a LoRA; each must belong to the model."""
     names = model.state_dict().keys()
     state = {_name_in(names, key.removeprefix(_PEFT_PREFIX)): value for key, value in state.items()}
     if unknown := sorted(state.keys() - names):
@@ -133,7 +133,7 @@ def _load_non_lora(model: Any, state: Mapping[str, torch.Tensor], what: str) -> 
 
 
 def _renamed_lora(model: Any, weights: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
-    """LoRA weights by the model's own names; each must belong to a module of it, and there must be some."""
+    """Renames LoRA weights to the model's names; each must belong to a module of it, and there must be some."""
     modules = dict(model.named_modules()).keys()
     renamed = {}
     for key, value in weights.items():
@@ -147,7 +147,7 @@ def _renamed_lora(model: Any, weights: Mapping[str, torch.Tensor], what: str) ->
 
 
 def _rename(name: str) -> str:
-    """From the released checkpoint's names to those of transformers' modules."""
+    """Converts the released checkpoint's names to those of transformers' modules."""
     for released, current in _RENAMED.items():
         if name == released or name.startswith(f"{released}."):
             return current + name[len(released) :]
@@ -159,7 +159,7 @@ def _name_in(names: Collection[str], name: str) -> str:
 
 
 def _quantize(model: Any, scheme: str, device: torch.device) -> None:
-    """Quantises the weights of the language model's linear layers, in place."""
+    """Quantizes the weights of the language model's linear layers, in place."""
     if scheme not in ("int8", "fp8"):
         raise ModelError(f"quantize is {scheme!r}, which is not known; choose from none, int8, fp8")
     # torchao would take any device, and convert float8 by slow emulation without saying so.

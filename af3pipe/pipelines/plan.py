@@ -22,10 +22,9 @@ import pyarrow as pa
 
 from af3pipe.schemas import AudioObject, DeadLetter, Recording, RecordingResult, Rejected
 from af3pipe.storage import ObjectInfo
-from af3pipe.tables.existing import ExistingRecording, ExistingRow, ExistingRows, read_existing
+from af3pipe.tables.existing import ExistingRecording, ExistingRow, ExistingRows, existing_rows
 from af3pipe.tables.keys import KeySet, Mask, hashes_of
 from af3pipe.tables.layout import partition_folder
-from af3pipe.tables.reader import table_files
 from af3pipe.transforms.inputs.identity import check_id, has_own_id
 from af3pipe.transforms.outcome import public_uri
 from af3pipe.transforms.plan import STAT_THREADS, WorkKeys, plan_object, stat_object
@@ -109,9 +108,7 @@ class Plan:
             of_object = objects.has(hashes_of(rows["uri"]))
             return of_object | ids.has(hashes_of(rows["recording_id"])) if ids.size else of_object
 
-        for table, infos in table_files(output).items():
-            for info in infos:
-                self._add_rows(read_existing(output, table, info, wanted))
+        self._add_rows(existing_rows(output, wanted))
 
     def _keys(self, query: str) -> KeySet:
         """Returns the hashes of the distinct texts of a query; the texts themselves would take more memory."""

@@ -1,4 +1,4 @@
-"""Every row type, once: what flows between the stages, and the Arrow schema of what lands."""
+"""Defines all row types that flow between the pipeline's stages, and the Arrow schemas of the output tables."""
 
 from af3pipe.schemas.answer import (
     ANSWER_SCHEMA,

@@ -1,4 +1,4 @@
-"""What is asked and what comes back: tasks, requests, replies, and the answer row."""
+"""Defines tasks, requests to the model, its replies, and the answer row."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ _ALWAYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repe
 
 
 class Decoding(NamedTuple):
-    """How the reply is chosen, token by token. The defaults are greedy, whatever the checkpoint's own are.
+    """Decoding parameters of a task. The defaults are greedy decoding, whatever the checkpoint's defaults are.
 
     The released checkpoints default to sampling (temperature 0.7, top_p 0.8, repetition_penalty 1.05).
-    The names are those of Hugging Face's `GenerationConfig`, as far as it has them.
+    The names are those of Hugging Face's `GenerationConfig`, where it has such a parameter.
 
     Attributes:
-        min_new_tokens: The reply does not end before.
-        seed: For sampling: with the request's own seed it decides every draw, whatever else is decoded beside it.
-        stop: Strings that end the reply; what begins with one is not part of its text.
-        one_of: Whole replies, of which the model must give one; empty for free text.
+        min_new_tokens: Shortest reply, in tokens.
+        seed: For sampling: with the request's own seed it determines every sample, whatever else is in the batch.
+        stop: Strings that end the reply; its text is cut before the first of them.
+        one_of: Allowed replies, to one of which decoding is constrained; empty for free text.
         json_schema: JSON text of a schema that the reply must follow; None for free text.
     """
 
@@ -41,22 +41,23 @@ class Decoding(NamedTuple):
     json_schema: str | None = None
 
     def to_json(self) -> str:
-        """The `decoding` column: sorted keys, so that equal parameters give equal text.
+        """Returns the value of the `decoding` column: sorted keys, so that equal parameters give equal text.
 
-        What came after the first six is told only where it is used: answers keep the keys they have.
+        Parameters added after the first six are included only if they are not the default, so that the `answer_key`
+        of existing answers does not change.
         """
         defaults = Decoding()._asdict()
-        told = {key: value for key, value in self._asdict().items() if key in _ALWAYS or value != defaults[key]}
-        return json.dumps(told, sort_keys=True)
+        stated = {key: value for key, value in self._asdict().items() if key in _ALWAYS or value != defaults[key]}
+        return json.dumps(stated, sort_keys=True)
 
 
 class Turn(NamedTuple):
-    """What the user said at one point of a conversation.
+    """The user's message at one point of a conversation.
 
     Attributes:
         prompt: The turn's text; may be empty where there is audio.
-        audios: Which of the request's audios are heard in this turn, by index. None is all of them in the first
-            turn and none in later ones; an empty tuple in the first turn asks without audio.
+        audios: Indices of the request's audios that belong to this turn. None means all of them in the first turn and
+            none in later ones; an empty tuple in the first turn sends the prompt without audio.
     """
 
     prompt: str
@@ -64,22 +65,22 @@ class Turn(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is asked of a segment. Built by `af3pipe.models.tasks`, or by hand for a task of your own.
+    """A prompt for a segment, and how its reply is decoded and parsed.
 
     Attributes:
         name: The `task` column; `caption` and `transcript` have tables of their own.
-        prompt: The user turn's text; None takes the family's own prompt for this name.
-        question_id: Names the question across runs, where there is one.
-        question: As the user wrote it, without the choices.
+        prompt: The user turn's text; None for the model family's own prompt for this name.
+        question_id: Identifies the question across runs, if there is one.
+        question: The question as the user wrote it, without the choices.
         choices: The answers allowed; empty for free text.
-        decoding: How the reply is chosen.
-        parser: How the reply is read: a name from `models.tasks.PARSERS`, or `module:function`.
+        decoding: Decoding parameters.
+        parser: Parser of the reply: a name from `models.tasks.PARSERS`, or `module:function`.
         strip_prefix: Whether the checkpoint's framing sentence is removed by its processor.
-        stitch: Whether the replies of a long recording's segments make one answer.
-        history: The turns before this one. The model sees them with the replies it gave to them, so each must be
-            a task of the same request, placed before this one.
-        audios: Of this turn; see `Turn`.
-        think: Whether the model is asked to reason before it answers; needs the adapter that was trained to.
+        stitch: Whether the replies for the segments of a long recording are merged into one answer.
+        history: The turns before this one. The model sees them with its replies to them, so each must be a task of
+            the same request, placed before this one.
+        audios: Audios of this turn; see `Turn`.
+        think: Whether the model is asked to reason before it answers; needs the adapter trained for it.
     """
 
     name: str
@@ -97,18 +98,18 @@ class Task(NamedTuple):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The conversation's user turns, this one last."""
+        """The conversation's user turns, ending with this one."""
         return (*self.history, Turn(self.prompt or "", self.audios))
 
 
 class Request(NamedTuple):
-    """One segment and the tasks asked of it, as an engine takes it.
+    """One segment and its tasks, as an engine receives them.
 
     Attributes:
         samples: float32 mono PCM at the model's sampling rate, shape (n,); a tuple of them for a conversation
             about several, empty for one about none.
-        tasks: At least one; every prompt filled in.
-        seed: Joined with a sampling task's own, so that not every recording gets the same draws.
+        tasks: At least one; none with a prompt of None.
+        seed: Combined with a sampling task's own seed, so that recordings do not all get the same samples.
     """
 
     samples: npt.NDArray[np.float32] | tuple[npt.NDArray[np.float32], ...]
@@ -117,7 +118,7 @@ class Request(NamedTuple):
 
     @property
     def audios(self) -> tuple[npt.NDArray[np.float32], ...]:
-        """What may be heard, in order."""
+        """The audios of the request, in order."""
         return self.samples if isinstance(self.samples, tuple) else (self.samples,)
 
     def __repr__(self) -> str:
@@ -126,13 +127,13 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What the model said to one task.
+    """The model's reply to one task.
 
     Attributes:
-        text: Decoded, without special tokens, stripped as the task asks.
+        text: Decoded text, without special tokens; without the framing sentence if the task has `strip_prefix`.
         tokens: The new token ids, the end-of-sequence token included where it was produced.
         finish_reason: `stop` when the model or a stop string ended the reply, `length` when `max_new_tokens` did.
-        audio_tokens: Placeholders the audio took in the prompt.
+        audio_tokens: Number of audio placeholder tokens in the prompt.
         prompt_tokens: Length of the whole prompt, `audio_tokens` included.
     """
 
@@ -144,12 +145,12 @@ class Reply(NamedTuple):
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens were produced."""
+        """Number of generated tokens."""
         return len(self.tokens)
 
 
 class TimedText(NamedTuple):
-    """A piece of a transcript and where in the recording it was heard, in seconds."""
+    """A piece of a transcript, with its time range in the recording, in seconds."""
 
     start_s: float
     end_s: float
@@ -157,20 +158,20 @@ class TimedText(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One reply, parsed: one row of `captions/`, `transcripts/` or `answers/`.
+    """A parsed reply: a row of `captions/`, `transcripts/` or `answers/`.
 
     Attributes:
-        segment_index: Of the segment asked about; 0 for an answer stitched over all of them.
-        start_s: Of what was heard, in seconds from the start of the object.
-        end_s: End of what was heard, exclusive.
-        duration_s: Of the whole object, in seconds; None when it was never learnt.
-        peak_dbfs: This and the next three as `Levels`, of what was heard.
-        channels: How many the object has, as stored.
-        channel: The one that was heard: `mix`, `left`, `right`, or its index as text.
-        stream: Index of the audio stream that was heard; None for the object's main one.
-        history: The prompts that were asked before, in a conversation; empty for a first question.
-        choice: The choice that the reply names; None for free text.
-        segments: The pieces of a transcript with their times; empty for other tasks.
+        segment_index: Index of the segment; 0 for an answer merged from all segments.
+        start_s: Start of the audio given to the model, in seconds from the start of the object.
+        end_s: End of that audio, exclusive.
+        duration_s: Duration of the whole object, in seconds; None if unknown.
+        peak_dbfs: This and the next three are the `Levels` of the audio given to the model.
+        channels: Number of channels of the object, as stored.
+        channel: The channel given to the model: `mix`, `left`, `right`, or its index as text.
+        stream: Index of the audio stream given to the model; None for the object's main one.
+        history: The earlier prompts of the conversation; empty for a first question.
+        choice: The choice that the reply selects; None for free text.
+        segments: Segments of a transcript with their times; empty for other tasks.
         decoding: JSON of `Decoding`.
         answer_key: See `answer_key`.
         created_at: Microseconds since 1970-01-01 UTC.
@@ -221,12 +222,12 @@ class Answer(NamedTuple):
 
     @property
     def levels(self) -> Levels:
-        """Its four columns as one."""
+        """The four level columns as a `Levels`."""
         return Levels(self.peak_dbfs, self.rms_dbfs, self.clipped_share, self.silent)
 
     @property
     def content_identity(self) -> str:
-        """As of `Recording`."""
+        """See `Recording.content_identity`."""
         return content_identity(self.etag, self.size_bytes, self.mtime)
 
 
@@ -282,7 +283,7 @@ ANSWER_SCHEMA = pa.schema(
 
 
 def task_key(name: str, question_id: str | None) -> str:
-    """Tells apart what is asked of one recording."""
+    """Returns a key that distinguishes the tasks of one recording."""
     return f"{name}/{question_id or ''}"
 
 
@@ -295,19 +296,19 @@ def answer_key(
     model_revision: str,
     cut_at: str | None = None,
 ) -> str:
-    """Names a piece of work: the same work has the same key on every run, so a rerun can skip it.
+    """Returns a key over everything that determines an answer: a rerun skips work whose key has an answer.
 
     sha256 over the content's identity, the segment's bounds, the task, its prompt, the model and the decoding; and
     the channel and stream, where one was chosen.
 
     Args:
-        recording: With its size, and etag or modification time.
-        start_s: Of what is heard. So is `end_s`.
-        end_s: Its end.
-        task: Resolved.
-        model_id: What answers.
-        model_revision: Of it.
-        cut_at: For a part of what will be stitched, as of `Segment`: the parts belong to one way of cutting.
+        recording: The recording, with its size, and etag or modification time.
+        start_s: Start of the audio given to the model, in seconds.
+        end_s: End of that audio.
+        task: The task, resolved.
+        model_id: The model.
+        model_revision: Its revision.
+        cut_at: For a segment whose answer will be merged: `Segment.cut_at`, since merged segments must be cut alike.
     """
     name, question_id, prompt, parser, decoding, *turns = _asked(task)
     parts = [
@@ -329,24 +330,24 @@ def answer_key(
 
 
 def stitched_key(answer_keys: Sequence[str]) -> str:
-    """The `answer_key` of what is stitched of several answers, in order; one keeps its own: it is the same work."""
+    """Returns the `answer_key` of an answer merged from several, in order; one alone keeps its own key."""
     return answer_keys[0] if len(answer_keys) == 1 else hashlib.sha256("".join(answer_keys).encode()).hexdigest()
 
 
 def work_key(
     recording: Recording, tasks: Iterable[Task], model_id: str, model_revision: str, policy: Sequence[object]
 ) -> str:
-    """Names all that is asked of a recording: with the same key, the same run of it would end the same.
+    """Returns a key over all requests of a recording: with an equal key, the same run would have the same outcome.
 
     Unlike `answer_key` it is known before the recording is opened.
 
     Args:
-        recording: With its size, and etag or modification time.
-        tasks: All that is asked of it, resolved.
-        model_id: As in its answers. So is `model_revision`.
-        model_revision: Of the model.
-        policy: What else decides how a recording ends: what becomes of long and silent ones, and what of its
-            mentions was rejected.
+        recording: The recording, with its size, and etag or modification time.
+        tasks: All tasks of the recording, resolved.
+        model_id: The model, as in its answers.
+        model_revision: Its revision.
+        policy: What else determines the outcome: the policies for long and silent recordings, and which manifest rows
+            of the recording were rejected.
     """
     parts = [
         recording.uri,
@@ -361,9 +362,9 @@ def work_key(
 
 
 def _asked(task: Task) -> list[object]:
-    """What of a task decides its reply and how it is read."""
+    """Returns the fields of a task that determine its reply and how it is parsed."""
     turns = [list(turn) for turn in task.turns] if task.history or task.audios is not None else []
-    # A prompt of one's own need not tell the choices that its reply is held against.
+    # A prompt of one's own need not contain the choices with which its reply is compared.
     choices = [["choices", *task.choices]] if task.choices else []
     return [task.name, task.question_id, task.prompt, task.parser, task.decoding.to_json(), *choices, *turns]
 

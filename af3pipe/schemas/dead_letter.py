@@ -1,4 +1,4 @@
-"""What could not be answered: stages, reasons, the row, and the one exception that bad input raises."""
+"""Defines dead letters: stages, reasons, their row, and `Rejected`, raised for inputs that cannot be processed."""
 
 import hashlib
 from enum import Enum
@@ -8,7 +8,7 @@ import pyarrow as pa
 
 
 class Stage(str, Enum):
-    """Where on its way from URI to Parquet a recording was stopped."""
+    """The stage at which the processing of a recording failed."""
 
     LIST = "list"
     READ = "read"
@@ -21,7 +21,7 @@ class Stage(str, Enum):
 
 
 class Reason(str, Enum):
-    """Why a recording could not be answered. docs/dead-letters.md says of each what to do."""
+    """Why a recording could not be processed. docs/dead-letters.md says what to do for each reason."""
 
     NOT_FOUND = "not_found"
     PERMISSION_DENIED = "permission_denied"
@@ -46,7 +46,7 @@ class Reason(str, Enum):
 
     @property
     def retryable(self) -> bool:
-        """Whether every later run tries again: true for what the world or the machine did, not the input itself."""
+        """Whether every later run retries: true for failures of the environment, not of the input itself."""
         return self in _RETRYABLE
 
 
@@ -69,16 +69,16 @@ _RETRYABLE = frozenset(
 
 
 class Rejected(Exception):
-    """This input cannot be answered, and why. Becomes a dead letter; never ends the job.
+    """An input that cannot be processed, and why. It becomes a dead letter and never ends the job.
 
     Raised by storage, audio and models; caught in `transforms/outcome.py` only.
 
     Attributes:
-        stage: Where it happened.
+        stage: The stage that failed.
         reason: The class of failure, from a fixed list.
-        detail: One sentence for the person who reads the dead letter: what was wrong, with its numbers.
-        decoder: The decoder in use, where one was.
-        position_s: How far into the recording, in seconds, where that is known.
+        detail: One sentence for the reader of the dead letter: what was wrong, with its numbers.
+        decoder: The decoder, if one was in use.
+        position_s: Position of the failure in the recording, in seconds, if known.
     """
 
     def __init__(
@@ -107,17 +107,17 @@ def _rebuild(stage: Stage, reason: Reason, detail: str, decoder: str | None, pos
 
 
 class DeadLetter(NamedTuple):
-    """One row of `dead_letters/`: a recording, or one request of it, that could not be answered.
+    """A row of `dead_letters/`: a recording, or one of its requests, that could not be processed.
 
     Attributes:
         detail: One sentence: what was wrong.
-        retryable: Whether every later run tries again; see `Reason.retryable`.
-        position_s: How far into the recording, in seconds.
-        attempts: How often it was tried in this run.
-        traceback: Of an unexpected exception; None for input that was rejected knowingly.
-        input: JSON: the recording, and the segment and tasks where it got so far; all that a redrive needs.
+        retryable: Whether every later run retries; see `Reason.retryable`.
+        position_s: Position of the failure in the recording, in seconds.
+        attempts: Number of attempts in this run.
+        traceback: Traceback of an unexpected exception; None for rejected input.
+        input: JSON with everything that a redrive needs: the recording, and the segment and tasks if known.
         dead_letter_key: See `dead_letter_key`.
-        run_id: Of the run that wrote it; empty while it is not written.
+        run_id: Id of the run that wrote it; empty before it is written.
         created_at: Microseconds since 1970-01-01 UTC.
         metadata: Of the recording, as JSON text.
     """
@@ -141,7 +141,7 @@ class DeadLetter(NamedTuple):
 
 
 def dead_letter_key(recording_id: str, stage: Stage, reason: Reason, input_json: str) -> str:
-    """Names a dead letter: the same failure of the same thing is the same row, however often it is told."""
+    """Returns a dead letter's key: equal for the same failure of the same input, however often it occurs."""
     text = "\x00".join((recording_id, stage.value, reason.value, input_json))
     return hashlib.sha256(text.encode()).hexdigest()
 

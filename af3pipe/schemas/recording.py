@@ -1,4 +1,4 @@
-"""What flows before the model: a recording, what its header says, and its segments of PCM."""
+"""Defines recordings, what audio headers state, and segments of PCM."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 
 class TerminalState(str, Enum):
-    """How a recording ended. Every recording that was matched ends in exactly one of these."""
+    """How a recording ended. Every matched recording ends in exactly one of these states."""
 
     OK = "ok"
     OK_PARTIAL = "ok_partial"
@@ -29,7 +29,7 @@ MIX = "mix"
 
 
 def channel_text(value: Any) -> str:
-    """A channel as users write it, in one spelling: `mix`, `left`, `right`, or an index from 0 (`"1"`, `1`, `1.0`).
+    """Normalises a channel: `mix`, `left`, `right`, or an index from 0 as text (from `"1"`, `1`, `1.0`).
 
     Raises:
         ValueError: It is none of these.
@@ -47,7 +47,7 @@ def channel_text(value: Any) -> str:
 
 
 def stream_index(value: Any) -> int | None:
-    """An audio stream as users write it: a number from 0, or None for the file's main one.
+    """Normalises an audio stream: an index from 0, or None for the file's main one.
 
     Raises:
         ValueError: It is neither.
@@ -62,26 +62,26 @@ def stream_index(value: Any) -> int | None:
 
 
 def _index(value: Any) -> int | None:
-    """Manifests have numbers as text, and pandas makes 1.0 of a 1 beside a gap."""
+    """Reads an index, also from text, as in manifests, or as 1.0, which pandas makes of a 1 in a column with gaps."""
     digits = str(value).strip().removesuffix(".0")
     is_index = not isinstance(value, bool) and digits.isascii() and digits.isdecimal() and len(digits) < 10
     return int(digits) if is_index else None
 
 
 def content_identity(etag: str | None, size_bytes: int | None, mtime: str | None) -> str:
-    """Changes when the bytes change: the store's etag, or size and modification time where it has none."""
+    """Returns text that changes with the content: the store's etag, else size and modification time."""
     return etag or f"{size_bytes}:{mtime}"
 
 
 class Question(NamedTuple):
-    """A question about one recording, as a manifest row states it; without an id it is named by its text.
+    """A question about one recording, as a manifest row states it. Without an id, its text identifies it.
 
     Attributes:
-        question_id: Names the question across runs.
-        text: In words.
-        choices: What the answer must name one of; empty for free text.
-        prompt: Given to the model as it stands, instead of what is made of text and choices.
-        after: Id of the question that this one follows up: one of the same recording, before it.
+        question_id: Identifies the question across runs.
+        text: The question in words.
+        choices: Allowed answers; empty for free text.
+        prompt: Given to the model verbatim, instead of a prompt built from text and choices.
+        after: Id of the earlier question of the same recording that this one follows up.
     """
 
     question_id: str | None
@@ -92,17 +92,17 @@ class Question(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """How loud a piece of audio is as the model hears it: mixed to mono, at its sampling rate, never normalised.
+    """Loudness of a piece of audio as the model receives it: mixed to mono, at its sampling rate, never normalised.
 
     dBFS are decibels relative to a sample of 1.0: a square wave of full scale has an RMS of 0, a sine one of -3.
 
     Attributes:
-        peak_dbfs: Of the largest sample; -120 at least, so for digital silence; above 0 for float files that go
-            beyond full scale, which are passed on as they are.
-        rms_dbfs: Over all samples; -120 at least.
+        peak_dbfs: Level of the largest sample; at least -120, as for digital silence; above 0 for float files beyond
+            full scale, which are passed on unchanged.
+        rms_dbfs: RMS level of all samples; at least -120.
         clipped_share: Share of the samples, 0 to 1, at or beyond full scale (32767/32768, the most that 16-bit PCM
             holds). Mixing and resampling move samples off that mark, so it is lower than in the file.
-        silent: Whether the peak is at or below the job's threshold, -60 dBFS unless it says otherwise.
+        silent: Whether the peak is at or below the job's threshold, by default -60 dBFS.
     """
 
     peak_dbfs: float
@@ -112,15 +112,15 @@ class Levels(NamedTuple):
 
 
 class Covered(NamedTuple):
-    """What an answer covers of its recording: all that reconciling and resuming need of it.
+    """The part of a recording that an answer covers: what reconciling and resuming need of the answer.
 
     Attributes:
-        answer_key: Of the row.
+        answer_key: Key of the answer's row.
         task: See `task_key`.
-        pieces: (start_s, end_s) of each part answered for.
-        duration_s: Of the whole object, as far as was known with this answer.
-        levels: Of the parts together.
-        content_identity: Of the recording that was heard, as of `Recording`; empty where nobody has to know.
+        pieces: (start_s, end_s) of each part that it covers.
+        duration_s: Duration of the whole object, if known with this answer.
+        levels: Levels of the parts together.
+        content_identity: `Recording.content_identity` of the recording; empty if not needed.
     """
 
     answer_key: str
@@ -136,7 +136,7 @@ class Existing(NamedTuple):
 
     Attributes:
         answers: Of any model and prompt; each counts only where its `answer_key` is that of a request of this run.
-        dead_letters: (dead_letter_key, run_id) of each of this recording.
+        dead_letters: (dead_letter_key, run_id) of each dead letter of this recording.
     """
 
     answers: tuple[Covered, ...] = ()
@@ -147,12 +147,12 @@ NO_METADATA = "{}"
 
 
 def to_metadata(columns: Mapping[str, Any]) -> str:
-    """Columns as the `metadata` column holds them: a JSON object, keys sorted, numbers as numbers, dates as text."""
+    """Encodes columns for the `metadata` column: a JSON object, keys sorted, numbers as numbers, dates as text."""
     return json.dumps(_jsonable(columns), sort_keys=True, ensure_ascii=False, default=str) if columns else NO_METADATA
 
 
 def _jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity, and its keys are text."""
+    """Converts a value for JSON, which has no NaN and no infinity, and whose keys are text."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -163,23 +163,22 @@ def _jsonable(value: Any) -> Any:
 
 
 class Recording(NamedTuple):
-    """One input: an audio object, or a time range of it, with what is known before it is opened.
+    """An input: an audio object, or a time range of it, with everything known before it is opened.
 
     Attributes:
-        recording_id: Stable name of the recording; one terminal state each. A manifest's own id, else its
-            `source_key`.
+        recording_id: Stable id of the recording, with one terminal state: the manifest's id, else its `source_key`.
         uri: Any URL that fsspec opens, or a local path.
-        size_bytes: Size of the object, None when the listing did not state it.
-        etag: The store's content tag, None when it has none (local files).
-        mtime: Modification time of the object, ISO 8601 UTC, None when the listing did not state it.
-        offset_s: Where to begin, in seconds from the start of the object.
-        duration_s: How much to take, in seconds; None takes all that follows.
+        size_bytes: Size of the object; None if the listing does not state it.
+        etag: The store's content tag; None if it has none (local files).
+        mtime: Modification time of the object, ISO 8601 UTC; None if the listing does not state it.
+        offset_s: Start of the range, in seconds from the start of the object.
+        duration_s: Length of the range, in seconds; None for all that follows.
         channel: `mix`, the mean over all; `left`, `right`, or an index from 0 as text. See `channel_text`.
-        stream: Index among the audio streams of the object; None takes its main one.
-        questions: Asked of this recording beside the job's own tasks.
+        stream: Index among the audio streams of the object; None for its main one.
+        questions: Questions about this recording, in addition to the job's tasks.
         metadata: Further manifest columns, passed through to the output: a JSON object as text, see `to_metadata`.
-        work_key: Names all that is requested of it, see `af3pipe.schemas.work_key`; None where resuming is off.
-        existing: Rows of earlier runs about the same audio, where the run resumes them.
+        work_key: Key over all requests of it, see `af3pipe.schemas.work_key`; None if the run does not resume.
+        existing: Rows of earlier runs about the same audio, if the run resumes.
     """
 
     recording_id: str
@@ -198,17 +197,17 @@ class Recording(NamedTuple):
 
     @property
     def source_key(self) -> str:
-        """Names the audio itself, whatever the recording is called. See `source_key`."""
+        """Identifies the audio itself, whatever the recording's id. See `source_key`."""
         return source_key(self.uri, self.offset_s, self.duration_s, channel=self.channel, stream=self.stream)
 
     def wanted_until_s(self, duration_s: float | None) -> float:
-        """Where what is wanted of it ends, in an object of this length; where it begins for one of unknown length."""
+        """Returns the end of the requested range, in seconds; its start if the object's duration is unknown."""
         available_s = max(self.offset_s, duration_s or 0.0)
         return available_s if self.duration_s is None else min(available_s, self.offset_s + self.duration_s)
 
     @property
     def content_identity(self) -> str:
-        """Changes when the bytes change: the store's etag, or size and modification time where it has none."""
+        """Text that changes with the content: the store's etag, else size and modification time."""
         return content_identity(self.etag, self.size_bytes, self.mtime)
 
 
@@ -220,9 +219,9 @@ def source_key(
     channel: str = MIX,
     stream: int | None = None,
 ) -> str:
-    """Names a piece of audio: 20 hex digits over the canonical URI and the span, channel and stream of it.
+    """Returns an id of a piece of audio: 20 hex digits over its canonical URI, time range, channel and stream.
 
-    Manifest rows without an id of their own get it as their `recording_id`.
+    It is the `recording_id` of manifest rows without an id.
     """
     parts = [uri, repr(float(offset_s)), repr(None if duration_s is None else float(duration_s))]
     parts += taken_from(channel, stream)
@@ -230,17 +229,17 @@ def source_key(
 
 
 def taken_from(channel: str, stream: int | None) -> list[str]:
-    """What ids and keys say of a channel or stream: nothing where none is chosen, so that they stay as they were."""
+    """Returns channel and stream as part of ids and keys: empty if none is chosen, so that old keys stay valid."""
     return [] if (channel, stream) == (MIX, None) else [f"channel={channel}", f"stream={stream}"]
 
 
 class AudioInfo(NamedTuple):
-    """What a container states about its audio stream.
+    """What a container's header states about its audio stream.
 
     Attributes:
-        duration_s: Length in seconds; None where only decoding tells.
-        sample_rate: In Hz, as stored.
-        channels: As stored.
+        duration_s: Duration in seconds; None if only decoding can find it.
+        sample_rate: Sampling rate in Hz, as stored.
+        channels: Number of channels, as stored.
         codec: For example `flac`, `pcm_16`, `mp3`, `aac`.
         decoder: The library that reads it: `soundfile` or `pyav`.
     """
@@ -253,19 +252,19 @@ class AudioInfo(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A contiguous part of a recording, given to the model as one sample.
+    """A contiguous part of a recording, given to the model as one audio.
 
     Attributes:
-        recording: Where it comes from.
-        info: The container's statement; `duration_s` is what decoding found once the end has been reached.
+        recording: The recording that it is part of.
+        info: What the header states; once decoding has reached the end, `duration_s` is the duration it found.
         segment_index: 0, 1, 2, ... along the recording.
-        start_s: First sample's time in seconds from the start of the object.
+        start_s: Time of the first sample, in seconds from the start of the object.
         end_s: End of the last sample, exclusive.
         is_last: Whether the recording ends with this segment.
-        sample_rate: Of `samples`, in Hz: the model's.
+        sample_rate: Sampling rate of `samples`, in Hz: the model's.
         samples: float32 mono PCM, shape (n,); full scale is 1.0, which float files may exceed.
-        levels: Of `samples`, as `audio.levels.measure` gives them.
-        cut_at: Where its recording is cut if it is long: `cap`, or `silence:15.0` with the tolerance in seconds.
+        levels: Levels of `samples`, from `audio.levels.measure`.
+        cut_at: Where long recordings are cut: `cap`, or `silence:15.0` with the tolerance in seconds.
     """
 
     recording: Recording
@@ -281,7 +280,7 @@ class Segment(NamedTuple):
 
     @property
     def audio_s(self) -> float:
-        """Length of `samples` in seconds."""
+        """Duration of `samples`, in seconds."""
         return len(self.samples) / self.sample_rate
 
     def __repr__(self) -> str:
@@ -290,21 +289,21 @@ class Segment(NamedTuple):
 
 
 class RecordingRow(NamedTuple):
-    """One row of `recordings/`: how a recording ended in a run, and how much of it was covered.
+    """A row of `recordings/`: how a recording ended in a run, and how much of it the answers cover.
 
     Attributes:
-        source_key: Of the audio, as `source_key` gives it.
-        duration_s: Of the object, in seconds; None when it was never learnt.
+        source_key: Id of the audio, see `source_key`.
+        duration_s: Duration of the object, in seconds; None if unknown.
         covered_s: Seconds for which every task has an answer.
-        answers: Rows that this run wrote; `kept_answers` more are of earlier runs.
-        answer_keys: Of all its answers, whichever run wrote them: with this row, they are the latest results.
-        dead_letters: Rows that this run wrote; `kept_dead_letters` more are of earlier runs.
-        dead_letter_keys: Of all its dead letters, as `answer_keys`.
-        reasons: Of the recording's dead letters, sorted, without repeats.
-        work_key: As of `Recording`.
-        peak_dbfs: This and the next three as `Levels`, over the audio with answers; None where there are none.
-        mtime: Of the object, ISO 8601 in UTC; a timestamp in Parquet.
-        metadata: JSON text, as of `Recording`.
+        answers: Number of answers that this run wrote; `kept_answers` more are from earlier runs.
+        answer_keys: Keys of all its answers, whichever run wrote them: with this row, they are the latest results.
+        dead_letters: Number of dead letters that this run wrote; `kept_dead_letters` more are from earlier runs.
+        dead_letter_keys: Keys of all its dead letters, like `answer_keys`.
+        reasons: Reasons of the recording's dead letters, sorted, without repeats.
+        work_key: See `Recording`.
+        peak_dbfs: This and the next three are the `Levels` of the audio with answers; None if there is none.
+        mtime: Modification time of the object, ISO 8601 in UTC; a timestamp in Parquet.
+        metadata: JSON text, see `Recording`.
         created_at: Microseconds since 1970-01-01 UTC, as Arrow's timestamp stores it.
     """
 
@@ -338,7 +337,7 @@ class RecordingRow(NamedTuple):
 
     @property
     def content_identity(self) -> str:
-        """As of `Recording`."""
+        """See `Recording.content_identity`."""
         return content_identity(self.etag, self.size_bytes, self.mtime)
 
 

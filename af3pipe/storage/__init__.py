@@ -1,7 +1,7 @@
-"""Reads, lists and writes objects on any store that fsspec knows, with retries, and writes them atomically.
+"""Reads, lists and writes objects on any fsspec store, with retries and atomic writes.
 
-A local file's URI is its plain absolute path; every other one is a full URL. Nothing is decoded or unquoted, so
-names with spaces, umlauts, `#`, `?` or `[` are what the store calls them.
+A local file's URI is its plain absolute path; every other one is a full URL. Nothing is percent-decoded: names with
+spaces, umlauts, `#`, `?` or `[` are spelled as in the store.
 """
 
 import io
@@ -68,30 +68,30 @@ _EXTENSIONS = (
     "3g2 3gp aac ac3 aif aifc aiff alac amr ape asf au avi awb bwf caf dff dsf dts eac3 f4v flac flv gsm m2ts m4a "
     "m4b m4r m4v mka mkv mov mp1 mp2 mp3 mp4 mpc mpeg mpg mts mxf oga ogg ogv opus ra rf64 snd sph spx tta ts vob "
     "voc w64 wav wave weba webm wma wmv wv "
-    # Without a header: audio.headers.HEADERLESS says what they hold.
+    # Without a header: see audio.headers.HEADERLESS.
     "al alaw alw g722 mulaw sln sln8 sln12 sln16 sln24 sln32 sln44 sln48 sln96 sln192 ul ulaw ulw"
 )
 AUDIO_EXTENSIONS = frozenset(_EXTENSIONS.split())
-"""Lower-case extensions, without the dot, by which audio and video are told from the rest of a folder."""
+"""Lower-case extensions, without the dot, by which audio and video files in a folder are recognised."""
 
 
 def list_objects(pattern: str, exclude: Sequence[str] = ()) -> Iterator[ObjectInfo]:
-    """Lists what `pattern` names, in no order, while the store is still answering.
+    """Lists the objects that `pattern` matches, in no order, while the store is still responding.
 
-    Folders are listed side by side, and only a few thousand objects are held at a time. Closing the iterator stops
-    the listing. Links to local folders are followed, and each folder is listed once, whatever links lead to it.
+    Folders are listed in parallel, and only a few thousand objects are in memory at a time. Closing the iterator
+    stops the listing. Links to local folders are followed, and each folder is listed once, whatever links lead to it.
 
     Args:
         pattern: A file; a folder, searched through for names with one of `AUDIO_EXTENSIONS`; or a glob (`*`, `?`,
-            `[ab]`, `**`), which matches files of any name. What exists under this very name is no glob.
-        exclude: Folders, local or URLs, that nothing is listed of or below, such as an output below the input. A file
-            that `pattern` itself names is given all the same.
+            `[ab]`, `**`), which matches files of any name. The name of an existing object is not taken as a glob.
+        exclude: Folders, local or URLs, to skip, such as an output below the input. A file that `pattern` names
+            is listed all the same.
 
     Raises:
         Rejected: not_found for a file, a folder or a bucket that does not exist, permission_denied, unreadable, or
-            unsupported_format for a name that its store cannot have; after what was listed so far, where it happens
-            in the middle. A glob that matches nothing yields nothing.
-        CredentialsError: The store does not know who asks.
+            unsupported_format for a name that its store cannot have. An error in the middle is raised after what was
+            listed so far. A glob that matches nothing yields nothing.
+        CredentialsError: The store rejects the credentials.
     """
     fs, path = _locate(pattern, Stage.LIST)
     excluded = _excluded(fs, pattern, exclude)
@@ -110,7 +110,7 @@ def list_objects(pattern: str, exclude: Sequence[str] = ()) -> Iterator[ObjectIn
 
 
 def _excluded(fs: Any, pattern: str, exclude: Sequence[str]) -> list[str]:
-    """The excluded folders that are in this store, in its words."""
+    """Returns the excluded folders that are in this store, as its file system spells them."""
     if _is_local(fs):
         return [names.canonical(folder) for folder in exclude if names.is_local(folder)]
     kind = names.scheme(pattern)
@@ -118,7 +118,7 @@ def _excluded(fs: Any, pattern: str, exclude: Sequence[str]) -> list[str]:
 
 
 def stat(uri: str) -> ObjectInfo:
-    """Asks the store about one object. Raises Rejected as `open_input`."""
+    """Requests an object's metadata from its store. Raises Rejected as `open_input`."""
     if (member := members.find(uri)) is not None:
         return members.stat(member)
     fs, path = _locate(uri)
@@ -126,19 +126,19 @@ def stat(uri: str) -> ObjectInfo:
 
 
 def open_version(listed: ObjectInfo) -> VersionedFile:
-    """Opens an object as it was listed: `with storage.open_version(info) as file:`. It reads as `open_input` does.
+    """Opens the listed version of an object: `with storage.open_version(info) as file:`. Reads as `open_input` does.
 
     In S3 and Google Cloud Storage every read is of the listed etag or generation. A local file's size and time are
-    compared when it is opened and when it is left, an object's of any other store when it is left. What was not
-    listed (None) is not compared.
+    compared when it is opened and at the end of the `with` block, those of objects on other stores only at the end.
+    Fields that are None are not compared.
 
     Args:
-        listed: As `list_objects` or `stat` gave it: of a member of a container (`x.tar#offset=...`), with the etag of
-            its shard.
+        listed: What `list_objects` or `stat` returned; for a member of a container (`x.tar#offset=...`), with the
+            etag of its shard.
 
     Raises:
-        Rejected: changed, where it is not what was listed: from opening, from each read, and from leaving the `with`
-            block. Read nothing into what was read then: `stat` it and open it again. Else as `open_input`.
+        Rejected: changed, if it is not the listed version: from opening, from each read, and at the end of the `with`
+            block. Discard what was read then: `stat` it and open it again. Else as `open_input`.
         CredentialsError: As `open_input`.
     """
     if (member := members.find(listed.uri)) is not None:
@@ -155,19 +155,19 @@ def open_version(listed: ObjectInfo) -> VersionedFile:
 
 
 def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
-    """Opens an object for reading: seekable, every read tried up to five times.
+    """Opens an object for reading: seekable, with up to five attempts for each read.
 
-    It reads ahead by 64 KiB at first, and further the longer it is read in one go, up to 4 MiB: a header takes few
-    bytes, wherever in the file it is, and a body few requests.
+    It reads ahead 64 KiB at first, and up to 4 MiB while reads are sequential: so a header costs few bytes, wherever
+    in the file it is, and a body few requests.
 
     Args:
         uri: A URL, or a local path.
-        size_bytes: Where the listing stated it; saves a request on most stores.
+        size_bytes: Size, if known from a listing; saves a request on most stores.
 
     Raises:
         Rejected: not_found, permission_denied, archived, unreadable, or unsupported_format for a name that its store
-            cannot have; from every read, too, and changed where S3 has another version by then.
-        CredentialsError: The store does not know who asks; from every read, too.
+            cannot have. Reads raise the same, and changed if S3 has another version by then.
+        CredentialsError: The store rejects the credentials. Reads raise it, too.
     """
     if (member := members.find(uri)) is not None:
         return members.open_member(member)
@@ -178,7 +178,7 @@ def open_input(uri: str, *, size_bytes: int | None = None) -> BinaryIO:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole object. Raises as `open_input`."""
+    """Reads a whole object. Raises as `open_input`."""
     if members.find(uri) is not None:
         with open_input(uri) as file:
             return file.read()
@@ -190,12 +190,13 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_atomic(uri: str, data: bytes) -> None:
-    """Writes an object so that a reader sees all of it or none; replaces what is there.
+    """Writes an object so that readers see all of it or none; replaces an existing one.
 
-    A local file is written beside its name, synced and renamed; missing folders are made. A store gets one PUT.
+    A local file is written under a temporary name, synced and renamed; missing folders are created. Object stores get
+    one PUT.
 
     Raises:
-        StorageError: After the tries are used up, or at once where another try is no use.
+        StorageError: All attempts failed, or the error is not temporary.
     """
     fs, path = _locate(uri)
     try:
@@ -205,7 +206,7 @@ def write_atomic(uri: str, data: bytes) -> None:
 
 
 def delete(uri: str) -> None:
-    """Deletes one object; one that is not there is no error. Raises as `write_atomic`."""
+    """Deletes an object; a missing one is no error. Raises as `write_atomic`."""
     fs, path = _locate(uri)
     try:
         tries(uri)(fs.rm_file, path)
@@ -221,17 +222,17 @@ def _unusable(error: Exception, uri: str, done: str) -> StorageError:
 
 
 def list_files(folder: str) -> list[str]:
-    """URIs of all files below `folder`, sorted; none where there is no such folder."""
+    """Returns the URIs of all files below `folder`, sorted; none if the folder does not exist."""
     return [info.uri for info in find_files(folder)]
 
 
 def find_files(folder: str, prefix: str = "") -> list[ObjectInfo]:
-    """All files below `folder`, sorted by URI; none where there is no such folder.
+    """Returns all files below `folder`, sorted by URI; none if the folder does not exist.
 
     Args:
         folder: A URL, or a local path.
-        prefix: Only those whose path below the folder begins so: a store lists no others, in one request where they
-            are few.
+        prefix: Only files whose path below the folder starts with this. Object stores list no others, so few files
+            take one request.
     """
     fs, path = _locate(folder)
     try:
@@ -245,10 +246,10 @@ def find_files(folder: str, prefix: str = "") -> list[ObjectInfo]:
 
 
 def check_writable(folder: str) -> None:
-    """Writes a small marker below `folder` and removes it, so that a job fails before its work and not after.
+    """Writes and deletes a small file below `folder`, so that a job fails before its work and not after.
 
     Raises:
-        StorageError: Names the folder, the cause and what to do.
+        StorageError: The folder is not writable; the message says why and what to do.
     """
     try:
         marker = join(folder, f".af3pipe-{uuid.uuid4().hex}")
@@ -262,9 +263,9 @@ def check_writable(folder: str) -> None:
 
 
 def canonical(uri: str) -> str:
-    """Returns the one spelling of a URI that identifies an object; of a member (`x.tar#offset=...`), its container's.
+    """Returns the one canonical spelling of an object's URI; for a member (`x.tar#offset=...`), with its container's.
 
-    See `names.canonical` for what is alike. About 20 us for a local path, 3 us for a URL; listings give it as
+    See `names.canonical` for the rules. Takes about 20 us for a local path, 3 us for a URL; listings give it as
     `ObjectInfo.canonical` at no cost.
     """
     if "#" in uri and (member := members.parse(uri)) is not None and not members.is_file(uri):

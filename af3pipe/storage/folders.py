@@ -1,4 +1,4 @@
-"""Lists local folders, and each once, whatever links lead to it."""
+"""Lists local folders; follows symbolic links, and lists each folder only once."""
 
 import itertools
 import os
@@ -18,13 +18,13 @@ _MOST_ENTRIES = 100
 
 
 class _Root(NamedTuple):
-    """A folder that a walk begins with: the one that was named, or one that a link leads to.
+    """A folder where a walk begins: the requested one, or the target of a link.
 
     Attributes:
-        path: Its name, by which what is in it is named.
-        real: Its path without links.
-        above: Of the roots by whose links it was reached: each one's real path, and that of the link's folder. A
-            folder between the two that is met again leads in a circle.
+        path: Its path as found; the prefix of the names of everything in it.
+        real: Its real path, without links.
+        above: For each root through whose links it was reached: the real paths of that root and of the link's folder.
+            A link to a folder between the two is a cycle.
     """
 
     path: str
@@ -32,7 +32,7 @@ class _Root(NamedTuple):
     above: tuple[tuple[str, str], ...] = ()
 
     def is_circle(self, real: str) -> bool:
-        """Returns whether a folder is one of those that lead here."""
+        """Returns whether a link to this real path would be a cycle."""
         return any(is_below(real, top) and is_below(leaf, real) for top, leaf in self.above)
 
 
@@ -42,12 +42,12 @@ class _Folder(NamedTuple):
 
 
 def list_local(fs: Any, wanted: Wanted) -> Iterator[ObjectInfo]:
-    """Lists the files that are meant, each by one name. Links are followed last, by their names' order.
+    """Lists the wanted files, each under one name; follows links last, in the order of their names.
 
-    So a file keeps the name that has the fewest links in it; of several such names, the one that comes first.
+    So a file is listed under the name with the fewest links in it; of several such names, under the first.
 
     Raises:
-        Rejected: Some folder cannot be listed; what was listed before is valid, but not all.
+        Rejected: A folder cannot be listed. Files listed before are valid, but not complete.
     """
     path = folder_of(wanted.stem) or "/"
     walks = _Walks(fs, wanted)
@@ -60,7 +60,7 @@ def list_local(fs: Any, wanted: Wanted) -> Iterator[ObjectInfo]:
 
 
 class _Walks:
-    """One walk after the other, each of which leaves out what those before it have listed."""
+    """Consecutive walks, each of which skips what earlier ones have listed."""
 
     def __init__(self, fs: Any, wanted: Wanted) -> None:
         self._fs = fs
@@ -68,7 +68,7 @@ class _Walks:
         self._before: dict[str, list[_Root]] = {}  # by real path
 
     def walk(self, root: _Root, links: list[_Root]) -> Iterator[ObjectInfo]:
-        """Lists one root, and adds those that links in it lead to."""
+        """Lists one root, and queues the targets of the links in it."""
         yield from Walk(_Folder(root.path, root.real), lambda folder: self._pages(root, folder, links))
         self._before.setdefault(root.real, []).append(root)
 
@@ -123,7 +123,7 @@ class _Walks:
         return object_info(self._fs, described, real)
 
     def _names_before(self, real: str) -> list[str]:
-        """The names by which earlier walks came to a folder."""
+        """Returns the names under which earlier walks reached a folder."""
         if not self._before:
             return []
         found = []

@@ -1,4 +1,4 @@
-"""Lists what a folder or a glob means, in one store or another."""
+"""Lists the files that a folder or a glob selects, on any store."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ from af3pipe.storage.stores import is_local, protocols
 from af3pipe.storage.walk import THREADS, Page, Walk, Wanted, folder_of
 
 _PAGE = 1000
-"""Entries that S3 and Google Cloud Storage tell in one answer, at most."""
+"""Most entries in one response of S3 and Google Cloud Storage."""
 
 
 def list_wanted(fs: Any, wanted: Wanted, uri: str) -> Iterator[ObjectInfo]:
-    """Lists the files that are meant, in no order, as they arrive.
+    """Lists the wanted files, in no order, as they arrive.
 
     Raises:
-        Rejected: Some folder cannot be listed; what was listed before is valid, but not all.
+        Rejected: A folder cannot be listed. Files listed before are valid, but not complete.
     """
     if wanted.excludes(folder_of(wanted.stem)):
         return iter(())
@@ -38,7 +38,7 @@ def list_wanted(fs: Any, wanted: Wanted, uri: str) -> Iterator[ObjectInfo]:
 
 
 class _Answer(NamedTuple):
-    """One answer of a store: objects, as fsspec describes them, and folders below, with a slash; and how to go on."""
+    """A page of a store's listing: objects, as fsspec describes them, subfolders with a slash, and the next token."""
 
     objects: list[dict[str, Any]]
     folders: list[str]
@@ -59,20 +59,20 @@ def _gcs_page(fs: Any, bucket: str, stem: str, delimiter: str, token: str | None
     return _Answer(answer.get("items", []), answer.get("prefixes", []), answer.get("nextPageToken"))
 
 
-# Their own calls, since s3fs and gcsfs hold a whole listing, and all they ever listed, in memory.
+# API calls of the stores, since s3fs and gcsfs keep whole listings, and all earlier ones, in memory.
 _FLAT: dict[str, Callable[[Any, str, str, str, str | None], _Answer]] = {"s3": _s3_page, "gs": _gcs_page}
 
 
 def _bucket_pages(
     fs: Any, wanted: Wanted, bucket: str, stem: str, page: Callable[[str, bool, str | None], _Answer]
 ) -> Iterator[Page[str]]:
-    """All below `stem`: a small folder by one request; a large one by its folders, side by side where that pays."""
+    """Lists all below `stem`: a small folder by one request, a large one by parallel requests for its subfolders."""
     by_folder = not wanted.is_deep(f"{bucket}/{stem}")
     answer = page(stem, by_folder, None)
     if not by_folder and answer.token is not None:
         beyond = [found["name"][len(stem) :] for found in answer.objects]
         below = {name.partition("/")[0] for name in beyond if "/" in name}
-        # A request for each of many small folders takes longer than one after the other for all of them.
+        # One request for each of many small folders takes longer than consecutive pages of a flat listing.
         if len(below) * THREADS <= _PAGE:
             by_folder = True
             answer = page(stem, by_folder, None)
@@ -80,7 +80,7 @@ def _bucket_pages(
     while True:
         named = [{**found, "name": f"{bucket}/{found['name']}"} for found in answer.objects]
         files = [object_info(fs, found) for found in named if _is_meant(wanted, found["name"])]
-        # Some servers name a folder on each page that its objects would be on.
+        # Some servers repeat a folder on each page that its objects would be on.
         folders = [name for name in answer.folders if name not in seen and wanted.goes_into(f"{bucket}/{name[:-1]}")]
         seen.update(folders)
         yield files, folders
@@ -90,7 +90,7 @@ def _bucket_pages(
 
 
 def _is_meant(wanted: Wanted, name: str) -> bool:
-    # Empty objects stand for folders in a store.
+    # Empty objects whose name ends with a slash stand for folders.
     return not name.endswith("/") and wanted.has_file(name)
 
 
@@ -98,7 +98,7 @@ def _other_pages(fs: Any, wanted: Wanted, uri: str, folder: str) -> Iterator[Pag
     try:
         answer = retried(lambda: fs.ls(folder, detail=True), uri, Stage.LIST)
     except Rejected as rejected:
-        if rejected.reason is not Reason.NOT_FOUND:  # it has gone meanwhile, or a glob names none
+        if rejected.reason is not Reason.NOT_FOUND:  # deleted meanwhile, or a glob's folder that does not exist
             raise
         return
     fs.dircache.pop(folder, None)  # or everything that was ever listed stays in memory

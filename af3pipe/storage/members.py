@@ -1,10 +1,10 @@
-"""Opens audio that is inside other objects, by URIs of its own, for `storage.open_input` and `storage.stat`.
+"""Opens audio files inside tar shards, Arrow streams and Parquet files, addressed by URIs with a `#` part.
 
     s3://b/shard-000.tar#offset=1536&size=99&name=clip%201.flac      bytes of a tar shard or an Arrow stream
     data/train-00000.parquet#row=17&column=audio&name=clip.flac      a cell of a Parquet file
 
-The name comes last, quoted, so that such a URI ends like the file's: decoders tell headerless formats by that.
-Anything that differs from this in one character is an ordinary name with a `#` in it.
+The name comes last, percent-encoded, so that the URI keeps the file's extension, by which decoders recognise
+headerless formats. A URI that does not match these forms exactly is an ordinary name with a `#` in it.
 """
 
 import functools
@@ -29,21 +29,21 @@ from af3pipe.storage.versions import VersionedFile, version_check
 _SPAN = re.compile(r"(.+\.(?:tar|arrow))#offset=(\d{1,19})&size=(\d{1,19})(?:&name=([^/#&]+))?", re.I | re.S)
 _CELL = re.compile(r"(.+\.parquet)#row=(\d{1,19})&column=([^/#&]+)(?:&name=([^/#&]+))?", re.I | re.S)
 _TAR_BLOCK_BYTES = 512
-_TAR_SIZE_FIELD = 8 << 30  # from here on the size stands elsewhere, too
+_TAR_SIZE_FIELD = 8 << 30  # sizes from here on are also written in another field
 _RUN_BYTES = 128 << 20
-_HELD_BYTES = 256 << 20
+_CACHE_BYTES = 256 << 20
 _MOST_RUNS = 64
 _ROWS_AT_ONCE = 16
 
 
 class Span(NamedTuple):
-    """Bytes of a tar shard or an Arrow stream.
+    """A byte range of a tar shard or an Arrow stream.
 
     Attributes:
         container: URI of the shard.
-        offset: Of the first byte, from the shard's beginning.
-        size_bytes: Of the member.
-        name: What the member is called there; may be empty, and may hold folders.
+        offset: Index of its first byte in the shard.
+        size_bytes: Size of the member.
+        name: Name of the member in the shard; may be empty, and may contain folders.
     """
 
     container: str
@@ -53,18 +53,18 @@ class Span(NamedTuple):
 
     @property
     def uri(self) -> str:
-        """The URI that opens it."""
+        """The URI that opens this member."""
         return f"{self.container}#offset={self.offset}&size={self.size_bytes}{_name(self.name)}"
 
 
 class Cell(NamedTuple):
-    """The audio in a row of a Parquet file.
+    """A cell of a Parquet file that contains audio.
 
     Attributes:
         container: URI of the file.
-        row: From 0, over the whole file.
-        column: A struct with a child `bytes`.
-        name: What its child `path` says; may be empty.
+        row: Index of the row in the whole file, from 0.
+        column: Name of the column: a struct with a child `bytes`.
+        name: Value of the child `path`; may be empty.
     """
 
     container: str
@@ -74,7 +74,7 @@ class Cell(NamedTuple):
 
     @property
     def uri(self) -> str:
-        """The URI that opens it."""
+        """The URI that opens this cell."""
         return f"{self.container}#row={self.row}&column={_quoted(self.column)}{_name(self.name)}"
 
 
@@ -91,7 +91,7 @@ def _unquoted(name: str | None) -> str:
 
 
 def parse(uri: str) -> Span | Cell | None:
-    """Returns the member of a container that a URI names; None for any other URI."""
+    """Parses the URI of a member of a container; returns None for any other URI."""
     found: Span | Cell | None = None
     if match := _SPAN.fullmatch(uri):
         found = Span(match[1], int(match[2]), int(match[3]), _unquoted(match[4]))
@@ -101,10 +101,10 @@ def parse(uri: str) -> Span | Cell | None:
 
 
 def find(uri: str) -> Span | Cell | None:
-    """Returns what `parse` does, but None where an object has this very name.
+    """Parses a URI as `parse` does, but returns None if an object of exactly this name exists.
 
-    A local file of this very name goes first. On a store, where to ask for each would double the requests, it does
-    so only where there is no such shard; that is asked once per shard and process.
+    A local file of this name takes precedence. On object stores, where checking each name would double the
+    requests, it does so only if the shard does not exist, which is checked once per shard and process.
     """
     member = parse(uri)
     if member is None:
@@ -114,12 +114,12 @@ def find(uri: str) -> Span | Cell | None:
     try:
         _check_exists(member.container)
     except Rejected as rejected:
-        return None if rejected.reason is Reason.NOT_FOUND else member  # who may not ask may yet read
+        return None if rejected.reason is Reason.NOT_FOUND else member  # stat may be refused, reading allowed
     return member
 
 
 def is_file(uri: str) -> bool:
-    """Returns whether a local file has this very name, `#` and all. A name too long for a file is none's."""
+    """Returns whether a local file has exactly this name, `#` included; False for names too long for a file."""
     return "://" not in uri and os.path.lexists(expanded(uri))
 
 
@@ -129,12 +129,12 @@ def _check_exists(container: str) -> None:
 
 
 def identity(container: "storage.ObjectInfo") -> str:  # storage imports this module, too
-    """Returns the `etag` of everything in a shard: the shard's, else its size and modification time."""
+    """Returns the `etag` for all members of a shard: the shard's own, or else its size and modification time."""
     return container.etag or f"{container.size_bytes}:{container.mtime}"
 
 
 def stat(member: Span | Cell) -> "storage.ObjectInfo":
-    """Returns the size of a member, and etag and time of its shard. Raises as `open_member`."""
+    """Returns the size of a member, with the etag and time of its shard. Raises as `open_member`."""
     info = storage.stat(member.container)
     etag = identity(info)
     size_bytes = member.size_bytes if isinstance(member, Span) else _cells.read(member, info).size
@@ -143,10 +143,10 @@ def stat(member: Span | Cell) -> "storage.ObjectInfo":
 
 
 def open_member(member: Span | Cell) -> BinaryIO:
-    """Opens a member for reading: a span by reading its range, a cell out of the rows around it, which are held.
+    """Opens a member for reading: a span by a range read, a cell by reading (and caching) the rows around it.
 
     Raises:
-        Rejected: As `storage.open_input` of the shard; not_found where the shard holds no such member.
+        Rejected: As `storage.open_input` of the shard; not_found if the shard has no such member.
     """
     if isinstance(member, Cell):
         return io.BytesIO(_cells.read(member).to_pybytes())
@@ -154,7 +154,7 @@ def open_member(member: Span | Cell) -> BinaryIO:
 
 
 def open_member_version(member: Span | Cell, listed: "storage.ObjectInfo") -> VersionedFile:
-    """Opens a member of the shard that was listed. Raises as `open_member` and `storage.open_version`."""
+    """Opens a member of the listed version of the shard. Raises as `open_member` and `storage.open_version`."""
     if isinstance(member, Span):
         return _open_span(member, shard_of(listed, member.container))
     cell = _cells.read(member, shard_of(listed, member.container) if listed.etag else None)
@@ -162,7 +162,7 @@ def open_member_version(member: Span | Cell, listed: "storage.ObjectInfo") -> Ve
 
 
 def shard_of(listed: "storage.ObjectInfo", container: str) -> "storage.ObjectInfo":
-    """Returns what is known of a shard from one of its members: `identity` is undone."""
+    """Returns what a member's listing says about its shard; the inverse of `identity`."""
     etag, size_bytes = listed.etag, None
     if etag is not None and (size := etag.removesuffix(f":{listed.mtime}")) != etag:
         etag, size_bytes = None, int(size) if size.isdigit() else None
@@ -174,7 +174,7 @@ def _open_span(member: Span, shard: "storage.ObjectInfo") -> VersionedFile:
     # A member's header is the block before it, and comes with the same request.
     before = _TAR_BLOCK_BYTES if is_tar and member.offset >= _TAR_BLOCK_BYTES else 0
     fs, path = locate(member.container)
-    # Nothing is read ahead beyond its end.
+    # The size ends at the member, so that nothing behind it is read ahead.
     raw = open_raw(fs, path, member.container, member.offset + member.size_bytes, shard.etag)
     try:
         check = version_check(fs, path, shard, raw)
@@ -190,7 +190,7 @@ def _open_span(member: Span, shard: "storage.ObjectInfo") -> VersionedFile:
 
 
 def _check_tar_header(block: bytes, member: Span) -> None:
-    """A shard that was written anew would be heard somewhere in the middle."""
+    """Raises not_found if the member's tar header is missing: the shard was rewritten, so the range is wrong."""
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         is_there = info.isreg() and (info.size == member.size_bytes or member.size_bytes >= _TAR_SIZE_FIELD)
@@ -198,13 +198,13 @@ def _check_tar_header(block: bytes, member: Span) -> None:
         is_there = False
     if not is_there or member.offset < _TAR_BLOCK_BYTES:
         raise _not_found(
-            f"{member.container} holds no member of {member.size_bytes} bytes at byte {member.offset}. "
-            "Was it written anew? Then list it again."
+            f"{member.container} has no member of {member.size_bytes} bytes at byte {member.offset}. "
+            "If it was rewritten, list it again."
         )
 
 
 class _Part(io.RawIOBase):
-    """A range of a file, as a file."""
+    """A byte range of a file, presented as a file."""
 
     def __init__(self, file: BinaryIO, start: int, size_bytes: int) -> None:
         self._file = file
@@ -240,7 +240,7 @@ class _Part(io.RawIOBase):
 
 
 class _Run(NamedTuple):
-    """Consecutive cells of a column, held in memory."""
+    """Consecutive cells of a column, cached in memory."""
 
     container: str
     etag: str | None
@@ -249,16 +249,16 @@ class _Run(NamedTuple):
     cells: list[Any]  # pa.Buffer, or None
     size_bytes: int
 
-    def holds(self, cell: Cell) -> bool:
+    def contains(self, cell: Cell) -> bool:
         is_its_column = (self.container, self.column) == (cell.container, cell.column)
         return is_its_column and self.first <= cell.row < self.first + len(self.cells)
 
 
 class _Cells:
-    """Cells of Parquet files, with the rows around them: a page can only be read from its row group's beginning.
+    """Reads cells of Parquet files, and caches the rows around them: a row group can only be read from its start.
 
-    Threads share what was read last, up to 256 MiB, so that rows read in order cost each row group one read; of a
-    row group beyond 128 MiB, one read each 128 MiB. One is read at a time, or memory would know no bound.
+    Threads share a cache of up to 256 MiB, so that reading rows in order reads each row group once (and row groups
+    beyond 128 MiB in runs of 128 MiB). Only one thread reads at a time, which bounds the memory.
     """
 
     def __init__(self) -> None:
@@ -267,27 +267,27 @@ class _Cells:
         self._reading = threading.Lock()
 
     def read(self, cell: Cell, shard: "storage.ObjectInfo | None" = None) -> Any:
-        """Returns a cell's bytes as a `pa.Buffer`; where the file is given as it was listed, only of that version.
+        """Returns a cell's bytes as a `pa.Buffer`; if `shard` is given, only from that version of the file.
 
         Raises:
-            Rejected: not_found, decode_error; with a shard, changed; and as reading the file.
+            Rejected: not_found, decode_error; changed, if `shard` is given; and what reading the file raises.
         """
         etag = identity(shard) if shard else None
-        run = self._held(cell, etag)
+        run = self._cached(cell, etag)
         if run is None:
             with self._reading:
-                run = self._held(cell, etag)  # by now another thread may have read it
+                run = self._cached(cell, etag)  # by now another thread may have read it
                 if run is None:
                     run = _read_run(cell, shard)
-                    self._hold(run)
+                    self._cache(run)
         found = run.cells[cell.row - run.first]
         if found is None:
-            raise _not_found(f"Row {cell.row} of {cell.container} holds no bytes in column {cell.column!r}.")
+            raise _not_found(f"Row {cell.row} of {cell.container} has no bytes in column {cell.column!r}.")
         return found
 
-    def _held(self, cell: Cell, etag: str | None) -> _Run | None:
+    def _cached(self, cell: Cell, etag: str | None) -> _Run | None:
         with self._lock:
-            run = next((run for run in self._runs if run.holds(cell)), None)
+            run = next((run for run in self._runs if run.contains(cell)), None)
             if run is None:
                 return None
             self._runs.remove(run)
@@ -296,11 +296,11 @@ class _Cells:
             self._runs.append(run)
             return run
 
-    def _hold(self, run: _Run) -> None:
+    def _cache(self, run: _Run) -> None:
         with self._lock:
             self._runs.append(run)
             while len(self._runs) > 1 and (
-                len(self._runs) > _MOST_RUNS or sum(held.size_bytes for held in self._runs) > _HELD_BYTES
+                len(self._runs) > _MOST_RUNS or sum(kept.size_bytes for kept in self._runs) > _CACHE_BYTES
             ):
                 del self._runs[0]
 
@@ -318,7 +318,7 @@ def _read_run(cell: Cell, shard: "storage.ObjectInfo | None") -> _Run:
 
 
 def _run(parquet: ParquetFile, cell: Cell, etag: str | None) -> _Run:
-    """The rest of a row group from its beginning, or of a large one from the row that is wanted."""
+    """Reads a row group from its start, or a large one from the wanted row on."""
     leaf = f"{cell.column}.bytes"
     paths = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
     if leaf not in paths:

@@ -1,4 +1,4 @@
-"""Spells, joins and takes apart URIs, without asking any store.
+"""Normalises, joins and splits URIs, without requests to any store.
 
 A local file's URI is its plain absolute path; every other one is a full URL. Nothing is unquoted and no Unicode is
 normalised: names with spaces, umlauts, `#`, `?`, `%` or `[` are what the store calls them.
@@ -19,7 +19,7 @@ _IPV6_HOST = re.compile(r"[^:/]+://([^/@]*@)?\[")
 
 
 def is_local(uri: str) -> bool:
-    """Returns whether a URI names a file of this machine: a path, or a `file://` or `local://` URL."""
+    """Returns whether a URI is a local path, or a `file://` or `local://` URL."""
     return "://" not in uri or _is_local_url(uri)
 
 
@@ -30,7 +30,7 @@ def scheme(url: str) -> str:
 
 
 def openable(url: str) -> str:
-    """Returns a URL as `canonical` spells it, except that a slash at its end stays."""
+    """Returns a URL in the spelling of `canonical`, but with its trailing slash."""
     links = _links(url)
     kind, rest = scheme(links[-1]), links[-1].partition("://")[2]
     if "://" not in links[-1] or kind in _LOCAL:
@@ -68,7 +68,7 @@ def local_path(uri: str) -> str:
 
 
 def expanded(path: str) -> str:
-    """Returns a path with the home folder that a leading `~` names; as it is, where there is no such user."""
+    """Returns a path with a leading `~` replaced by the home folder; unchanged if there is no such user."""
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
@@ -106,7 +106,7 @@ def join(base: str, *parts: str) -> str:
 
 
 def name(uri: str) -> str:
-    """Returns what stands behind the last slash."""
+    """Returns the part after the last slash."""
     return uri.rstrip("/").rpartition("/")[2]
 
 
@@ -116,14 +116,14 @@ def parent(uri: str) -> str:
 
 
 def resolve(named: str, folder: str) -> str:
-    """Returns `named` where it is a URL or an absolute path, else what it names below `folder`."""
+    """Returns `named` if it is a URL or an absolute path, else the path that it has below `folder`."""
     if "://" in named or ("://" in folder and not named.startswith(("/", "~"))):
         return named if "://" in named else join(folder, named.removeprefix("./"))
     return local_path(str(Path("" if "://" in folder else folder, expanded(named))))
 
 
 def is_below(uri: str, folder: str) -> bool:
-    """Returns whether a URI is a folder or below it, by whole parts; both are in one spelling already."""
+    """Returns whether a URI is a folder or below it, by whole path parts; both must be canonical."""
     folder = folder.rstrip("/")
     return uri == folder or uri.startswith(folder + "/")
 
@@ -133,7 +133,7 @@ def _is_local_url(uri: str) -> bool:
 
 
 def _links(url: str) -> list[str]:
-    """The links of a chain (`zip://a::s3://b`); what is in brackets is a host's IPv6 address and none."""
+    """Splits a chain (`zip://a::s3://b`) at its `::`; brackets contain a host's IPv6 address, not a chain."""
     return [url] if _IPV6_HOST.match(url) else url.split("::")
 
 
@@ -155,7 +155,7 @@ def _real_path(uri: str) -> str:
 
 
 def _without_dots(path: str) -> str:
-    """As RFC 3986 removes dot segments; empty segments are segments."""
+    """Removes dot segments as RFC 3986 does; keeps empty segments."""
     kept: list[str] = []
     parts = path.split("/")
     for part in parts:

@@ -1,4 +1,4 @@
-"""Describes an object as its store does, in the same words for every store."""
+"""Describes objects by the same fields for every store."""
 
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -12,7 +12,7 @@ _MTIME_KEYS = ("mtime", "LastModified", "Last-Modified", "last_modified", "updat
 
 
 class ObjectInfo(NamedTuple):
-    """What a store says about one object.
+    """Metadata of an object, as its store reports it.
 
     Attributes:
         uri: Full URL; a plain absolute path for a local file. It spells folders as the user did.
@@ -20,7 +20,7 @@ class ObjectInfo(NamedTuple):
         etag: The version of the content, without quotes: the store's etag, Google Cloud Storage's generation (its
             etags change with the metadata, too); None for local files.
         mtime: Of the last modification, ISO 8601 in UTC; None where the store has none.
-        canonical: What `storage.canonical` returns for `uri`, where that is known at no cost; else empty.
+        canonical: `storage.canonical(uri)`, if known at no cost; else empty.
     """
 
     uri: str
@@ -31,12 +31,12 @@ class ObjectInfo(NamedTuple):
 
 
 def object_info(fs: Any, info: dict[str, Any], canonical: str | None = None) -> ObjectInfo:
-    """Returns what a file system of fsspec's says about a file, each in its own words, in ours.
+    """Converts the file information of any fsspec file system into an `ObjectInfo`.
 
     Args:
         fs: The file system.
-        info: As its `ls` and `info` give it.
-        canonical: The canonical URI, where it is known; of a local file it takes a look at the disk otherwise.
+        info: What its `ls` or `info` returned for the file.
+        canonical: The canonical URI, if known; for a local file it is otherwise looked up on the disk.
     """
     name = info["name"]
     uri = str(name if is_local(fs) else fs.unstrip_protocol(name))

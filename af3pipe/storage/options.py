@@ -1,4 +1,4 @@
-"""Keeps the storage options of the job for this process: URL prefix to the options of that store's client."""
+"""Keeps the job's storage options for this process: a mapping from URL prefix to client options."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ StorageOptions = Mapping[str, Mapping[str, Any]]
 
 
 class Chosen(NamedTuple):
-    """The options that hold for a URL, and the prefix that they were given for."""
+    """The options that apply to a URL, and the prefix they were set for."""
 
     prefix: str
     options: dict[str, Any]
@@ -19,15 +19,15 @@ _chosen: tuple[Chosen, ...] = ()
 
 
 def set_options(options: StorageOptions) -> None:
-    """Sets fsspec's storage options for this process, in place of those set before; a job that has any does so, too.
+    """Sets fsspec's storage options for this process, and replaces all earlier ones. Jobs with options call it.
 
     Args:
         options: URL of a store (`s3://`), a bucket or a folder (`s3://archive/`), to what fsspec's file system for
-            it takes: `{"s3://archive/": {"endpoint_url": "https://...", "profile": "archive"}}`. The longest prefix
-            of a URL holds for it, alone: options are not joined. What no prefix covers is left to the environment.
+            it takes: `{"s3://archive/": {"endpoint_url": "https://...", "profile": "archive"}}`. Only the longest
+            prefix of a URL applies: options are not merged. URLs without a prefix use the environment.
 
     Raises:
-        ValueError: A prefix that is no URL, or options that are no mapping.
+        ValueError: A prefix is not a URL, or its options are not a mapping.
     """
     global _chosen
     check_options(options)
@@ -35,7 +35,7 @@ def set_options(options: StorageOptions) -> None:
 
 
 def check_options(options: StorageOptions) -> None:
-    """Checks what `set_options` takes. Raises ValueError, which names the prefix."""
+    """Validates options for `set_options`. Raises ValueError, which quotes the prefix."""
     for prefix, chosen in options.items():
         if "://" not in prefix:
             raise ValueError(f"{prefix!r} is no URL; name a store, a bucket or a folder, for example s3://archive/")
@@ -44,7 +44,7 @@ def check_options(options: StorageOptions) -> None:
 
 
 def options_for(uri: str) -> Chosen | None:
-    """Returns what was set for the longest prefix of `uri`; None where nothing was, and for a local path."""
+    """Returns the options of the longest prefix of `uri`; None if no prefix matches, and for local paths."""
     if not _chosen or "://" not in uri:
         return None
     store, path = _parts(uri)
@@ -56,11 +56,11 @@ def options_for(uri: str) -> Chosen | None:
 
 
 def all_options() -> list[dict[str, Any]]:
-    """Returns everything that is set: where secrets may be."""
+    """Returns all options that are set, which may contain secrets."""
     return [chosen.options for chosen in _chosen]
 
 
 def _parts(uri: str) -> tuple[str, str]:
-    """Store and path, alike for all spellings of one place: `s3a://a` and `s3://a/`, `memory://a` and `memory:///a`."""
+    """Splits a URL into store and path, in one spelling: `s3a://a` and `s3://a/`, `memory://a` and `memory:///a`."""
     protocol, _, path = openable(uri).partition("://")
     return protocol, path.strip("/")

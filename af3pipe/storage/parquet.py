@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 
 
 class ParquetFile(pq.ParquetFile):  # noqa: TID251
-    """A Parquet file that is read in the calling thread only; otherwise Arrow's own class of this name.
+    """A Parquet file that is read in the calling thread only; otherwise pyarrow's class of this name.
 
     Args:
-        file: Open for reading; it stays open. A path is taken, too.
-        buffer_size: If not 0, column chunks are read in pieces of so many bytes, instead of whole.
+        file: A file open for reading, which stays open; or a path.
+        buffer_size: If not 0, column chunks are read in pieces of this many bytes, instead of whole.
 
     Raises:
-        pyarrow.ArrowInvalid, OSError: It is not Parquet; pyarrow takes either for a damaged footer.
+        pyarrow.ArrowInvalid, OSError: The file is not Parquet; pyarrow raises either for a damaged footer.
     """
 
     def __init__(self, file: BinaryIO | str, *, buffer_size: int = 0) -> None:

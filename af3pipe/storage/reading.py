@@ -1,4 +1,4 @@
-"""Reads objects by ranges, each tried again where the store failed, and knows where the end is."""
+"""Reads objects by byte ranges, with retries of each read, and detects early ends."""
 
 import errno
 import io
@@ -21,14 +21,14 @@ _STREAMS_IN_MEMORY_BYTES = 64 << 20
 
 
 def open_raw(fs: Any, path: str, uri: str, size_bytes: int | None, version: str | None = None) -> Any:
-    """Opens a handle that can be sought and read, unbuffered, as the store's client has it.
+    """Opens an unbuffered, seekable handle with the store's own client.
 
     Args:
         fs: The file system.
-        path: Of the object, in its words.
-        uri: Names the object to the user.
-        size_bytes: Where it is known; saves a request.
-        version: The etag or generation that is to be read, in buckets. All reads from S3 are of one in any case.
+        path: Path of the object, as the file system spells it.
+        uri: URI of the object, for messages.
+        size_bytes: Size, if known; saves a request.
+        version: Etag or generation to read, in buckets. In S3 all reads are of one version in any case.
 
     Raises:
         Rejected: As `retried`; from reads, changed, too.
@@ -46,27 +46,27 @@ def open_raw(fs: Any, path: str, uri: str, size_bytes: int | None, version: str 
 
 
 def is_bucket(fs: Any) -> bool:
-    """Returns whether a store is best read by ranges, by its own client's plainest call."""
+    """Returns whether a store is best read by range requests of its client."""
     return is_s3(fs) or "gs" in protocols(fs)
 
 
 def is_s3(fs: Any) -> bool:
-    """Returns whether a store is Amazon S3, or one like it."""
+    """Returns whether a store speaks the S3 protocol."""
     return "s3" in protocols(fs)
 
 
 def is_generation(version: str | None) -> bool:
-    """Returns whether it is a version of Google Cloud Storage's. Some servers of its kind have etags only."""
+    """Returns whether a version is a generation of Google Cloud Storage; some compatible servers have only etags."""
     return version is not None and version.isdigit()
 
 
 def changed(uri: str, detail: str = "it no longer has the listed version") -> Rejected:  # see `retry.explained`
-    """Returns the error for an object that is not, or not any more, the one that was listed."""
+    """Returns the error for an object that is not, or no longer, the listed version."""
     return Rejected(Stage.READ, Reason.CHANGED, f"{uri} was replaced or modified after it was listed: {detail}.")
 
 
 class _Ranges:
-    """An object of known size, each read of which is one request. The clients' own files ask for the size again."""
+    """An object of known size; each read is one request. The clients' own files would request the size again."""
 
     def __init__(self, fs: Any, path: str, uri: str, size: int, version: str | None) -> None:
         self._fs = fs
@@ -109,7 +109,7 @@ class _Ranges:
 
 
 class _S3Ranges(_Ranges):
-    """S3's. s3fs has no way to ask for an etag: its own reads mix what was there before and after a change."""
+    """Range reads from S3 of one etag. s3fs cannot do that: its reads mix content from before and after a change."""
 
     def _get(self, start: int, end: int) -> bytes:
         etag, data = sync(self._fs.loop, self._ask, start, end)
@@ -140,7 +140,7 @@ def _open(fs: Any, path: str, size_bytes: int | None) -> Any:
     if handle.seekable():
         return handle
     copy = tempfile.SpooledTemporaryFile(_STREAMS_IN_MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
-    with handle:  # a web server that knows no ranges
+    with handle:  # a web server without range requests
         shutil.copyfileobj(handle, copy, BLOCK_BYTES)
     if size_bytes and copy.tell() < size_bytes:
         raise _cut_off(copy.tell(), size_bytes)
@@ -153,7 +153,7 @@ def _cut_off(found: int, size_bytes: int) -> OSError:
 
 
 class RetriedReads(io.RawIOBase):
-    """A file that tries its reads again, each from where it began, and reads ahead."""
+    """A file that retries failed reads from where they began, and reads ahead."""
 
     def __init__(self, handle: Any, uri: str) -> None:
         self._handle = handle
@@ -161,8 +161,8 @@ class RetriedReads(io.RawIOBase):
         size = getattr(handle, "size", None)
         self._size = size if isinstance(size, int) else None
         self._position = 0
-        self._held = b""
-        self._held_from = 0
+        self._buffer = b""
+        self._buffer_start = 0
         self._ahead_bytes = FIRST_BYTES
 
     def readable(self) -> bool:
@@ -186,20 +186,20 @@ class RetriedReads(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        if not self._held_from <= self._position < self._held_from + len(self._held):
+        if not self._buffer_start <= self._position < self._buffer_start + len(self._buffer):
             self._fetch(len(buffer))
-        start = self._position - self._held_from
-        data = self._held[start : start + len(buffer)]
+        start = self._position - self._buffer_start
+        data = self._buffer[start : start + len(buffer)]
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
     def _fetch(self, wanted: int) -> None:
-        goes_on = self._held and self._position == self._held_from + len(self._held)
+        goes_on = self._buffer and self._position == self._buffer_start + len(self._buffer)
         self._ahead_bytes = min(4 * self._ahead_bytes, _MOST_AHEAD_BYTES) if goes_on else FIRST_BYTES
         size = max(wanted, self._ahead_bytes)
-        self._held = retried(lambda: self._read(size), self._uri, Stage.READ)
-        self._held_from = self._position
+        self._buffer = retried(lambda: self._read(size), self._uri, Stage.READ)
+        self._buffer_start = self._position
 
     def _read(self, size: int) -> bytes:
         # After a failed read the handle may stand anywhere.

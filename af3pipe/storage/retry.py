@@ -1,4 +1,4 @@
-"""Retries calls to a store whose errors may be temporary, and turns the other errors into sentences."""
+"""Retries calls to a store whose errors may be temporary, and explains the other errors in a sentence."""
 
 import errno
 import threading
@@ -14,7 +14,7 @@ from af3pipe.storage.secrets import redact
 
 _TRIES = 5
 _FIRST_WAIT_S = 0.5
-# The answer to this very request: another try gets the same one. Any other OSError may pass.
+# Errors that a retry would only repeat. Any other OSError may be temporary.
 _FINAL = ("EINVAL", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ENAMETOOLONG", "ELOOP", "EBADF", "ENOSYS")
 _FINAL_ERRNOS = frozenset(getattr(errno, name) for name in _FINAL)
 _TRANSIENT_STATUSES = frozenset({408, 429, *range(500, 600)})
@@ -60,8 +60,8 @@ _INVALID = frozenset(
 )
 # By the store's own code, since their statuses (403, 409) mean other things, too.
 _ARCHIVED = frozenset({"InvalidObjectState", "BlobArchived", "BlobBeingRehydrated"})
-# What a 401 of theirs is about is the account. One web server's says nothing of the next, and Hugging Face's hub
-# answers so for a repository that does not exist.
+# A 401 of these stores is about the account. A web server's 401 says nothing about other servers, and Hugging Face's
+# hub returns one for a repository that does not exist.
 _STORES_OF_ACCOUNTS = frozenset({"s3", "gs", "abfs"})
 _REMEDIES = {
     "s3": "run `aws sso login`, or renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, "
@@ -75,15 +75,15 @@ _T = TypeVar("_T")
 
 
 class StorageError(Exception):
-    """A store cannot be used: where, why, and what to do. Ends the job, unlike `Rejected`."""
+    """A store cannot be used; the message says where, why, and what to do. Ends the job, unlike `Rejected`."""
 
 
 class CredentialsError(StorageError):
-    """A store does not know who asks: nothing else on it can be read either, so no single recording is to blame."""
+    """A store rejects the credentials: nothing on it can be read, so it is no fault of a single recording."""
 
 
 class _Retries:
-    """How many retries this process has done since somebody last asked."""
+    """Counts the retries of this process since the last `take`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -103,12 +103,12 @@ _retries = _Retries()
 
 
 def take_retries() -> int:
-    """Returns how many retries this process has made since the last call."""
+    """Returns the number of retries of this process since the last call."""
     return _retries.take()
 
 
 def tries(uri: str) -> tenacity.Retrying:
-    """Calls a function up to five times with growing waits while its error may be temporary; raises the last one."""
+    """Calls a function up to five times, with growing waits between temporary errors; raises the last error."""
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_transient(error) and not _account_fault(error, uri)),
         wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20),
@@ -119,7 +119,7 @@ def tries(uri: str) -> tenacity.Retrying:
 
 
 def retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
-    """Runs `call`, again where its error may be temporary, and explains what is wrong with `uri` where it is not.
+    """Calls `call`, retries temporary errors, and converts errors about `uri` into a `Rejected` with an explanation.
 
     Raises:
         Rejected: The object, folder or bucket is to blame.
@@ -138,10 +138,10 @@ def retried(call: Callable[[], _T], uri: str, stage: Stage) -> _T:
 
 
 def explained(error: Exception, uri: str, stage: Stage, tried: str = "") -> Rejected | None:
-    """Returns what `retried` raises for an error; None where the error says nothing about `uri`.
+    """Returns the `Rejected` for an error that `retried` would raise; None if the error is not about `uri`.
 
     Raises:
-        CredentialsError: It is about the account.
+        CredentialsError: The error is about the account.
     """
     check_credentials(error, uri)
     reason = _reason(error)
@@ -158,7 +158,7 @@ def explained(error: Exception, uri: str, stage: Stage, tried: str = "") -> Reje
 
 
 def check_credentials(error: BaseException, uri: str) -> None:
-    """Raises CredentialsError where `error` says that the account is at fault and not what was asked for."""
+    """Raises CredentialsError if `error` says that the account is at fault, not the requested object."""
     fault = _account_fault(error, uri)
     if fault is None:
         return
@@ -180,13 +180,13 @@ def _account_fault(error: BaseException, uri: str) -> str | None:
             return "the credentials are not valid"
     if status_of(error) == 401 and scheme(uri) in _STORES_OF_ACCOUNTS:
         chosen = options_for(uri)
-        # Who says that they are nobody is told so of each object that is not public.
+        # Anonymous access gets a 401 for each object that is not public.
         return None if chosen and chosen.options.get("token") == "anon" else "the credentials are absent or not valid"
     return None
 
 
 def _reason(error: BaseException) -> Reason | None:
-    """None for an error that says nothing about the object."""
+    """Returns the reason for an error; None if it is not about the object."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return Reason.NOT_FOUND
     if _is_archived(error):
@@ -206,7 +206,7 @@ def _is_archived(error: BaseException) -> bool:
 
 
 def _is_replaced(error: BaseException) -> bool:
-    """Whether a read that was conditional on a version was refused. gcsfs raises FileExistsError for any 412."""
+    """Returns whether a conditional read was refused. gcsfs raises FileExistsError for any 412."""
     return status_of(error) == 412 or isinstance(error, FileExistsError)
 
 
@@ -246,7 +246,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _code(error: BaseException) -> str:
-    """The store's own error code, as botocore and Azure's client have it."""
+    """Returns the store's own error code, as in errors of botocore and of Azure's client."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return str(response.get("Error", {}).get("Code", ""))
@@ -255,7 +255,7 @@ def _code(error: BaseException) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Returns the HTTP status behind an error, as aiohttp, gcsfs or botocore state it, or what wraps them."""
+    """Returns the HTTP status of an error of aiohttp, gcsfs or botocore, or of its causes."""
     for seen in _chain(error):
         for name in ("status", "code", "status_code"):
             value = getattr(seen, name, None)
@@ -270,13 +270,13 @@ def status_of(error: BaseException) -> int | None:
 
 
 def cause(error: BaseException) -> str:
-    """Returns an error's message, in one line, without a full stop and without secrets."""
+    """Returns an error's message in one line, without a full stop and without secrets."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return redact(" ".join(str(text).split()).rstrip("."))
 
 
 def advice(error: BaseException) -> str:
-    """Returns a sentence: what to do about output that could not be written."""
+    """Returns a sentence that says what to do about output that could not be written."""
     if isinstance(error, ImportError):
         return "Install the client of that store: pip install 'af3pipe[gcs]' or 'af3pipe[s3]'."
     if _is_denied(error):

@@ -40,9 +40,9 @@ _XML = re.compile(r"<(?P<tag>AWSAccessKeyId|SignatureProvided|Token-0|StringToSi
 
 
 def redact(text: str) -> str:
-    """Returns `text` with `***` for what is secret in it, whatever is around it.
+    """Returns `text` with passwords, keys, tokens and signatures replaced by `***`.
 
-    Masked are users and passwords in URLs, signatures and tokens among their parameters, and the very values of the
+    Masks users and passwords in URLs, signatures and tokens in their query parameters, and the literal values of the
     secrets that this process knows: in the environment, and among the storage options.
     """
     for secret in sorted(_known(), key=len, reverse=True):
@@ -55,7 +55,7 @@ def redact(text: str) -> str:
 
 
 def redact_values(value: Any, name: str = "") -> Any:
-    """Returns JSON-like values as they may be recorded: what is named like a secret is masked, all text redacted."""
+    """Returns JSON-like values without secrets: masks values whose key names a secret, and redacts all text."""
     if value is not None and not isinstance(value, bool) and is_secret_name(name):
         return value if isinstance(value, str) and value in _NO_SECRETS else _MASK
     if isinstance(value, Mapping):
@@ -66,7 +66,7 @@ def redact_values(value: Any, name: str = "") -> Any:
 
 
 def is_secret_name(name: str) -> bool:
-    """Returns whether a value of this name is a secret: `secret`, `token`, `AWS_SECRET_ACCESS_KEY`, `api_key`, ..."""
+    """Returns whether a value of this name is secret: `secret`, `token`, `AWS_SECRET_ACCESS_KEY`, `api_key`, ..."""
     return bool(_SECRET_NAME.search(name))
 
 

@@ -1,4 +1,4 @@
-"""Opens the fsspec file system of a URL: with the job's options, and a client that does not hang or retry itself."""
+"""Opens the fsspec file system of a URL, with the job's options, timeouts, and without the client's own retries."""
 
 import functools
 import inspect
@@ -27,11 +27,11 @@ _ALL_CLIENTS_KNOW = frozenset({"use_listings_cache", "listings_expiry_time", "ma
 
 
 def locate(uri: str, stage: Stage = Stage.READ) -> tuple[Any, str]:
-    """Returns the file system of a URI, and what it calls the object.
+    """Returns the file system of a URI, and the object's path in it.
 
     Raises:
-        Rejected: unsupported_format; no store that is known can have an object of this name.
-        StorageError: The store's client does not take the options that were set for it.
+        Rejected: unsupported_format, if no known store can have an object of this name.
+        StorageError: The store's client does not accept the options that were set for it.
     """
     # Without "://" it is a path, whatever else is in it: fsspec would take "::" for a chain of stores.
     try:
@@ -68,17 +68,17 @@ def _open_store(uri: str) -> tuple[Any, str]:
 
 
 def protocols(fs: Any) -> tuple[str, ...]:
-    """Returns all names of a file system: `("s3", "s3a")`."""
+    """Returns all protocol names of a file system: `("s3", "s3a")`."""
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def is_local(fs: Any) -> bool:
-    """Returns whether a file system's files are this machine's own."""
+    """Returns whether a file system is this machine's own."""
     return "file" in protocols(fs)
 
 
 def info(fs: Any, path: str, uri: str, stage: Stage) -> dict[str, Any]:
-    """Asks the store about one path, with retries. Raises as `retried`."""
+    """Requests the information about one path, with retries. Raises as `retried`."""
 
     def ask() -> dict[str, Any]:
         try:
@@ -91,7 +91,7 @@ def info(fs: Any, path: str, uri: str, stage: Stage) -> dict[str, Any]:
 
 
 def not_missing(fs: Any, call: Callable[[], _T]) -> _T:
-    """Calls `call`; raises the cause where fsspec's web client calls any failure a missing object."""
+    """Calls `call`; if fsspec's web client reported a failure as a missing file, raises the actual cause."""
     try:
         return call()
     except FileNotFoundError as error:
@@ -101,7 +101,7 @@ def not_missing(fs: Any, call: Callable[[], _T]) -> _T:
 
 
 def _ask_s3_again(fs: Any, path: str, uri: str, error: OSError) -> None:
-    """Raises CredentialsError where S3's answer without a body meant that: HEAD says no more than 400 or 403."""
+    """Raises CredentialsError if S3's response without a body meant that: a HEAD returns only 400 or 403."""
     status = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
     if "s3" not in protocols(fs) or status not in (400, 403):
         return
@@ -116,7 +116,7 @@ def _ask_s3_again(fs: Any, path: str, uri: str, error: OSError) -> None:
 
 
 def _client_defaults(protocol: str, chosen: Chosen | None) -> dict[str, Any]:
-    """Options by which a silent server is left in time, without those that the job gives itself."""
+    """Returns client options that set timeouts, except those that the job sets itself."""
     given = chosen.options if chosen else {}
     if protocol == "s3":
         # botocore's four retries times s3fs's five times our own would be 125 tries.
@@ -138,7 +138,7 @@ def _aiohttp_timeout() -> Any:
 
 
 def _one_try(fs: Any) -> None:
-    """Leaves the retries to `retried`, which counts them: these clients have no option for it."""
+    """Turns off retries of clients that have no option for it: `retried` retries, and counts."""
     if "s3" in protocols(fs):
         fs.retries = 1
     elif "gs" in protocols(fs):

@@ -1,4 +1,4 @@
-"""Opens the very version of an object that was listed, and notices when it changes while it is read."""
+"""Opens the listed version of an object, and detects changes while it is read."""
 
 import io
 import os
@@ -16,9 +16,9 @@ from af3pipe.storage.stores import info, is_local
 
 
 class VersionedFile(io.BufferedReader):
-    """A binary file, open for reading, of one version of an object. Leaving its `with` checks the version.
+    """A binary file, open for reading, of one version of an object. Leaving its `with` block checks the version.
 
-    If the block raised, a change that is found then takes that error's place: what was read was a mixture.
+    If the block raised and the object has changed, `changed` replaces that error: it was caused by mixed content.
     """
 
     def __init__(self, raw: io.RawIOBase, buffer_size: int, check: Callable[[], None]) -> None:
@@ -26,14 +26,14 @@ class VersionedFile(io.BufferedReader):
         self._check = check
 
     def check_unchanged(self) -> None:
-        """Checks that all that was read until now is of the version that was asked for.
+        """Checks that everything read so far is of the requested version.
 
-        To be called when everything is read, and before anything is made of it. What another process reads by this
-        file's descriptor counts. It costs nothing in S3 and Google Cloud Storage, where each read is checked, an
-        `fstat` on a disk, and a request elsewhere.
+        Call it when all is read, before using the data. Reads by another process through this file's descriptor are
+        covered. It costs nothing in S3 and Google Cloud Storage, where each read is checked, an `fstat` on a disk,
+        and a request on other stores.
 
         Raises:
-            Rejected: changed; and as `storage.stat`, where the store is asked.
+            Rejected: changed; and as `storage.stat`, where it costs a request.
         """
         self._check()
 
@@ -61,16 +61,16 @@ def _is_stores_own(error: Exception) -> bool:
 
 
 def version_check(fs: Any, path: str, expected: ObjectInfo, handle: Any) -> Callable[[], None]:
-    """Returns what raises where an object is not, or not any more, as it was listed.
+    """Returns a function that raises if an object is not, or no longer, the listed version.
 
     Args:
         fs: The file system.
-        path: Of the object, in its words.
-        expected: As it was listed; what is not known of it is not compared.
-        handle: Of the object, just opened.
+        path: Path of the object, as the file system spells it.
+        expected: The object as listed; fields that are None are not compared.
+        handle: The object's file, just opened.
 
     Raises:
-        Rejected: changed; a local file is another one already.
+        Rejected: changed, if a local file has already been replaced.
     """
     if is_local(fs):
         return _local_check(fs, path, expected, handle.fileno())

@@ -1,4 +1,4 @@
-"""Walks folders side by side, in threads, into a bounded queue: listings arrive page by page, never as a whole."""
+"""Lists folders in parallel threads, page by page, into a bounded queue."""
 
 import re
 import threading
@@ -22,17 +22,17 @@ def has_wildcard(path: str) -> bool:
 
 
 class Wanted:
-    """Decides which files of a store are meant: all below a folder, or those that a glob matches.
+    """Decides which files of a store are wanted: all below a folder, or those that match a glob.
 
     Args:
-        path: Of the folder, or the glob, in the store's words.
-        is_glob: Which of the two.
-        prefix: Of a folder, only the files whose path below it begins so.
-        exclude: Folders, in the same words and without a slash at their end: nothing in them is meant.
+        path: The folder or the glob, as the file system spells it.
+        is_glob: Whether `path` is a glob.
+        prefix: For a folder: only files whose path below it starts with this.
+        exclude: Folders to skip, as the file system spells them, without a slash at their end.
 
     Attributes:
-        stem: What all names begin with: as much as need be listed.
-        is_by_folder: Whether a file's own name alone decides, in all folders alike.
+        stem: Common prefix of all wanted names: only names with it need to be listed.
+        is_by_folder: Whether the file name alone decides, whatever folder it is in.
     """
 
     def __init__(self, path: str, *, is_glob: bool, prefix: str = "", exclude: Sequence[str] = ()) -> None:
@@ -54,16 +54,16 @@ class Wanted:
         self._folders = [re.compile(glob_translate("/".join(self._parts[:depth]))) for depth in range(last + 1)]
 
     def has_file(self, name: str) -> bool:
-        """Returns whether a file of this name, in the store's words, is meant."""
-        is_meant = name.startswith(self._begins) if self._files is None else self._files.match(name) is not None
-        return is_meant and not self.excludes(name)
+        """Returns whether a file of this name, as the file system spells it, is wanted."""
+        is_wanted = name.startswith(self._begins) if self._files is None else self._files.match(name) is not None
+        return is_wanted and not self.excludes(name)
 
     def is_deep(self, stem: str) -> bool:
-        """Returns whether files may be meant however deep below it they are."""
+        """Returns whether wanted files may be at any depth below `stem`."""
         return self._files is None or stem.count("/") >= self._first_stars
 
     def goes_into(self, folder: str) -> bool:
-        """Returns whether there may be such files below a folder, named without a slash at its end."""
+        """Returns whether a folder, given without a slash at its end, may contain wanted files."""
         if self.excludes(folder):
             return False
         if self._files is None:
@@ -73,12 +73,12 @@ class Wanted:
         return depth < len(self._folders) and self._folders[depth].match(folder) is not None
 
     def excludes(self, name: str) -> bool:
-        """Returns whether a name is an excluded folder's, or below one."""
+        """Returns whether a name is an excluded folder, or below one."""
         return any(is_below(name, folder) for folder in self._exclude)
 
 
 def folder_of(stem: str) -> str:
-    """Returns the folder that is listed for all names that begin so."""
+    """Returns the folder to list for all names with this prefix."""
     return stem.rpartition("/")[0]
 
 
@@ -87,7 +87,7 @@ Page = tuple[list[ObjectInfo], list[_Task]]
 
 
 class Walk(Generic[_Task]):
-    """Lists folders side by side, in threads that wait when nobody takes what they found."""
+    """Lists folders in parallel threads, which wait while nobody consumes their results."""
 
     def __init__(self, first: _Task, pages: Callable[[_Task], Iterator[Page[_Task]]]) -> None:
         self._pages = pages

@@ -29,7 +29,7 @@ from af3pipe.schemas import (
 from af3pipe.storage import ObjectInfo
 from af3pipe.tables.formats import NotATable
 from af3pipe.tables.keys import Mask
-from af3pipe.tables.reader import read_file
+from af3pipe.tables.reader import read_file, table_files
 
 _RETRYABLE = frozenset(reason.value for reason in Reason if reason.retryable)
 _BATCH_ROWS = 16_384
@@ -127,6 +127,21 @@ def read_existing(
         raise _unusable(info.uri, rejected.detail) from rejected
     except (NotATable, pa.ArrowException, OSError, AttributeError, TypeError, ValueError) as error:
         raise _unusable(info.uri, str(error).removeprefix(info.uri).strip()) from error
+
+
+def existing_rows(output: str, wanted: Callable[[pa.Table], Mask] | None = None) -> Iterator[ExistingRow]:
+    """Reads the rows of an output, as far as resuming needs them.
+
+    Args:
+        output: Folder of the tables.
+        wanted: As of `read_existing`.
+
+    Raises:
+        StorageError, Rejected: It cannot be listed, or one of its files cannot be read.
+    """
+    for table, infos in table_files(output).items():
+        for info in infos:
+            yield from read_existing(output, table, info, wanted)
 
 
 def _unusable(uri: str, why: str) -> storage.StorageError:
@@ -239,23 +254,28 @@ class ExistingRows:
 
     Attributes:
         recordings: Newest first.
-        answers: Answers about any part of the object, by any model and prompt.
         dead_letters: recording_id to dead_letter_key to the id of the first run that wrote that dead letter.
     """
 
     def __init__(self, rows: Iterable[ExistingRow] = ()) -> None:
         self.recordings: list[ExistingRecording] = []
-        self.answers: list[ExistingAnswer] = []
         self.dead_letters: dict[str, dict[str, str]] = defaultdict(dict)
+        self._answers: dict[str, list[ExistingAnswer]] = defaultdict(list)
+        # Rows of format 1 have no source_key; where a manifest gave no id, their recording_id is the same hash.
+        self._answers_by_source: dict[str, list[ExistingAnswer]] = defaultdict(list)
+        self._by_id: dict[str, list[ExistingRecording]] = defaultdict(list)
         for row in rows:
             if isinstance(row, ExistingRecording):
                 self.recordings.append(row)
             elif isinstance(row, ExistingAnswer):
-                self.answers.append(row)
+                self._answers[row.recording_id].append(row)
+                self._answers_by_source[row.source_key or row.recording_id].append(row)
             else:
                 runs = self.dead_letters[row.recording_id]
                 runs[row.dead_letter_key] = min(row.run_id, runs.get(row.dead_letter_key, row.run_id))
         self.recordings.sort(key=lambda row: row.created_at, reverse=True)
+        for found in self.recordings:
+            self._by_id[found.recording_id].append(found)
 
     def done(self, recording: Recording, *, retry: bool = False) -> ExistingRecording | None:
         """Returns the row of an earlier run that makes processing this recording again unnecessary, or None.
@@ -269,7 +289,7 @@ class ExistingRows:
         """
         if not (recording.etag or recording.mtime):
             return None  # some web servers state neither: a change could not be noticed
-        own = [row for row in self.recordings if row.recording_id == recording.recording_id]
+        own = self._by_id.get(recording.recording_id, ())
         if not own or not is_same_metadata(own[0], recording.metadata):
             return None
         answers = {found.covered.answer_key for found in self._own_answers(recording)}
@@ -285,17 +305,14 @@ class ExistingRows:
 
     def is_latest(self, row: ExistingRecording) -> bool:
         """Returns whether a row is the newest one of its recording, which is the one in the latest view."""
-        return row is next(found for found in self.recordings if found.recording_id == row.recording_id)
+        return row is self._by_id[row.recording_id][0]
 
     def is_rejected(self, letters: Sequence[DeadLetter], *, retry: bool = False) -> bool:
         """Returns whether an earlier run rejected a recording for the same reasons, none of which is retryable."""
         keys = {letter.dead_letter_key for letter in letters}
         return any(
-            row.recording_id == letters[0].recording_id
-            and keys == set(row.dead_letter_keys)
-            and not row.answer_keys
-            and self._letters_are_final(row, retry=retry)
-            for row in self.recordings
+            keys == set(row.dead_letter_keys) and not row.answer_keys and self._letters_are_final(row, retry=retry)
+            for row in self._by_id.get(letters[0].recording_id, ())
         )
 
     def _letters_are_final(self, row: ExistingRecording, *, retry: bool) -> bool:
@@ -307,11 +324,12 @@ class ExistingRows:
         if not (recording.etag or recording.mtime):
             return recording, []
         own = {found.covered.answer_key: found for found in self._own_answers(recording)}
-        copied = {
-            found.covered.answer_key: found
-            for found in self.answers
-            if found.covered.answer_key not in own and _is_same_source(found, recording)
-        }
+        of_source = [
+            found
+            for key in dict.fromkeys((recording.source_key, recording.recording_id))
+            for found in self._answers_by_source.get(key, ())
+        ]
+        copied = {found.covered.answer_key: found for found in of_source if found.covered.answer_key not in own}
         both = own | copied
         existing = Existing(
             tuple(both[key].covered for key in sorted(both)),
@@ -329,16 +347,10 @@ class ExistingRows:
     def _own_answers(self, recording: Recording) -> Iterator[ExistingAnswer]:
         """Yields the newest row of each answer to the recording, if that row has the recording's metadata."""
         newest: dict[str, ExistingAnswer] = {}
-        for found in self.answers:
-            if found.recording_id == recording.recording_id:
-                key = found.covered.answer_key
-                newest[key] = max(newest.get(key, found), found, key=lambda answer: answer.created_at)
+        for found in self._answers.get(recording.recording_id, ()):
+            key = found.covered.answer_key
+            newest[key] = max(newest.get(key, found), found, key=lambda answer: answer.created_at)
         yield from (found for found in newest.values() if is_same_metadata(found, recording.metadata))
-
-
-def _is_same_source(found: ExistingAnswer, recording: Recording) -> bool:
-    """Compares sources. Rows of format 1 have no source_key; unless a manifest set it, their recording_id is that."""
-    return (found.source_key or found.recording_id) in (recording.source_key, recording.recording_id)
 
 
 def copy_of(answer: Answer, recording: Recording, uri: str) -> Answer:

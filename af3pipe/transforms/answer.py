@@ -36,6 +36,7 @@ from af3pipe.transforms.answer_rows import Wanted, wanted_of
 from af3pipe.transforms.ask import AskAudioFlamingo, AskedRequest, Asker, audio_checksum
 from af3pipe.transforms.decode import DecodeAudio, Decoder, as_stored, stated
 from af3pipe.transforms.gather import PendingObject, Source
+from af3pipe.transforms.launcher import SentByLauncher
 from af3pipe.transforms.outcome import FATAL, to_dead_letter
 from af3pipe.transforms.plan import WorkKeys
 from af3pipe.transforms.result import rejected_result
@@ -82,7 +83,7 @@ class _Decoded(NamedTuple):
 _Event: TypeAlias = "_Decoded | _Request | BaseException"
 
 
-class AnswerDoFn(beam.DoFn):
+class AnswerDoFn(SentByLauncher, beam.DoFn):
     """Turns an `AudioObject` or `Recording` into a `RecordingResult` per recording; emits `AskedRequest`s to a tag.
 
     Threads decode objects, opening each once, while the engine processes segments that were decoded before. Memory is
@@ -118,7 +119,7 @@ class AnswerDoFn(beam.DoFn):
         self._abandon()  # work of a failed bundle, whose elements are processed again
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._waiting: deque[_Decoded] = deque()
-        self._requests: list[_Request] = []
+        self._requests: dict[Future[list[Reply]], _Request] = {}
         self._audio_s = 0.0
         # A thread that has decoded a segment waits here until a request is made of it.
         self._room = threading.Semaphore(self._decoder.threads)
@@ -211,7 +212,7 @@ class AnswerDoFn(beam.DoFn):
         if isinstance(event, BaseException):
             raise event
         if isinstance(event, _Request):
-            self._requests.remove(event)
+            del self._requests[event.future]
             self._audio_s -= event.segment.audio_s
             yield from self._gather(event)
             yield from self._finished(event.pending)
@@ -259,7 +260,7 @@ class AnswerDoFn(beam.DoFn):
             return
         future = self._asker.submit(segment, tasks)
         request = _Request(pending, pending.version, source, segment, tuple(wanted), tasks, future)
-        self._requests.append(request)
+        self._requests[future] = request
         self._audio_s += segment.audio_s
         pending.requests += 1
         events = self._events
@@ -322,8 +323,8 @@ class AnswerDoFn(beam.DoFn):
     def _abandon(self) -> None:
         for pending in self._open:
             pending.is_cancelled = True
-        for request in getattr(self, "_requests", ()):
-            request.future.cancel()
+        for future in getattr(self, "_requests", ()):
+            future.cancel()
         self._open.clear()
 
 

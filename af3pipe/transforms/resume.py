@@ -19,6 +19,7 @@ from af3pipe.tables.existing import (
     ExistingRecording,
     ExistingRow,
     ExistingRows,
+    existing_rows,
     read_existing,
 )
 from af3pipe.tables.reader import possible_runs, table_files
@@ -104,9 +105,7 @@ class _ExistingIndex:
             "INSERT INTO rows VALUES (?, ?, ?)",
             (
                 (row.uri, row.recording_id if isinstance(row, ExistingRecording) else None, pickle.dumps(row))
-                for table, infos in table_files(output).items()
-                for info in infos
-                for row in read_existing(output, table, info)
+                for row in existing_rows(output)
             ),
         )
         self._rows.execute("CREATE INDEX by_uri ON rows (uri)")

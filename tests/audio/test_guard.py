@@ -226,7 +226,7 @@ def test_what_happens_while_a_recording_is_closed_is_not_the_next_one_s(name, re
 def test_what_is_no_message_costs_the_recording_of_a_new_process_only(hostile):
     rejected = rejection(hostile, command("scribble"))
     assert rejected.reason is Reason.DECODER_CRASHED
-    assert "sent what is no message" in rejected.detail
+    assert "sent an invalid message" in rejected.detail
     assert len(decoded(hostile, io.BytesIO(WAV))) == 25 * RATE
 
 

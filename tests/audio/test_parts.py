@@ -266,7 +266,7 @@ def test_a_long_gap_is_skipped_and_what_follows_the_last_part_is_not_decoded():
 
 
 def test_what_does_not_fit_into_memory_at_once_is_decoded_again(monkeypatch):
-    monkeypatch.setattr(under_test, "HELD_S", 120.0)
+    monkeypatch.setattr(under_test, "BUFFERED_S", 120.0)
     data = make.encoded(make.wav, LENGTH_S, 8000, 1)
     passes = Passes()
     parts = [part(index / 1000, 10) for index in range(2000)]  # all of them want the seconds from 2 to 10
@@ -276,7 +276,7 @@ def test_what_does_not_fit_into_memory_at_once_is_decoded_again(monkeypatch):
 
 
 def test_parts_that_never_overlap_all_fit(monkeypatch):
-    monkeypatch.setattr(under_test, "HELD_S", 5.0)
+    monkeypatch.setattr(under_test, "BUFFERED_S", 5.0)
     passes = Passes()
     ends(made("wav"), [part(index, 1) for index in range(33)], open_decoding=passes)
     assert len(passes.parts) == 1
@@ -291,7 +291,7 @@ import tracemalloc
 from af3pipe.audio import recording
 from tests.audio.test_parts import *
 
-recording.HELD_S = 30.0
+recording.BUFFERED_S = 30.0
 data = make.encoded(make.wav, 60, 8000, 1)
 parts = [part(index / 100, 20) for index in range(1000)]
 list(read_parts(io.BytesIO(data), parts[:1], limits=LIMITS, over_length="split"))

@@ -43,7 +43,7 @@ def test_the_graph_builds_without_torch(tmp_path):
         pipeline = beam.Pipeline()
         build(pipeline, job, "run")
         proto = pipeline.to_runner_api()
-        assert any("Ask" in t.unique_name for t in proto.components.transforms.values())
+        assert any("Answer" in t.unique_name for t in proto.components.transforms.values())
         assert open_checkpoint("demo").limits.max_s == 600
         assert "torch" not in sys.modules and "transformers" not in sys.modules
         print("built")

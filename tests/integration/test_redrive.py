@@ -170,7 +170,7 @@ def test_what_was_secret_has_to_be_given_again(again, tmp_path):
     assert "storage_options of run" in done.output
     assert "--job FILE" in done.output
     (tmp_path / "job.yaml").write_text("storage_options: {}")
-    assert run("redrive", output, "--job", tmp_path / "job.yaml", "--retryable").exit_code == 0
+    assert run("redrive", output, "--job", tmp_path / "job.yaml", "--retryable").exit_code == 4  # still not found
 
 
 def test_an_output_without_dead_letters(tmp_path):

@@ -90,9 +90,10 @@ def test_commands_on_an_output_take_the_options_from_the_job_file(stores, tmp_pa
     storage.set_options({})
     job_file = tmp_path / "job.yaml"
     job_file.write_text(yaml.safe_dump(wanted))
-    for command in (["audit"], ["compact"], ["redrive", "--reason", "decode_error"]):
+    # The broken one is still broken: a redrive without one answer says so.
+    for command, code in ((["audit"], 0), (["compact"], 0), (["redrive", "--reason", "decode_error"], 4)):
         done = CliRunner().invoke(cli.app, [command[0], wanted["output"], "--job", str(job_file), *command[1:]])
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == code, done.output
         storage.set_options({})
 
 

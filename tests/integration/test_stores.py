@@ -22,7 +22,7 @@ CLIPS = {
 }
 # They name the place, or come from it.
 OF_THE_PLACE = (
-    *("recording_id", "answer_key", "answer_keys", "work_key", "dead_letter_key", "dead_letter_keys"),
+    *("recording_id", "source_key", "answer_key", "answer_keys", "work_key", "dead_letter_key", "dead_letter_keys"),
     *("etag", "mtime", "run_id", "created_at"),
 )
 

@@ -92,6 +92,9 @@ def name_recordings(
         mentions: Mentions of one object; ids from manifests were checked by `check_id`.
         existing: Rows of earlier runs about the object; recordings keep the ids they have there.
     """
+    existing_by_source: dict[str, list[ExistingRecording]] = defaultdict(list)
+    for row in existing:
+        existing_by_source[row.source_key or row.recording_id].append(row)
     by_source: dict[str, list[Recording]] = defaultdict(list)
     for found in mentions:
         by_source[found.source_key].append(found)
@@ -104,7 +107,7 @@ def name_recordings(
         if bare and len(unnamed) > 1 and not any(found.questions for found in bare):
             del groups[source, NO_METADATA]
             unnamed.remove(NO_METADATA)
-        ids = _ids_for(source, unnamed, existing)
+        ids = _ids_for(source, unnamed, existing_by_source[source])
         for (recording_id, metadata), group in groups.items():
             own_id = ids[metadata] if recording_id == source else recording_id
             yield from _merged([found._replace(recording_id=own_id) for found in group])
@@ -119,9 +122,8 @@ def _ids_for(source: str, unnamed: Sequence[str], existing: Sequence[ExistingRec
     with_metadata = {metadata: _hash(source, metadata) for metadata in unnamed}
     newest: dict[str, ExistingRecording] = {}
     for row in existing:
-        if (row.source_key or row.recording_id) == source:
-            known = newest.setdefault(row.recording_id, row)
-            newest[row.recording_id] = max(known, row, key=lambda found: found.created_at)
+        known = newest.setdefault(row.recording_id, row)
+        newest[row.recording_id] = max(known, row, key=lambda found: found.created_at)
     unknown = [metadata for metadata in unnamed if with_metadata[metadata] not in newest]
     holders = unknown if len(unnamed) == 1 else []
     if source in newest:

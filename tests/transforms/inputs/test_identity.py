@@ -391,7 +391,7 @@ def check_any_runs(clips, tmp_path_factory, data):
     assert len(CountingEngine.asked) == len(heard), "each source is asked once, whatever it is called"
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [6, pytest.param(150, marks=pytest.mark.slow)])
 def test_over_any_runs_no_metadata_is_mixed_and_no_id_names_two_sources(engine, clips, tmp_path_factory, examples):
     check = settings(max_examples=examples)(given(data=st.data())(check_any_runs))
     check(clips, tmp_path_factory)
