@@ -1,1 +1,1 @@
-"""Whole jobs: the configuration, the batch pipeline, and the books of a run."""
+"""Runs whole jobs: configuration, batch and streaming pipelines, and run reports."""

@@ -11,19 +11,19 @@ from af3pipe.tables.run_records import Runs
 
 
 def audit(output: str, inputs: Sequence[str] = ()) -> Audit:
-    """Audits an output as `tables.audit` does, and compares it with a listing of `inputs`.
+    """Audits an output (`tables.audit`), and compares it with a fresh listing of `inputs`.
 
     Args:
         output: Folder of the tables.
-        inputs: As a run takes them. Recordings without a row, and those that have changed, are problems.
+        inputs: Inputs as of a run. Recordings without a row, and recordings that have changed, are problems.
 
     Raises:
-        AuditError: There is no output of a run, or an input cannot be listed.
+        AuditError: The folder has no output of a run, or an input cannot be listed.
         Rejected: The store cannot be read.
     """
 
     def compare(view: Latest, runs: Runs) -> Compared:
-        """Lists the inputs with the channel and stream of the newest run."""
+        """Lists the inputs with the channel and stream of the newest run, and compares them with the latest view."""
         last = max(runs.records, default="")
         job = runs.records.get(last, {}).get("job") or {}
         try:

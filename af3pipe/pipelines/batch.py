@@ -1,4 +1,4 @@
-"""The batch pipeline: recordings in, Parquet out, and the books of it."""
+"""Runs a batch job: reads recordings, writes Parquet tables, and reconciles the counts."""
 
 import itertools
 import logging
@@ -43,16 +43,16 @@ from af3pipe.transforms.stores import set_storage
 T = TypeVar("T")
 Items: TypeAlias = Iterable[Recording | DeadLetter | RecordingResult]
 ROWS_PER_WRITE = 10_000
-_CHUNK_ELSEWHERE = 100_000  # other runners keep on disk what they shuffle
+_REMOTE_CHUNK = 100_000  # other runners shuffle on disk
 _log = logging.getLogger(__name__)
 
 
 class RunFailed(Exception):
-    """The pipeline itself failed: what ended it, for the person who started it."""
+    """The pipeline failed as a whole; the message says why, for the user."""
 
 
 class Progress(NamedTuple):
-    """How far a run is, as far as this process can see."""
+    """Reports the progress of a run, as far as this process can see it."""
 
     found: int
     done: int
@@ -62,10 +62,10 @@ class Progress(NamedTuple):
 
 
 def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = True) -> Checkpoint | None:
-    """What can be known to fail is found before a worker starts or a model is loaded.
+    """Checks the runner, inputs, output and model, so that a job fails before a worker starts or a model is loaded.
 
     Returns:
-        The checkpoint; None where it cannot be read here and the workers are elsewhere: they may well have it.
+        The checkpoint; None if it cannot be read here and the workers are remote, since they may have it.
 
     Raises:
         JobError: The runner cannot be reached, no input matches, one cannot be read, or the output cannot be written.
@@ -91,13 +91,13 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
     except ModelError as error:
         if workers_are_here:
             raise
-        _log.warning("the adapter cannot be read on this machine, only the workers can tell: %s", error)
+        _log.warning("the adapter cannot be read on this machine, so only the workers can check it: %s", error)
     try:
         checkpoint = open_checkpoint(job.model, job.revision)
     except ModelError as error:
         if workers_are_here:
             raise
-        _log.warning("the model cannot be read on this machine, only the workers can tell: %s", error)
+        _log.warning("the model cannot be read on this machine, so only the workers can check it: %s", error)
         return None
     for task in job.all_tasks():
         resolve(task, checkpoint.family)  # raises where the family has no prompt for it, or nobody knows its parser
@@ -105,10 +105,11 @@ def preflight(job: JobConfig, options: PipelineOptions, *, check_inputs: bool = 
 
 
 def _check_inputs(job: JobConfig) -> None:
-    """Each input is looked at as far as its first recording.
+    """Lists each input up to its first recording, and raises JobError if an input cannot be read.
 
-    An audio file that is missing beside others is a dead letter of the run; a folder, glob or manifest that is
-    missing or cannot be read would be any number of recordings, so the job does not start. An empty one is no error.
+    A missing audio file, if it is not the only input, becomes a dead letter of the run. A missing or unreadable
+    folder, glob or manifest may stand for any number of recordings, so the job does not start. An empty one is no
+    error.
     """
     found: list[Recording | DeadLetter] = []
     for name in job.inputs:
@@ -119,7 +120,7 @@ def _check_inputs(job: JobConfig) -> None:
         except (
             ValueError,
             ImportError,
-        ) as error:  # fsspec's: of a scheme that it does not know, or has no package for
+        ) as error:  # fsspec's: an unknown scheme, or one whose package is missing
             raise JobError(f"input {name}: {error}") from error
         if isinstance(first, DeadLetter) and first.uri == name:  # the input itself, not a row of it
             is_audio_file = storage.name(name).rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
@@ -144,32 +145,31 @@ def run(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     progress_every_s: float = 0.5,
 ) -> RunReport:
-    """Runs a job to its end and reads its books back.
+    """Runs a job to its end, reconciles the rows that it wrote, and writes its run record.
 
-    On Beam's in-process runner it runs in chunks, each of which lands before the next begins; on others as one
-    pipeline.
+    On Beam's in-process runner the job runs in chunks, each of which is written before the next begins; on other
+    runners it is one pipeline. Ctrl-C cancels the job on a Flink cluster; the next run processes what was not
+    written.
 
     Args:
-        job: What to do.
+        job: The job.
         beam_flags: Options for Beam, as on its command line.
-        again: What there is to do instead of the job's inputs: recordings, which are not skipped where they ended as
-            dead letters, and results that are to be written as they are.
-        on_progress: Called now and then on the calling thread, with what this process has counted.
-        progress_every_s: How often.
-
-    Interrupted by Ctrl-C, it cancels its job at a Flink cluster; what was not written is asked by the next run.
+        again: Items to process instead of the job's inputs: recordings, which are not skipped if they have dead
+            letters, and results, which are written verbatim.
+        on_progress: Called repeatedly on the calling thread with the counts of this process.
+        progress_every_s: Seconds between these calls.
 
     Raises:
-        JobError, ModelError: Found before anything was started.
+        JobError, ModelError: A check failed before anything was started.
         RunFailed: The pipeline failed.
-        StorageError, Rejected: The pipeline is done, but its books cannot be written or read back.
+        StorageError, Rejected: The pipeline is done, but its rows cannot be counted or its record not written.
     """
     options = beam_options(job, list(beam_flags))
     runner = runner_of(options)
     set_storage(job.storage_options)
     checkpoint = preflight(job, options, check_inputs=again is None)
     run_id = new_run_id()
-    # A branch may move while the run lasts: every worker takes the commit that was looked at here.
+    # A branch may move while the run lasts: every worker uses the commit that was checked here.
     pinned = {"revision": checkpoint.revision} if checkpoint and not checkpoint.path else {}
     if job.device == "auto" and runner.is_in_process:
         pinned["device"] = "all"  # no other worker will come for the other GPUs of this machine
@@ -178,11 +178,11 @@ def run(
     runner.name_job(run_id)
     try:
         pipeline = new_pipeline(options)
-        if not in_chunks:  # they have graphs of their own
+        if not in_chunks:  # each chunk has its own graph
             graph.build(pipeline, ran_job, run_id)
     except ValueError as error:  # Beam's own check of its options: a runner it does not know, a flag that is missing
         raise JobError(str(error)) from error
-    tell_unfinished(job)
+    warn_unfinished(job)
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     write_started(job, run_id)
     before = metrics.tally()
@@ -197,7 +197,7 @@ def run(
         while not background.wait(progress_every_s):
             on_progress(progress(metrics.tally() - before, time.monotonic() - started))
     except KeyboardInterrupt:
-        runner.cancel_job()  # it would go on, and nobody wait for it
+        runner.cancel_job()  # else it would continue without anyone waiting for it
         raise
     found, counted, chunks = background.result()
     wall_s = time.monotonic() - started
@@ -210,19 +210,19 @@ def run(
     return report
 
 
-def tell_unfinished(job: JobConfig) -> None:
-    """Warns of other runs into the output that have begun and not ended."""
+def warn_unfinished(job: JobConfig) -> None:
+    """Warns of other unfinished runs into the same output."""
     for other in unfinished_runs(job.output):
         _log.warning(
-            "run %s, begun at %s on %s (process %s), has not finished. If it goes on, both may ask the same; if it "
-            "was killed, %s.",
+            "run %s, started at %s on %s (process %s), has not finished. If it is still running, both may process "
+            "the same recordings; if it was killed, %s.",
             *(other[name] for name in ("run_id", "started_at", "host", "pid")),
-            "its answers are kept" if job.resume else "its answers are asked again",
+            "its answers are reused" if job.resume else "its recordings are processed again",
         )
 
 
 class _Ran(NamedTuple):
-    """What a run found and counted, and the chunks that left a verified sample."""
+    """Has what a run found and counted, and the numbers of the chunks that wrote a verified sample."""
 
     found: Found
     counters: Counter[str]
@@ -230,18 +230,18 @@ class _Ran(NamedTuple):
 
 
 def _run_whole(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> _Ran:
-    """As one pipeline, on remote workers."""
+    """Runs the job as one pipeline on remote workers."""
     counters = _run_pipeline(pipeline)
     return _Ran(take_found(job.output, run_id), counters, (0,))
 
 
 def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again: Items | None) -> _Ran:
-    """Planned in this process first, then processed chunk by chunk, with one engine and one set of decoders."""
+    """Plans the job in this process, then runs it chunk by chunk with the same engine and decoder processes."""
     is_here = runner_of(options).is_in_process
     how = graph.asking(job)
     counted: Counter[str] = Counter()
     chunks = []
-    with Plan(job.partition_by) as plan, ExitStack() as held:
+    with Plan(job.partition_by) as plan, ExitStack() as resources:
         if again is not None:
             plan.add_found(again)
         for name in dict.fromkeys(job.inputs if again is None else ()):
@@ -257,11 +257,11 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
         metrics.count("recordings_found", plan.found)
         metrics.count("recordings_done", plan.found - plan.to_do)
         if plan.to_do and is_here:
-            _hold(how, held)
+            _keep_open(how, resources)
         done = 0
-        for number, chunk in enumerate(plan.chunks(job.chunk_recordings if is_here else _CHUNK_ELSEWHERE)):
+        for number, chunk in enumerate(plan.chunks(job.chunk_recordings if is_here else _REMOTE_CHUNK)):
             before, done = done, done + sum(len(found.recordings) + len(found.dead_letters) for found in chunk)
-            # Of the sample, each chunk has the share that it has of the recordings.
+            # Each chunk's share of the sample is its share of the recordings.
             total = max(plan.to_do, done)
             sample = job.verify_sample * done // total - job.verify_sample * before // total
             pipeline = new_pipeline(options)
@@ -274,16 +274,13 @@ def _run_in_chunks(job: JobConfig, options: PipelineOptions, run_id: str, again:
         return _Ran(Found(plan.found, plan.skipped, plan.kept_dead_letters), counted, tuple(chunks))
 
 
-def _hold(how: graph.Asking, held: ExitStack) -> None:
-    """Keeps what is costly to open from one chunk to the next.
-
-    The engine from when there is something to request: what is opened again may have all its answers.
-    """
+def _keep_open(how: graph.Asking, resources: ExitStack) -> None:
+    """Keeps the engine and the decoder processes open from one chunk to the next, as opening them is slow."""
     hold_engine(how.ask.asker.options)
-    held.callback(release_engine, how.ask.asker.options)
+    resources.callback(release_engine, how.ask.asker.options)
     if how.decode.decoder.guard is not None:
         acquire_decoders(how.decode.decoder.guard)
-        held.callback(release_decoders, how.decode.decoder.guard)
+        resources.callback(release_decoders, how.decode.decoder.guard)
 
 
 def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
@@ -298,28 +295,28 @@ def _run_pipeline(pipeline: beam.Pipeline) -> Counter[str]:
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Raises RunFailed where the job server that is talked to is lost."""
+    """Raises RunFailed if the connection to the job server is lost."""
     try:
         with _without_traceback_of_messages():
             yield
-    except grpc.RpcError as error:  # a job that failed ends otherwise
+    except grpc.RpcError as error:  # a failed job raises something else
         raise RunFailed(
-            f"the connection to the job server was lost ({_rpc_fault(error)}). Where it is one of a cluster, the job "
-            "may go on there all the same: look, for example at its web UI, and let it end or cancel it. Then run "
-            "the same again, into the same output: only what has not been written is asked"
+            f"the connection to the job server was lost ({_rpc_fault(error)}). If it belongs to a cluster, the job "
+            "may still be running there: check, for example in the cluster's web UI, and wait for it or cancel it. "
+            "Then run the job again into the same output: only recordings that have not been written are processed"
         ) from error
 
 
 @contextmanager
 def _without_traceback_of_messages() -> Iterator[None]:
-    """Beam reads a job's messages on a thread of its own, which ends in a traceback when the connection is lost."""
+    """Suppresses the traceback that Beam's message-reading thread prints when the connection is lost."""
     before = threading.excepthook
 
-    def tell(ended: threading.ExceptHookArgs) -> None:
+    def report(ended: threading.ExceptHookArgs) -> None:
         if not isinstance(ended.exc_value, grpc.RpcError):
             before(ended)
 
-    threading.excepthook = tell
+    threading.excepthook = report
     try:
         yield
     finally:
@@ -330,12 +327,12 @@ def _without_traceback_of_messages() -> Iterator[None]:
 
 
 def _rpc_fault(error: grpc.RpcError) -> str:
-    """The status of a call, which most such errors are."""
+    """Returns the status and details of a failed call, or else the class of the error."""
     return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else type(error).__name__
 
 
 class Background(Generic[T]):
-    """Work on a thread of its own: Beam's in-process runner blocks until the job is done."""
+    """Runs work on a background thread, since Beam's in-process runner blocks until the job is done."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
@@ -353,9 +350,11 @@ class Background(Generic[T]):
             self._ended.set()
 
     def wait(self, seconds: float) -> bool:
-        return self._ended.wait(seconds)  # a join that Ctrl-C interrupts takes the thread for ended
+        """Waits up to this long; returns whether the work has ended."""
+        return self._ended.wait(seconds)  # Thread.join, interrupted by Ctrl-C, takes the thread as ended
 
     def result(self) -> T:
+        """Returns the result of the ended work. Raises RunFailed if it failed."""
         if isinstance(self._error, RunFailed):
             raise self._error
         if self._error is not None:
@@ -367,8 +366,8 @@ _FAULT = re.compile(
     r"(?:af3pipe\.[\w.]+\.)?(ModelError|EngineFailed|WorkerError|StorageError|CredentialsError): "
     r"(.+?)(?= \[while running|\n|$)"
 )
-# What it looks like where a worker cannot make anything of what it was sent, before it could compare versions.
-_NOT_UNDERSTOOD = re.compile(
+# Errors of a worker that cannot unpickle the graph, before it could compare versions.
+_UNPICKLING_FAULT = re.compile(
     r"ModuleNotFoundError: No module named .*"
     r"|ImportError: cannot import name .* from 'af3pipe.*"
     r"|AttributeError: Can't get attribute .*"
@@ -378,22 +377,22 @@ _NOT_UNDERSTOOD = re.compile(
 
 
 def explain_failure(error: BaseException) -> str:
-    """The line that matters: runners wrap a worker's exception into a text of their whole traceback."""
+    """Extracts the cause of a failure, since runners wrap a worker's exception in the text of a whole traceback."""
     faults: list[tuple[str, str]] = _FAULT.findall(f"{type(error).__name__}: {error}")
     if faults:
         return faults[-1][1].strip()
-    if not_understood := _NOT_UNDERSTOOD.search(str(error)):
+    if fault := _UNPICKLING_FAULT.search(str(error)):
         here = this_process()
         return (
-            f"a worker cannot make anything of what it was sent ({not_understood[0]}); it must have what this "
-            f"launcher has: af3pipe {here.af3pipe} with what that needs, Apache Beam {here.beam} and Python "
+            f"a worker cannot unpickle the job that it was sent ({fault[0]}); it needs the versions of this "
+            f"launcher: af3pipe {here.af3pipe} with its dependencies, Apache Beam {here.beam} and Python "
             f"{here.python}"
         )
     return storage.redact(f"{type(error).__name__}: {error}")
 
 
 def progress(counted: Counter[str], elapsed_s: float) -> Progress:
-    """How far a run is that has counted this."""
+    """Returns the progress of a run from its counters."""
     return Progress(
         found=counted["recordings_found"],
         done=counted["recordings_done"],
@@ -404,10 +403,10 @@ def progress(counted: Counter[str], elapsed_s: float) -> Progress:
 
 
 def counters(result: Any) -> Counter[str]:
-    """Beam's counters of this package, over all steps; a runner without metrics gives none."""
+    """Returns the sums of this package's Beam counters over all steps; empty if the runner has no metrics."""
     total: Counter[str] = Counter()
     for counter in result.metrics().query()["counters"]:
         if counter.key.metric.namespace == metrics.NAMESPACE:
-            committed = counter.committed  # some runners only tell what was attempted
+            committed = counter.committed  # some runners only report attempted counts
             total[counter.key.metric.name] += (counter.attempted if committed is None else committed) or 0
     return total

@@ -22,15 +22,16 @@ def beam_options(
 ) -> PipelineOptions:
     """Merges the job's `beam` keys with flags for Beam; flags take precedence.
 
-    Where the flags name another runner than the job does, keys that only the job's runner reads are left out.
+    If the flags name another runner than the job does, keys that only the job's runner reads are ignored.
 
     Args:
-        job: With Beam's options below `beam`.
-        flags: As `split_beam_flags` gives them.
-        default_runner: Beam's in-process one, by name: `DirectRunner` first looks for another to download.
+        job: Job with Beam's options below `beam`.
+        flags: Flags from `split_beam_flags`.
+        default_runner: Runner if neither names one. The default is Beam's in-process runner by its own name, since
+            `DirectRunner` first looks for another one to download.
 
     Raises:
-        JobError: The runner is not known, an option belongs to another runner, or one makes the runner lose elements.
+        JobError: The runner is unknown, an option belongs to another runner, or one makes the runner lose elements.
     """
     spelt = [_as_beam_spells(flag) for flag in flags]
     named_by_job = _runner_in([f"--runner={job.beam['runner']}"] if job.beam.get("runner") else [])
@@ -45,8 +46,8 @@ def beam_options(
     if named_by_flags in (None, named_by_job):
         _refuse(runner, {written[name]: readers for name, readers in foreign.items()})
     elif foreign:
-        left_out = ", ".join(written[name] for name in foreign)
-        _log.warning("left out, since the %s runner ignores it: %s of the job", short_name(runner), left_out)
+        ignored = ", ".join(written[name] for name in foreign)
+        _log.warning("ignored, since the %s runner does not read it: %s of the job", short_name(runner), ignored)
     names = {flag.partition("=")[0][2:]: flag.partition("=")[0] for flag in spelt if flag.startswith("--")}
     _refuse(runner, {names[name]: readers for name, readers in options_of_others(runner, names).items()})
     listed = [flag for name, given in keys.items() if name not in foreign for flag in given]
@@ -60,7 +61,7 @@ def beam_options(
 
 
 def _runner_in(flags: Sequence[str]) -> str | None:
-    """Returns Beam's name of the runner that flags name; None where they name none."""
+    """Returns Beam's name of the runner that the flags choose; None if they choose none."""
     parsed, _ = _beam_parse(flags)
     try:
         return runner_name(parsed["runner"]) if parsed.get("runner") else None
@@ -69,7 +70,7 @@ def _runner_in(flags: Sequence[str]) -> str | None:
 
 
 def _refuse(runner: str, foreign: Mapping[str, Sequence[str]]) -> None:
-    """Raises JobError for options, as they were written, that only other runners read."""
+    """Raises JobError if there are options that only other runners read; names them as the user wrote them."""
     if foreign:
         raise JobError(
             "\n".join(
@@ -93,28 +94,28 @@ def _flags(key: str, value: Any) -> list[str]:
 
 
 def split_beam_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits what is left of a command line into inputs, and flags of Beam's in Beam's spelling.
+    """Splits the remaining tokens of a command line into inputs and Beam flags in Beam's spelling.
 
     Raises:
-        JobError: A flag that neither af3pipe nor Beam knows, so that a misspelt one is not taken for an input.
+        JobError: Neither af3pipe nor Beam knows a flag, so that a misspelt flag is not taken for an input.
     """
     for token in tokens:
         if token.startswith("-") and token != "-":
             _beam_name(token.split("=")[0], token)
     spelt = [_as_beam_spells(token) for token in tokens]
     _, inputs = _beam_parse(spelt)
-    left = list(inputs)
+    remaining = list(inputs)
     flags = []
     for token in spelt:
-        if left and token == left[0]:
-            left.pop(0)
+        if remaining and token == remaining[0]:
+            remaining.pop(0)
         else:
             flags.append(token)
     return inputs, flags
 
 
 def _beam_parse(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the values of Beam's options and what is none. Raises JobError where a value is wrong."""
+    """Returns the values of Beam's options, and the other tokens. Raises JobError if a value is wrong."""
     try:
         parsed, others = beam_parser().parse_known_args(flags)
     except ValueError as error:
@@ -127,7 +128,7 @@ def _beam_names() -> set[str]:
 
 
 def _as_beam_spells(token: str) -> str:
-    """Returns an option with `_` for `-` where Beam knows that one, as in `--flink-master=...`."""
+    """Replaces `-` by `_` in an option if Beam knows it in that spelling, as `--flink-master=...`."""
     name, found, value = token.partition("=")
     spelt = f"--{name[2:].replace('-', '_')}"
     is_known = name.startswith("--") and name not in (names := _beam_names()) and spelt in names
@@ -135,7 +136,7 @@ def _as_beam_spells(token: str) -> str:
 
 
 def _beam_name(name: str, as_written: str) -> str:
-    """Returns Beam's spelling of an option. Raises JobError where it has none such."""
+    """Returns Beam's spelling of an option. Raises JobError if Beam has no such option."""
     spelt, names = _as_beam_spells(name), _beam_names()
     if spelt not in names:
         own = {f"--{key.replace('_', '-')}" for key in JobConfig.model_fields} | {

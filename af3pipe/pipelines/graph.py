@@ -1,4 +1,4 @@
-"""Builds the graph of a job: recordings in, Parquet out. Needs neither torch nor the model's weights."""
+"""Builds the Beam graph of a job, from inputs to Parquet tables, without torch and the model's weights."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from af3pipe.transforms import (
     VerifyAnswers,
     WatchRecordings,
 )
-from af3pipe.transforms.ended import TellEnd
-from af3pipe.transforms.inputs.dedup import Once
+from af3pipe.transforms.end_signal import SignalEnd
+from af3pipe.transforms.inputs.dedup import Deduplicate
 from af3pipe.transforms.inputs.pubsub import is_subscription, subscription_of
 from af3pipe.transforms.inputs.read import ListRecordings, list_recordings
 from af3pipe.transforms.launcher import CheckWorkers
@@ -33,25 +33,25 @@ from af3pipe.transforms.resume import PlanStream, ReadExisting
 from af3pipe.transforms.write import WriteRows
 from af3pipe.transforms.written import NotWritten, ReadWritten
 
-_HELD_S = 600.0
-"""So long a worker of a batch holds results at most before it writes them: what is lost with it."""
+_MAX_BUFFERED_S = 600.0
+"""Longest time that a batch worker buffers results before it writes them; a lost worker loses these."""
 _LEASE_S = 60
-"""What a watch that died had of messages comes again after so long."""
+"""Lease of messages: time after which Pub/Sub delivers the messages of a killed watch again."""
 
 
 class Asking(NamedTuple):
-    """How a job's recordings are decoded and what is asked of them."""
+    """Has the transforms that decode a job's recordings and run the model on them."""
 
     decode: DecodeAudio
     ask: AskAudioFlamingo
 
 
 def asking(job: JobConfig, *, keep_engine: bool = False) -> Asking:
-    """The two transforms that do the work.
+    """Creates the transforms that decode recordings and run the model on them.
 
     Args:
-        job: What is asked.
-        keep_engine: As of `AskAudioFlamingo`.
+        job: The job.
+        keep_engine: See `AskAudioFlamingo`.
     """
     decode = DecodeAudio(
         model=job.model,
@@ -86,14 +86,14 @@ def asking(job: JobConfig, *, keep_engine: bool = False) -> Asking:
 
 
 def found_by(job: JobConfig, name: str) -> Iterator[Recording | DeadLetter]:
-    """What the job finds under a name."""
+    """Lists the recordings of one input of a job."""
     return list_recordings(
         name, channel=job.channel, stream=job.stream, allow_prefixes=job.allow_prefixes, exclude=[job.output]
     )
 
 
 def build(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> None:
-    """Builds the whole job, from listing on, for remote workers."""
+    """Builds the whole job, including listing, for remote workers."""
     how = asking(job, keep_engine=True)
     inputs = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
     listed = inputs | "ListRecordings" >> ListRecordings(
@@ -125,29 +125,29 @@ def build_chunk(
     *,
     here: bool,
 ) -> None:
-    """Builds the job for objects that are planned.
+    """Builds the job for a chunk of planned objects.
 
     Args:
-        pipeline: Where to.
-        job: What to do; its `verify_sample` is this chunk's.
-        run_id: Names the run.
-        planned: What there is to do.
-        number: Of the chunk.
-        here: Whether it runs in this process; else its objects are spread over workers.
+        pipeline: The pipeline to add to.
+        job: The job; its `verify_sample` is the sample size of this chunk.
+        run_id: The run.
+        planned: The objects of the chunk.
+        number: Number of the chunk.
+        here: Whether it runs in this process; else its objects are distributed to workers.
     """
     create = beam.Create(planned, reshuffle=not here).with_output_types(AudioObject)
     objects = pipeline | "Planned" >> create
     _answer_and_write(objects, asking(job, keep_engine=not here), job, run_id, chunk=number, here=here)
 
 
-def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str, *, tell_end: bool = False) -> None:
-    """Builds the job as a stream that ends when it is stopped: folders are watched, subscriptions are read.
+def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str, *, signal_end: bool = False) -> None:
+    """Builds the job as a stream, which watches folders and reads subscriptions until it is stopped.
 
     Args:
-        pipeline: Where to.
-        job: What to do.
-        run_id: Names the run.
-        tell_end: Whether the last step signals completion when all is written.
+        pipeline: The pipeline to add to.
+        job: The job.
+        run_id: The run.
+        signal_end: Whether the last step signals completion when all is written.
     """
     how = asking(job, keep_engine=True)
     _ = pipeline | "CheckWorkers" >> CheckWorkers(job.inputs)
@@ -174,18 +174,18 @@ def build_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str, *, tell_e
     last = written
     if waiting is not None:
         durable = (
-            written | "WrittenEver" >> beam.WindowInto(GlobalWindows()),  # as the others' windows
+            written | "WrittenEver" >> beam.WindowInto(GlobalWindows()),  # like the other PCollection
             planned.skipped,
         ) | "Durable" >> beam.Flatten()
         last = {"waiting": waiting, "durable": durable} | "AcknowledgeMessages" >> AcknowledgeMessages(
             ack_deadline_s=_LEASE_S
         )
-    if tell_end:
-        _ = last | "TellEnd" >> TellEnd(ended_uri(job.output, run_id), storage_options=job.storage_options)
+    if signal_end:
+        _ = last | "SignalEnd" >> SignalEnd(ended_uri(job.output, run_id), storage_options=job.storage_options)
 
 
 def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tuple[Outcome, Any]:
-    """What all inputs find, and the messages that wait for it; None where no subscription is read."""
+    """Reads all inputs; returns what they find and the messages to acknowledge (None without subscriptions)."""
     how: dict[str, Any] = {
         "channel": job.channel,
         "stream": job.stream,
@@ -209,13 +209,13 @@ def _found_in_stream(pipeline: beam.Pipeline, job: JobConfig, run_id: str) -> tu
         return found[0], waiting
     good = [one.good for one in found] | "AllFound" >> beam.Flatten()
     letters = [one.dead_letters for one in found] | "AllRejected" >> beam.Flatten()
-    return Outcome(good, letters) | "Once" >> Once(), waiting  # several may tell of the same
+    return Outcome(good, letters) | "Deduplicate" >> Deduplicate(), waiting  # inputs may overlap
 
 
 def _answer_and_write(
     objects: Any, how: Asking, job: JobConfig, run_id: str, *, chunk: int, here: bool = False
 ) -> None:
-    """One stage, which writes as it goes: a run that is cancelled leaves what it has answered."""
+    """Adds one stage that answers recordings and writes results as it goes: a cancelled run keeps what it wrote."""
     at_work: dict[str, Any] = {"accelerator": job.accelerator}
     if not here:
         objects = objects | "NotWritten" >> NotWritten(
@@ -229,8 +229,8 @@ def _answer_and_write(
     _ = results | "WriteRows" >> WriteRows(
         job.output,
         run_id=run_id,
-        pane_every_s=_HELD_S,
-        most_held=job.chunk_recordings,
+        pane_every_s=_MAX_BUFFERED_S,
+        max_buffered=job.chunk_recordings,
         partition_by=job.partition_by,
         storage_options=job.storage_options,
         **at_work,
@@ -250,7 +250,7 @@ def _answer_and_write(
 class _CountFound(beam.PTransform):
     """Writes the number of recordings found and skipped beside the run's tables, for the process that started it.
 
-    Recordings that the run had found, and written, before its runner restarted it count as well: they may be gone.
+    Recordings that the run wrote before its runner restarted it count, too, as their inputs may no longer exist.
     """
 
     def __init__(self, job: JobConfig, run_id: str) -> None:

@@ -10,17 +10,17 @@ from af3pipe.transforms.verify import Verified, total
 
 
 def found_uri(output: str, run_id: str) -> str:
-    """Where the pipeline leaves the number of recordings it found."""
+    """Returns the URI of the file to which the pipeline writes the number of recordings it found."""
     return storage.join(output, "_runs", f"{run_id}.found.json")
 
 
 class Found(NamedTuple):
-    """How many recordings a pipeline found.
+    """Counts the recordings that a pipeline found.
 
     Attributes:
-        found: All.
-        skipped: Those that an earlier run has done.
-        kept_dead_letters: That the skipped ones have.
+        found: All recordings.
+        skipped: Recordings that an earlier run has done.
+        kept_dead_letters: Dead letters of the skipped recordings.
     """
 
     found: int
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
 
 def write_found(counts: Mapping[str, int], uri: str, storage_options: storage.StorageOptions) -> None:
-    """Writes what a pipeline has counted of its elements: metrics would count those of retried bundles twice."""
+    """Writes counts of a pipeline's elements; metrics would count the elements of retried bundles twice."""
     set_storage(storage_options)
     found = Found(*(counts.get(name, 0) for name in Found._fields))
     storage.write_atomic(uri, json.dumps(found._asdict()).encode())
@@ -39,34 +39,34 @@ def read_found(output: str, run_id: str) -> Found:
     """Reads the file that `write_found` wrote.
 
     Raises:
-        Rejected: It is not there, or cannot be read.
+        Rejected: The file does not exist or cannot be read.
     """
     return Found(**json.loads(storage.read_bytes(found_uri(output, run_id))))
 
 
 def take_found(output: str, run_id: str) -> Found:
-    """Reads the file that `write_found` wrote, and deletes it. Raises as `read_found`."""
+    """Reads and deletes the file that `write_found` wrote. Raises Rejected like `read_found`."""
     found = read_found(output, run_id)
     storage.delete(found_uri(output, run_id))
     return found
 
 
 def verified_uri(output: str, run_id: str, chunk: int) -> str:
-    """Where the pipeline leaves what became of the sample that was asked again; a run has one for each chunk."""
+    """Returns the URI of the file to which a chunk of the pipeline writes the verification of its sample."""
     return storage.join(output, "_runs", f"{run_id}.verified-{chunk}.json")
 
 
 def write_verified(verified: Verified, uri: str, storage_options: storage.StorageOptions) -> None:
-    """Called in the pipeline."""
+    """Writes the verification of a sample; called by the pipeline."""
     set_storage(storage_options)
     storage.write_atomic(uri, json.dumps(verified.to_dict(), ensure_ascii=False).encode())
 
 
 def take_verified(uris: Iterable[str]) -> Verified:
-    """All that `write_verified` wrote there, in one, and gone from there.
+    """Reads and deletes the files that `write_verified` wrote, and merges them.
 
     Raises:
-        Rejected: One cannot be read.
+        Rejected: A file cannot be read.
     """
     parts = []
     for uri in uris:

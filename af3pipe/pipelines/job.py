@@ -1,4 +1,4 @@
-"""Defines what a job may hold (what to read, ask and write) and validates it."""
+"""Defines and validates jobs: what to read, what to ask the model, and where to write."""
 
 import difflib
 import re
@@ -36,7 +36,7 @@ class _Strict(BaseModel):
 
 
 class _Asked(_Strict):
-    """Keys that every task and question may set, named as in `Decoding` and the task factories.
+    """Has the keys that every task and question may set, named as in `Decoding` and the task factories.
 
     Attributes:
         think: Whether the model is prompted to reason first; None for the job's value.
@@ -80,7 +80,7 @@ class _Asked(_Strict):
 
 
 class TaskConfig(_Asked):
-    """A task with settings of its own; a plain name in the job file stands for `{name: ...}`."""
+    """Configures a task; a plain name in the job file stands for `{name: ...}`."""
 
     name: str
     parser: str | None = None
@@ -97,7 +97,7 @@ class TaskConfig(_Asked):
         return self
 
     def to_tasks(self, max_new_tokens: int | None, think: bool) -> Iterator[Task]:
-        """Returns the task for the transforms; the job's limit and `think` apply where it sets none."""
+        """Yields the task for the transforms; the job's limit and `think` apply if it sets none."""
         think = think if self.think is None else self.think
         if self.name in _FACTORIES:
             task = _FACTORIES[self.name](prompt=self.prompt, think=think)
@@ -112,7 +112,7 @@ _FACTORIES: dict[str, Callable[..., Task]] = {"caption": caption, "transcript": 
 
 
 class QuestionConfig(_Asked):
-    """A question about every recording; `models.questions.question_keys` reads it, as in a manifest.
+    """Configures a question about every recording; `models.questions.question_keys` reads it, as in a manifest.
 
     Attributes:
         constrained: Whether decoding is constrained to the choices.
@@ -161,7 +161,7 @@ _UNITS_S = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _seconds(value: Any) -> Any:
-    """`30s`, `5m`, `1h`, `2d`, or a number of seconds."""
+    """Parses `30s`, `5m`, `1h`, `2d`, or a number of seconds."""
     found = _DURATION.fullmatch(str(value).strip())
     if found is None or isinstance(value, bool):
         raise ValueError("it must be a time such as 30s, 5m or 1h")
@@ -172,7 +172,7 @@ Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
 class WatchConfig(_Strict):
-    """Settings of `af3pipe watch`. Times are `30s`, `5m`, `1h`, or seconds.
+    """Configures `af3pipe watch`. Times are `30s`, `5m`, `1h`, or seconds.
 
     Attributes:
         every: Interval between listings; a file without an etag must be unchanged for one interval.
@@ -190,7 +190,7 @@ class WatchConfig(_Strict):
 
 
 class JobConfig(_Strict):
-    """A job: what to read, what to ask the model, how, and where to write.
+    """Configures a job: what to read, what to ask the model and how, and where to write.
 
     Attributes:
         inputs: Files, folders, globs, manifests, tar shards, or data sets of Parquet or Arrow, on any fsspec URL.
@@ -200,8 +200,8 @@ class JobConfig(_Strict):
         model: Hub id, local directory, or `demo`. NVIDIA's released weights are for non-commercial use, and an
             adapter made from them inherits that.
         device: `auto` claims a GPU that no other process has (a run in one process: all such), or is the CPU. `all`
-            starts an engine process for each GPU, `cuda:0,cuda:1` for those named; else as torch names it.
-        attention: Of the audio encoder, by Hugging Face's name for it.
+            starts an engine process for each GPU, `cuda:0,cuda:1` for those named; else a torch device name.
+        attention: Attention implementation of the audio encoder, by its Hugging Face name.
         cuda_graphs: Whether decoding steps are captured as CUDA graphs.
         adapter: Directory of a PEFT LoRA, on the workers: the `think` folder of the released checkpoint, for example.
         quantize: Number format that the language model's weights are quantized to.

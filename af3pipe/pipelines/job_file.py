@@ -35,14 +35,14 @@ def merge_job(tokens: list[str], flags: Mapping[str, Any]) -> tuple[JobConfig, l
     """Merges a command line: inputs or one job file, flags, and Beam's flags. Flags take precedence over the file.
 
     Args:
-        tokens: What is no flag of af3pipe's own: inputs, a job file, and flags for Beam.
-        flags: By key of the job.
+        tokens: Tokens that are not flags of af3pipe: inputs, a job file, and flags for Beam.
+        flags: Values of af3pipe's flags, by key of the job.
 
     Returns:
         The job, and the flags for Beam.
 
     Raises:
-        JobError: Several job files, one that cannot be read, or a job that is wrong.
+        JobError: There are several job files, one cannot be read, or the job is invalid.
     """
     inputs, beam_flags = split_beam_flags(tokens)
     job_files = [name for name in inputs if name.endswith((".yaml", ".yml"))]
@@ -72,7 +72,7 @@ class _DuplicateKey(yaml.YAMLError):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML readers silently take the last one."""
+    """Rejects duplicate keys, of which YAML readers silently use the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)

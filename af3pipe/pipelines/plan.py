@@ -1,8 +1,8 @@
-"""Plans a run of this process, on disk: recordings grouped by object, compared with what earlier runs have done.
+"""Plans a run on disk, without Beam: groups recordings by object and leaves out what earlier runs have done.
 
-Beam's in-process runner keeps every stage's output in memory, and writes nothing before all is done. So what it is
-given is planned here, in memory that does not grow with the archive, and handed out in chunks, each of which is
-written when it is done.
+Beam's in-process runner keeps the output of every stage in memory and writes nothing before all of it is processed.
+The plan is a SQLite database, so memory does not grow with the archive; it is processed in chunks, and each chunk is
+written before the next one begins.
 """
 
 import itertools
@@ -36,16 +36,16 @@ _HASHED_AT_ONCE = 100_000
 
 
 class Plan:
-    """Use as a context: what it holds is on disk until it is closed.
+    """Plans a run in a temporary database, which is deleted when the context is closed.
 
     Args:
-        partition_by: Of the run: it warns where the recordings have very many partitions.
+        partition_by: Partitions of the run; many partitions cause a warning.
 
     Attributes:
-        found: Recordings, each once, rejected ones too; known once it is made.
-        skipped: How many of them an earlier run has done.
-        kept_dead_letters: How many dead letters those have.
-        to_do: How many of them are in the chunks.
+        found: Number of distinct recordings, including rejected ones; known after `make`, as the next ones are.
+        skipped: Number of recordings that an earlier run has done.
+        kept_dead_letters: Number of dead letters of the skipped recordings.
+        to_do: Number of recordings in the chunks.
     """
 
     def __init__(self, partition_by: Sequence[str] = ()) -> None:
@@ -63,7 +63,7 @@ class Plan:
             """
         )
         self._numbers = itertools.count()
-        self._as_they_are: list[RecordingResult] = []
+        self._results: list[RecordingResult] = []
         self.found = 0
         self.skipped = 0
         self.kept_dead_letters = 0
@@ -79,12 +79,12 @@ class Plan:
         self._folder.cleanup()
 
     def add_found(self, items: Iterable[Recording | DeadLetter | RecordingResult]) -> None:
-        """Takes what a listing gives, in any order, as often as it is given; results are written as they are."""
+        """Adds listed items, in any order and with repeats; results are written verbatim."""
         with self._transaction():
             for item in items:
                 number = next(self._numbers)
                 if isinstance(item, RecordingResult):
-                    self._as_they_are.append(item)
+                    self._results.append(item)
                 elif isinstance(item, Recording) and has_own_id(item):
                     row = number, item.recording_id, public_uri(item), pickle.dumps(item)
                     self._db.execute("INSERT INTO own VALUES (?, ?, ?, ?)", row)
@@ -96,10 +96,10 @@ class Plan:
         self._db.execute("INSERT INTO mention VALUES (?, ?, ?)", (number, uri, pickle.dumps(item)))
 
     def add_existing(self, output: str) -> None:
-        """Takes what earlier runs wrote about the objects and ids that were found.
+        """Adds the rows that earlier runs wrote about the found objects and ids.
 
         Raises:
-            Rejected, StorageError: It cannot be listed; one of its files cannot be used.
+            Rejected, StorageError: The output cannot be listed, or one of its files cannot be used.
         """
         objects = self._keys("SELECT uri FROM mention UNION SELECT uri FROM own")
         ids = self._keys("SELECT DISTINCT id FROM own")
@@ -111,7 +111,7 @@ class Plan:
         self._add_rows(existing_rows(output, wanted))
 
     def _keys(self, query: str) -> KeySet:
-        """The distinct texts of a query, as hashes: memory does not hold them as text."""
+        """Returns the hashes of the distinct texts of a query; the texts themselves would take more memory."""
         rows = self._db.execute(query)
         hashes = [np.zeros((0, 2), np.uint64)]
         while texts := [text for (text,) in itertools.islice(rows, _HASHED_AT_ONCE)]:
@@ -129,19 +129,19 @@ class Plan:
             )
 
     def make(self, keys: WorkKeys, *, retry: bool = False) -> Iterator[RecordingResult]:
-        """Decides of each object whether there is something to do; gives the results that there are without that.
+        """Decides for each object what to do; yields results that need no processing.
 
         Args:
-            keys: Of the job.
-            retry: Whether a recording with dead letters is never done.
+            keys: Computes the `work_key` of recordings for the job.
+            retry: Whether a recording with dead letters always counts as not done.
         """
         self._db.execute("CREATE INDEX own_id ON own (id, number)")
         self._db.execute("CREATE INDEX existing_id ON existing (id)")
         self._check_ids()
         self._db.execute("CREATE INDEX mention_uri ON mention (uri, number)")
         self._db.execute("CREATE INDEX existing_uri ON existing (uri)")
-        self.found += len(self._as_they_are)
-        yield from self._as_they_are
+        self.found += len(self._results)
+        yield from self._results
         with ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="af3pipe-stat") as pool:
             objects = self._objects()
             while batch := list(itertools.islice(objects, _BATCH)):
@@ -161,7 +161,7 @@ class Plan:
                             self._db.execute("INSERT INTO work (recordings, item) VALUES (?, ?)", row)
 
     def _check_ids(self) -> None:
-        """Passes on recordings with an id that a manifest gave, as far as the id is theirs alone."""
+        """Checks ids that manifests gave; recordings whose id belongs to another recording become dead letters."""
         rows = self._db.execute("SELECT id, number, item FROM own ORDER BY id, number")
         with self._transaction():
             for own_id, group in itertools.groupby(rows, key=lambda row: row[0]):
@@ -171,10 +171,10 @@ class Plan:
                     self._mention(mentions[0][0], item)
 
     def chunks(self, size: int) -> Iterator[list[AudioObject]]:
-        """The objects that there is something to do about, some at a time, in the order in which they were found.
+        """Yields the objects to process in chunks, in the order in which they were found.
 
         Args:
-            size: How many recordings a chunk has at least, but for the last one.
+            size: Least number of recordings of a chunk, except the last one.
         """
         chunk: list[AudioObject] = []
         recordings = 0
@@ -188,15 +188,15 @@ class Plan:
             yield chunk
 
     def _count_partitions(self, work: AudioObject) -> None:
-        """Warns, before the model's work, of more folders than a reader of the tables would like."""
+        """Warns, before any processing, if the tables would get more partition folders than readers handle well."""
         if not self._partition_by or len(self._partitions) > MOST_PARTITIONS:
             return
         folders = (partition_folder(self._partition_by, "", json.loads(row.metadata)) for row in work.recordings)
         self._partitions.update(folders)
         if len(self._partitions) > MOST_PARTITIONS:
             _log.warning(
-                "partition_by %s makes more than %d folders in each table, each with files of its own: readers will "
-                "be slow; choose a column with fewer values",
+                "partition_by %s makes more than %d folders in each table, each with its own files, so that readers "
+                "will be slow; choose a column with fewer values",
                 ", ".join(self._partition_by),
                 MOST_PARTITIONS,
             )
@@ -210,7 +210,7 @@ class Plan:
             self._db.execute("COMMIT")
 
     def _objects(self) -> Iterator[tuple[str, list[Recording], list[DeadLetter]]]:
-        """Each object with its recordings and dead letters, in the order in which objects were first found."""
+        """Yields each object with its recordings and dead letters, in the order in which objects were first found."""
         rows = self._db.execute(
             """
             SELECT mention.uri, item

@@ -24,13 +24,13 @@ _COLUMNS = ["recording_id", "uri", "stage", "reason", "retryable", "input", "run
 
 
 class Chosen(NamedTuple):
-    """Selects dead letters that match all of these; an empty collection or None matches every one."""
+    """Selects dead letters that match all of these criteria; an empty collection or None matches everything."""
 
     reasons: Collection[str] = ()
     stages: Collection[str] = ()
     retryable: bool | None = None
 
-    def holds_for(self, row: Mapping[str, Any]) -> bool:
+    def matches(self, row: Mapping[str, Any]) -> bool:
         """Returns whether a row of `dead_letters/` is selected."""
         return (
             (not self.reasons or row["reason"] in self.reasons)
@@ -50,7 +50,7 @@ def redrive(
     *,
     on_progress: Callable[[batch.Progress], None] = lambda progress: None,
 ) -> Iterator[tuple[JobConfig, RunReport]]:
-    """Processes the current dead letters of an output again: a run for each job they come from, one after the other.
+    """Processes the current dead letters of an output again, in one run for each job that they come from.
 
     Each recording is read again, so that a file that was repaired is found; only requests without an answer are
     processed. A retry that fails for the same reason does not add a new dead-letter row.
@@ -60,17 +60,17 @@ def redrive(
         chosen: Which dead letters.
         changes: Keys of the job that replace those of the earlier run, for example `{"over_length": "split"}`.
         beam_flags: Options for Beam, as on its command line.
-        on_progress: As of `batch.run`.
+        on_progress: See `batch.run`.
 
     Raises:
-        JobError: The job of a run is not recorded any more, or a change is wrong.
+        JobError: The job of a run is no longer recorded, or a change is invalid.
         Rejected: The output cannot be read.
-        ModelError, RunFailed, StorageError: As `batch.run`.
+        ModelError, RunFailed, StorageError: See `batch.run`.
     """
     by_job: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     jobs: dict[str, dict[str, Any]] = {}
     rows = (row for table in latest(output).batches("dead_letters", _COLUMNS) for row in table.to_pylist())
-    for row in filter(chosen.holds_for, rows):
+    for row in filter(chosen.matches, rows):
         run_id = row["run_id"]
         if run_id not in jobs:
             jobs[run_id] = _job_of(output, run_id, changes or {})
@@ -108,7 +108,7 @@ def _is_of_a_message(row: Mapping[str, Any]) -> bool:
 def _again(
     output: str, job: JobConfig, letters: list[Mapping[str, Any]]
 ) -> Iterator[Recording | DeadLetter | RecordingResult]:
-    """Yields the recordings of dead letters, to be read afresh; lists again what could not be listed."""
+    """Yields the recordings of dead letters, to be read again; lists again what could not be listed."""
     letters = [row for row in letters if not _is_of_a_message(row)]
     unlisted = [row for row in letters if row["stage"] == Stage.LIST.value]
     clashes = [row for row in unlisted if _is_clash(row, job.inputs)]

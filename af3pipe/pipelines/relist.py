@@ -1,4 +1,4 @@
-"""A fresh listing of a run's inputs, held against what an output says of them."""
+"""Compares a fresh listing of inputs with the recordings of an output."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ _LISTED_AT_ONCE = 50_000
 
 
 class InputError(Exception):
-    """An input cannot be listed: which, and why."""
+    """An input cannot be listed; the message says which and why."""
 
 
 _LISTED_SCHEMA = pa.schema(
@@ -48,14 +48,14 @@ def relist(
     allow_prefixes: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Compared:
-    """Lists inputs anew, and holds each recording against its newest row.
+    """Lists inputs again and compares each recording with its newest row.
 
-    Changed is what has another etag; without one, another size or time of modification, where both state them.
+    A recording has changed if its etag differs; without etags, if its size or modification time differs.
 
     Args:
-        view: Of the output.
-        inputs: As a run takes them.
-        channel: As the run heard them. So are `stream`, `allow_prefixes` and `exclude`.
+        view: Latest view of the output.
+        inputs: Inputs as of a run.
+        channel: Of the run, as are `stream`, `allow_prefixes` and `exclude`.
         stream: See `channel`.
         allow_prefixes: See `channel`.
         exclude: See `channel`.
@@ -66,12 +66,14 @@ def relist(
     chosen = {"channel": channel, "stream": stream, "allow_prefixes": allow_prefixes, "exclude": exclude}
     listed = _list(inputs, chosen)
     columns = ["recording_id", "uri", "size_bytes", "etag", "mtime"]
-    held = view.read("recordings", columns)
-    # An id that was given to two files is two recordings.
-    ids, held_ids = (pc.binary_join_element_wise(rows["recording_id"], rows["uri"], "\0") for rows in (listed, held))
-    at = pc.index_in(ids, value_set=held_ids.combine_chunks()).combine_chunks()
+    known = view.read("recordings", columns)
+    # An id that was given to two files counts as two recordings.
+    ids, known_ids = (
+        pc.binary_join_element_wise(rows["recording_id"], rows["uri"], "\0") for rows in (listed, known)
+    )
+    at = pc.index_in(ids, value_set=known_ids.combine_chunks()).combine_chunks()
     both = listed.filter(at.is_valid())
-    then = held.take(at.drop_null())
+    then = known.take(at.drop_null())
     differ = {name: pc.fill_null(pc.not_equal(both[name], then[name]), False) for name in columns[2:]}
     tagged = pc.and_(both["etag"].is_valid(), then["etag"].is_valid())
     changed = pc.if_else(tagged, differ["etag"], pc.or_(differ["size_bytes"], differ["mtime"]))
@@ -79,7 +81,7 @@ def relist(
         listed=len(listed),
         never=_first(listed.filter(at.is_null())),
         changed=_first(both.filter(changed)),
-        gone=_first(held.filter(pa.array(~is_in(held_ids, ids)))),
+        gone=_first(known.filter(pa.array(~is_in(known_ids, ids)))),
     )
 
 
@@ -88,16 +90,16 @@ def _first(rows: pa.Table) -> tuple[int, str]:
 
 
 def _list(inputs: Sequence[str], chosen: dict[str, Any]) -> pa.Table:
-    """What the inputs name, each recording once."""
+    """Lists the inputs and returns one row for each recording."""
     pieces = [_LISTED_SCHEMA.empty_table()]
-    held: list[dict[str, Any]] = []
+    rows_of_piece: list[dict[str, Any]] = []
     for found in _listed(inputs, chosen):
         recording = found if isinstance(found, Recording) else Recording(found.recording_id, found.uri)
-        held.append(_columns(recording))
-        if len(held) == _LISTED_AT_ONCE:
-            pieces.append(pa.Table.from_pylist(held, _LISTED_SCHEMA))
-            held = []
-    rows = pa.concat_tables([*pieces, pa.Table.from_pylist(held, _LISTED_SCHEMA)])
+        rows_of_piece.append(_columns(recording))
+        if len(rows_of_piece) == _LISTED_AT_ONCE:
+            pieces.append(pa.Table.from_pylist(rows_of_piece, _LISTED_SCHEMA))
+            rows_of_piece = []
+    rows = pa.concat_tables([*pieces, pa.Table.from_pylist(rows_of_piece, _LISTED_SCHEMA)])
     same = codes(rows["recording_id"])
     repeated = np.bincount(same)[same] > 1 if len(same) else np.zeros(0, bool)
     mentions: dict[str, list[Recording]] = defaultdict(list)
@@ -105,8 +107,8 @@ def _list(inputs: Sequence[str], chosen: dict[str, Any]) -> pa.Table:
         mtime = row["mtime"] and row["mtime"].isoformat()
         mentions[row["recording_id"]].append(Recording(**row | {"mtime": mtime}))
     named = [found for group in mentions.values() for found in _named(group)]
-    once = [_columns(found) for found in named]
-    return pa.concat_tables([rows.filter(pa.array(~repeated)), pa.Table.from_pylist(once, _LISTED_SCHEMA)])
+    distinct = [_columns(found) for found in named]
+    return pa.concat_tables([rows.filter(pa.array(~repeated)), pa.Table.from_pylist(distinct, _LISTED_SCHEMA)])
 
 
 def _columns(found: Recording | DeadLetter) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def _columns(found: Recording | DeadLetter) -> dict[str, Any]:
 
 
 def _named(mentions: list[Recording]) -> Iterator[Recording | DeadLetter]:
-    """The recordings that a run makes of the mentions of one id."""
+    """Yields the recordings that a run would make from the mentions of one id."""
     if has_own_id(mentions[0]):
         checked = list(check_id(mentions))
         yield from (found for found in checked if isinstance(found, DeadLetter))

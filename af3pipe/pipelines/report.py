@@ -1,4 +1,4 @@
-"""Reports a run of a job: what it did, for the person who started it, and for its record."""
+"""Reports what a run of a job did, for the user and for the run record."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,7 +14,7 @@ from af3pipe.transforms.verify import Verified
 
 
 class RunReport(NamedTuple):
-    """What a run did; `verified` is None where nothing was to be verified."""
+    """Reports what a run did; `verified` is None if no sample was to be verified."""
 
     run_id: str
     counts: RunCounts
@@ -24,38 +24,38 @@ class RunReport(NamedTuple):
 
     @property
     def unverified(self) -> str | None:
-        """Why the run's answers are not to be trusted, in a sentence; None where nothing speaks against them."""
+        """A sentence that says why verification of the answers failed; None if it did not."""
         answers = sum(self.counts.answers.values())
         if self.verified and not self.verified.sampled and answers:
-            return f"no request was drawn to be asked again, and yet {answers} answers are written"
+            return f"no request was sampled for verification, although {answers} answers were written"
         return self.verified.problem if self.verified else None
 
     @property
     def refused(self) -> str | None:
-        """Why the run may have had the wrong credentials, in a sentence; None where nothing says so."""
+        """A sentence that says why the credentials may be wrong; None if nothing suggests that."""
         if not self.metrics.get("workers_refused"):
             return None
         return (
             "the first 100 recordings that a worker read were all refused (permission_denied): check the "
-            "credentials, and run the same again, which tries them again"
+            "credentials and run the job again, which retries these recordings"
         )
 
 
 def job_values(job: JobConfig) -> Mapping[str, Any]:
-    """The job's keys as records have them: without secrets."""
+    """Returns the keys and values of a job for the run record, without secrets."""
     values: dict[str, Any] = storage.redact_values(job.model_dump(mode="json"))
     return values
 
 
 def write_started(job: JobConfig, run_id: str, runner: str | None = None) -> None:
-    """Writes that a job's run has started."""
+    """Writes the started file of a run."""
     run_record.write_started(job.output, run_id, job_values(job), runner)
 
 
 def write_record(
     job: JobConfig, checkpoint: Checkpoint | None, runner: str | None, started_at: datetime, report: RunReport
 ) -> None:
-    """Writes the record of a job's run."""
+    """Writes the run record of a job."""
     record = {
         "started_at": started_at.isoformat(timespec="seconds"),
         "wall_s": round(report.wall_s, 3),

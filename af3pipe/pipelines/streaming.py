@@ -1,4 +1,4 @@
-"""The streaming pipeline: what lands in folders, or is told of by messages, is answered until it is stopped."""
+"""Runs a streaming job: processes new recordings from folders and notifications until it is stopped."""
 
 import logging
 import time
@@ -28,21 +28,21 @@ from af3pipe.transforms.inputs.pubsub import is_subscription, reach, subscriptio
 from af3pipe.transforms.inputs.watch import check_watched
 from af3pipe.transforms.stores import set_storage
 
-_LOOK_EVERY_S = 2.0
+_CHECK_EVERY_S = 2.0
 _GRACE_S = 5.0  # other portable runners end by themselves
 _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """A watching run that has begun.
+    """Starts a streaming run (`af3pipe watch`) and controls it.
 
     Args:
-        job: What to do.
+        job: The job.
         beam_flags: Options for Beam, as on its command line. The default runner is Prism.
 
     Raises:
-        JobError, ModelError: The job is wrong, found before anything was started.
-        RunFailed: The runner does not take the job.
+        JobError, ModelError: The job is invalid; nothing was started.
+        RunFailed: The runner rejected the job.
     """
 
     def __init__(self, job: JobConfig, beam_flags: Iterable[str] = ()) -> None:
@@ -54,18 +54,18 @@ class Watch:
         self.run_id = new_run_id()
         self._job = job
         self._runner = runner_of(options)
-        self._may_go_on = not self._runner.ends_by_itself  # then we have to see the end, and to end the job
-        self._looked_at = self._ended_at = 0.0
+        self._may_go_on = not self._runner.ends_by_itself  # then this process must detect the end and end the job
+        self._checked_at = self._ended_at = 0.0
         self._runner.name_job(self.run_id)
         revision = self._checkpoint.revision if self._checkpoint and not self._checkpoint.path else job.revision
         try:
             pipeline = new_pipeline(options)
             graph.build_stream(
-                pipeline, job.model_copy(update={"revision": revision}), self.run_id, tell_end=self._may_go_on
+                pipeline, job.model_copy(update={"revision": revision}), self.run_id, signal_end=self._may_go_on
             )
         except ValueError as error:  # Beam's own check of its options
             raise JobError(str(error)) from error
-        batch.tell_unfinished(job)
+        batch.warn_unfinished(job)
         self._started, self._started_at = time.monotonic(), datetime.now(timezone.utc)
         self._before = metrics.tally()
         write_started(job, self.run_id)
@@ -82,21 +82,21 @@ class Watch:
             self._result.wait_until_finish()
 
     def wait(self, seconds: float) -> bool:
-        """Waits this long at most; says whether the run has ended."""
+        """Waits up to this long; returns whether the run has ended."""
         if not self._background.wait(seconds) and self._may_go_on:
             self._end()
         return self._background.wait(0)
 
     def _end(self) -> None:
-        """Ends a job in which all is written, and which had time to end by itself."""
+        """Cancels a job that has signalled completion and did not end by itself in time."""
         now = time.monotonic()
-        if not self._ended_at and now - self._looked_at > _LOOK_EVERY_S:
-            self._looked_at = now
+        if not self._ended_at and now - self._checked_at > _CHECK_EVERY_S:
+            self._checked_at = now
             if _is_there(ended_uri(self._job.output, self.run_id)):
                 self._ended_at = now
         if self._ended_at and now - self._ended_at > _GRACE_S:
             self._cancel()
-            self._may_go_on = False  # once is enough
+            self._may_go_on = False  # cancel only once
 
     def _cancel(self) -> None:
         self._result.cancel()
@@ -104,24 +104,24 @@ class Watch:
             self._runner.cancel_job()
 
     def progress(self) -> batch.Progress:
-        """How far it is, as far as this process can see."""
+        """Returns the progress of the run, as far as this process can see it."""
         return batch.progress(metrics.tally() - self._before, time.monotonic() - self._started)
 
     def stop(self) -> None:
-        """Has it end when all that was found until now is written; it goes on until then."""
+        """Requests the run to end after it has written everything found so far; returns at once."""
         storage.write_atomic(stop_uri(self._job.output, self.run_id), b"")
 
     def cancel(self) -> None:
-        """Ends it now. What was not written yet is asked again by the next run into the same output."""
+        """Cancels the run now; the next run into the same output processes what was not written."""
         self._is_cancelled = True
         self._cancel()
 
     def report(self) -> RunReport | None:
-        """What it did, once it has ended; None where it was cancelled.
+        """Returns what the ended run did, and writes its run record; returns None if it was cancelled.
 
         Raises:
             RunFailed: The pipeline failed.
-            StorageError, Rejected: Its books cannot be written or read back.
+            StorageError, Rejected: Its rows cannot be counted, or its record cannot be written.
         """
         with batch.connected():
             state = self._result.state
@@ -136,7 +136,7 @@ class Watch:
         job, wall_s = self._job, time.monotonic() - self._started
         counted = batch.counters(self._result)
         counts = count_run(job.output, self.run_id, None, counted["recordings_skipped_done"])
-        # What it has counted as done has a row, unless a runner has done it twice, or somebody has deleted rows.
+        # A recording counted as done has a row, unless a runner processed it twice or rows were deleted.
         done = sum(counted[f"recordings_{state.value}"] for state in TerminalState)
         if counts.found < done:
             lost = f"{done} recordings were processed, but only {counts.found} are skipped or have a row"
@@ -151,7 +151,7 @@ class Watch:
             report,
         )
         self._forget()
-        _tell_left(job)
+        _warn_unprocessed(job)
         return report
 
     def _forget(self) -> None:
@@ -167,8 +167,8 @@ def _is_there(uri: str) -> bool:
     return True
 
 
-def _tell_left(job: JobConfig) -> None:
-    """A stream does not know what it never found: a last look at its folders does."""
+def _warn_unprocessed(job: JobConfig) -> None:
+    """Lists the folders again and warns of files that the stream has not processed."""
     folders = [name for name in job.inputs if not is_subscription(name)]
     if not folders:
         return
@@ -181,23 +181,24 @@ def _tell_left(job: JobConfig) -> None:
             exclude=[job.output],
         )
     except (InputError, storage.StorageError, NotATable) as error:
-        _log.warning("what is left to ask cannot be told: %s", error)
+        _log.warning("cannot check whether files have not been processed: %s", error)
         return
     for number, example in (found.never, found.changed):
         if number:
             _log.warning(
-                "%d files have no row as they are now, for example %s: they landed or changed after the last look, "
-                "or were still being written. The next watch or run into the same output asks them",
+                "%d files have not been processed in their current version, for example %s: they arrived or changed "
+                "after the last listing, or were still being written. The next watch or run into the same output "
+                "processes them",
                 number,
                 example,
             )
 
 
 def stream_options(job: JobConfig, flags: list[str]) -> PipelineOptions:
-    """Beam's options of a watching run.
+    """Returns the Beam options of a streaming run.
 
     Raises:
-        JobError: The runner does not stream.
+        JobError: The runner does not support streaming.
     """
     options = beam_options(job, flags, default_runner="PrismRunner")
     options.view_as(StandardOptions).streaming = True
@@ -209,7 +210,7 @@ def stream_options(job: JobConfig, flags: list[str]) -> PipelineOptions:
 
 
 def _check_keys(job: JobConfig) -> None:
-    """What only a run can do is told, and not left undone in silence."""
+    """Raises JobError for keys that only batch runs support, rather than ignoring them silently."""
     for key, why in {
         "verify_sample": "a stream has no end at which to draw a sample",
         "chunk_recordings": "a stream writes as it goes",
@@ -218,12 +219,13 @@ def _check_keys(job: JobConfig) -> None:
             raise JobError(f"{key} is for `af3pipe run`: {why}")
     if any(map(is_subscription, job.inputs)) and not job.allow_prefixes:
         raise JobError(
-            "messages may name nothing yet: give --allow-prefix (allow_prefixes in a job file), for example gs://archive"
+            "no URI that messages may reference is allowed: give --allow-prefix (allow_prefixes in a job file), for "
+            "example gs://archive"
         )
 
 
 def _check_inputs(job: JobConfig) -> None:
-    """What cannot be watched, or cannot be listed now, is told now; a folder that is not there yet may come."""
+    """Raises JobError if an input cannot be watched or listed; a folder may be created later."""
     for name in job.inputs:
         try:
             if is_subscription(name):

@@ -10,7 +10,7 @@ from af3pipe import storage
 from af3pipe.models.engine import ModelError
 from af3pipe.models.family import open_checkpoint
 from af3pipe.pipelines import graph
-from af3pipe.pipelines.batch import RunFailed, preflight, tell_unfinished
+from af3pipe.pipelines.batch import RunFailed, preflight, warn_unfinished
 from af3pipe.pipelines.beam_flags import beam_options
 from af3pipe.pipelines.handover import read_found, take_found, take_verified, verified_uri
 from af3pipe.pipelines.job import JobConfig, JobError, make_job
@@ -26,18 +26,18 @@ from af3pipe.transforms.stores import set_storage
 
 
 def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
-    """Starts a job without waiting for it, as the launcher of a Dataflow Flex Template has to.
+    """Starts a job without waiting for it, as the launcher of a Dataflow Flex Template must.
 
     Returns:
-        The run's id. `finish` finalizes the run when the runner reports that the job is done.
+        The run id. `finish` finalizes the run when the runner reports that the job is done.
 
     Raises:
-        JobError, ModelError: Found before anything was started.
+        JobError, ModelError: A check failed before anything was started.
     """
     options = beam_options(job, list(beam_flags))
     runner = options.view_as(StandardOptions).runner
     if runner_of(options).is_in_process:
-        raise JobError(f"runner is {runner!r}, which ends with this program; name a runner on which the job goes on")
+        raise JobError(f"runner is {runner!r}, which ends with this program; choose one on which the job continues")
     set_storage(job.storage_options)
     checkpoint = preflight(job, options)
     # A branch may move while the run lasts: every worker uses the commit that was checked here.
@@ -46,7 +46,7 @@ def submit(job: JobConfig, beam_flags: Iterable[str] = ()) -> str:
     try:
         pipeline = new_pipeline(options)
         graph.build(pipeline, job.model_copy(update=pinned), run_id)
-        tell_unfinished(job)
+        warn_unfinished(job)
         write_started(job, run_id, runner)
         try:
             pipeline.run()
@@ -63,7 +63,7 @@ def finish(output: str, run_id: str) -> tuple[JobConfig, RunReport]:
 
     Raises:
         JobError: The output has no unfinished run of this id.
-        RunFailed: The counts do not reconcile, most likely because the run goes on: nothing is written.
+        RunFailed: The counts do not reconcile, most likely because the run is still running: nothing is written.
         StorageError, Rejected: The output cannot be read or written.
     """
     try:
@@ -79,11 +79,11 @@ def finish(output: str, run_id: str) -> tuple[JobConfig, RunReport]:
         wants_verified = job.verify_sample and counts.reconciled
         verified = take_verified([verified_uri(output, run_id, 0)]) if wants_verified else None
     except Rejected as rejected:
-        raise RunFailed(f"run {run_id} has not written enough to be counted: {rejected.detail}") from rejected
+        raise RunFailed(f"run {run_id} is not complete yet: {rejected.detail}") from rejected
     if not counts.reconciled:
         raise RunFailed(
-            f"run {run_id} goes on, or rows of it were lost: {'; '.join(counts.problems)}. Check whether the runner "
-            "reports the job as done; if so, run the job again with the same output"
+            f"run {run_id} is still running, or rows of it were lost: {'; '.join(counts.problems)}. Check whether "
+            "the runner reports the job as done; if so, run the job again with the same output"
         )
     started_at = datetime.fromisoformat(started["started_at"])
     report = RunReport(run_id, counts, time.time() - started_at.timestamp(), {}, verified)

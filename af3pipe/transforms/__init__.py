@@ -1,10 +1,10 @@
-"""Beam transforms, one file per stage; each usable alone in a pipeline of your own.
+"""Provides the Beam transforms, one file per stage; each can be used alone in a custom pipeline.
 
     results = p | ReadRecordings("s3://archive/**/*.flac") | AnswerRecordings(tasks=[caption(), transcript()])
     results | WriteResults("s3://labels")
 
-`AudioFlamingoModelHandler` is in `af3pipe.transforms.model_handler`: Beam's RunInference imports torch where it can,
-which takes seconds that a launcher need not spend.
+`AudioFlamingoModelHandler` is in `af3pipe.transforms.model_handler`, because Beam's RunInference imports torch if it
+is installed, which takes seconds that a launcher need not spend.
 """
 
 from af3pipe.transforms import coders as coders  # registers the coders of all rows

@@ -1,4 +1,4 @@
-"""Answers recordings: from audio objects to their results, in one DoFn that decodes, asks and gathers."""
+"""Answers recordings: one DoFn decodes audio objects, runs the model on their segments, and emits results."""
 
 import threading
 from collections import deque
@@ -43,18 +43,18 @@ from af3pipe.transforms.result import rejected_result
 from af3pipe.transforms.stores import count_retries
 
 ASKED = "asked"
-"""Tag of the `AskedRequest`s that `VerifyAnswers` takes a sample of."""
+"""Tag of the output with the `AskedRequest`s that `VerifyAnswers` samples."""
 _FIRST_READS = 100
-"""Where a worker is refused all of so many, it is most likely the credentials that are wrong."""
+"""If a worker's first 100 recordings are all permission_denied, most likely its credentials are wrong."""
 
 
 class _Request(NamedTuple):
-    """A segment's request at the engine.
+    """Is a request about a segment that was submitted to the engine.
 
     Attributes:
-        version: Of the object, as of `PendingObject`.
-        wanted: For each recording of the source, what to request for it.
-        tasks: Of all of them, each once.
+        version: Version of the object, see `PendingObject`.
+        wanted: For each recording of the source, the tasks to request.
+        tasks: The distinct tasks of all recordings.
     """
 
     pending: PendingObject
@@ -67,11 +67,11 @@ class _Request(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """What a decoding thread has come to: a source's segment or rejection; with neither, the end of the object.
+    """Is an event from a decoding thread: a segment or rejection of a source; with neither, the end of the object.
 
     Attributes:
-        renewed: The recordings of all sources, where the object is another than was listed (`part` says why), or is
-            known only now: it is decoded from its beginning.
+        renewed: The updated recordings of all sources, if the object has changed since it was listed (`part` says
+            why) or was stated only now; decoding starts again from the beginning.
     """
 
     pending: PendingObject
@@ -84,16 +84,16 @@ _Event: TypeAlias = "_Decoded | _Request | BaseException"
 
 
 class AnswerDoFn(SentByLauncher, beam.DoFn):
-    """Takes `AudioObject` or `Recording`; emits a `RecordingResult` for each recording, and `AskedRequest` by tag.
+    """Turns an `AudioObject` or `Recording` into a `RecordingResult` per recording; emits `AskedRequest`s to a tag.
 
-    Threads decode objects, each opened once, while the engine works on segments decoded before. What is held is
-    bounded: the objects under way, a decoded segment or two of each thread, and the requests at the engine by number
-    and by seconds of audio. All results of an object are emitted when it is done.
+    Threads decode objects, opening each once, while the engine processes segments that were decoded before. Memory is
+    bounded by the number of open objects, one or two decoded segments per thread, and the number and seconds of audio
+    of requests at the engine. All results of an object are emitted when it is finished.
 
     Args:
-        decoder: How objects are decoded.
-        asker: What is requested of their segments.
-        verifiable: Whether it emits `AskedRequest`s.
+        decoder: Decodes objects.
+        asker: Runs the model on their segments.
+        verifiable: Whether to emit `AskedRequest`s.
     """
 
     def __init__(self, decoder: Decoder, asker: Asker, *, verifiable: bool = False) -> None:
@@ -116,7 +116,7 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
         self._decoder.close()
 
     def start_bundle(self) -> None:
-        self._abandon()  # of a bundle that failed: its elements come again
+        self._abandon()  # work of a failed bundle, whose elements are processed again
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._waiting: deque[_Decoded] = deque()
         self._requests: dict[Future[list[Reply]], _Request] = {}
@@ -132,7 +132,7 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
             yield self._emitted(result)
         if not pending.sources:
             return
-        # As many again as are decoded at a time, so that a thread that has ended finds the next.
+        # Twice as many objects as threads, so that a thread that has finished one finds the next.
         while len(self._open) >= 2 * self._decoder.threads:
             yield from self._advance()
         self._open.append(pending)
@@ -146,7 +146,7 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
         count_retries()
 
     def _decode(self, pending: PendingObject, events: "SimpleQueue[_Event]", room: threading.Semaphore) -> None:
-        """Runs on a thread of the pool."""
+        """Decodes an object on a thread of the pool; puts what it yields, or an exception, into `events`."""
         try:
             for event in self._decoded(pending):
                 if event.source is not None:
@@ -156,12 +156,12 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
                 if pending.is_cancelled:
                     return
                 events.put(event)
-                del event  # or it is held while the next one is decoded
+                del event  # else it stays in memory while the next one is decoded
         except BaseException as error:  # noqa: BLE001 - raised again on the bundle's thread
             events.put(error)
 
     def _decoded(self, pending: PendingObject) -> Iterator[_Decoded]:
-        """Decodes an object; one that changes meanwhile once more, as it is then."""
+        """Decodes an object; if it changes meanwhile, decodes its new version once."""
         gathered = [one for source in pending.sources for one in source.gathered]
         listed = recordings = [one.recording for one in gathered]
         try:
@@ -180,7 +180,7 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
             renewed = [self._renewed(one.recording, info, one.rejected) for one in gathered]
             yield _Decoded(pending, None, failure, tuple(renewed))
             yield from self._parts(pending, renewed)
-        except Rejected as rejected:  # it changes all the time, or cannot be read
+        except Rejected as rejected:  # it changed again, or cannot be read
             if rejected is not failure:
                 detail = f"{failure.detail} When it was read again: {rejected.detail}"
                 rejected = Rejected(rejected.stage, rejected.reason, detail)
@@ -197,14 +197,14 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
         yield _Decoded(pending)
 
     def _renewed(self, recording: Recording, info: storage.ObjectInfo, letters: Sequence[DeadLetter]) -> Recording:
-        """A recording as its object is now; nothing of earlier runs is about that."""
+        """Updates a recording to the current version of its object, about which earlier runs have no rows."""
         renewed = as_stored(recording, info)._replace(existing=Existing())
         if recording.work_key is None:
             return renewed
         return WorkKeys(self._decoder, self._asker).add(renewed, letters)
 
     def _advance(self) -> Iterator[Any]:
-        """Waits for the next thing to happen, and emits what came of it."""
+        """Processes the next event, waiting for one if necessary; yields finished results."""
         if self._waiting and not self._is_full(self._waiting[0]):
             yield from self._take(self._waiting.popleft())
             return
@@ -271,10 +271,10 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
         future.add_done_callback(lambda _: events.put(request))
 
     def _gather(self, request: _Request) -> Iterator[Any]:
-        """Takes the replies to a request; its failure is a dead letter of each recording that lacks an answer."""
+        """Adds the replies to a request to its recordings; if it failed, dead letters to those that need a reply."""
         request.pending.requests -= 1
         if request.version != request.pending.version:
-            return  # of an object that has changed since
+            return  # the object has changed since
         segment, tasks = request.segment, request.tasks
         recipients = list(zip(request.source.gathered, request.wanted, strict=True))
         try:
@@ -314,7 +314,7 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
                 yield self._emitted(gathered.result(self._requested))
 
     def _emitted(self, result: RecordingResult) -> WindowedValue:
-        """Counts a result on its way out."""
+        """Counts a result and adds its timestamp."""
         row = result.row
         metrics.count("recordings_done")
         metrics.count(f"recordings_{row.terminal_state.value}")
@@ -337,10 +337,10 @@ class AnswerDoFn(SentByLauncher, beam.DoFn):
 
 
 def event_time(result: RecordingResult) -> Timestamp:
-    """When the object was modified; where its store does not say, when its row was made.
+    """Returns the modification time of the object; if its store has none, the creation time of the result's row.
 
-    What claims to be from before 1970 is from the zero of another clock (1601, 1904): it is of 1970 here, since
-    elements that are more than a hundred years late are dropped.
+    Times before 1970 are epochs of other systems (1601, 1904): they become 1970, since elements that are more than a
+    hundred years late are dropped.
     """
     mtime = result.row.mtime
     at_s = datetime.fromisoformat(mtime).timestamp() if mtime else result.row.created_at / 1e6
@@ -348,36 +348,34 @@ def event_time(result: RecordingResult) -> Timestamp:
 
 
 class Verifiable(NamedTuple):
-    """`RecordingResult`s, and the `AskedRequest`s that `VerifyAnswers` takes a sample of."""
+    """Has the PCollections of `RecordingResult`s, and of the `AskedRequest`s that `VerifyAnswers` samples."""
 
     results: Any
     asked: Any
 
 
 class AnswerRecordings(beam.PTransform):
-    """Answers recordings: decodes audio objects, runs the model on them, and gives the result of each recording.
+    """Answers recordings: decodes audio objects, runs the model on them, and outputs the result of each recording.
 
-    Takes `AudioObject`, as `ReadRecordings` gives it, or `Recording`, in the global window; gives a
-    `RecordingResult` for each recording, with its object's modification time as timestamp. All of it is one DoFn:
+    The input is `AudioObject` (from `ReadRecordings`) or `Recording`, in the global window; the output is a
+    `RecordingResult` for each recording, with its object's modification time as timestamp. Everything is one DoFn:
     audio is neither shuffled nor sent over the network.
 
         results = p | ReadRecordings("s3://archive/**/*.flac") | AnswerRecordings(tasks=[caption(), transcript()])
 
     Args:
         model: Hub id, local directory, or `demo`. The released weights are for non-commercial use, and so are
-            adapters made from them. Of both parts below, unless they say otherwise.
-        tasks: What is asked of every recording; a recording's own questions are asked beside them.
+            adapters made from them.
+        tasks: Tasks for every recording; a recording's own questions are added.
         revision: Branch, tag or commit of the model on the hub.
-        over_length: As of `DecodeAudio`.
-        decode: How recordings are decoded, where that takes more to say; `model`, `revision` and `over_length` are
-            its own then.
-        ask: What is asked and by what engine, where that takes more to say; `model`, `revision` and `tasks` are its
-            own then.
-        verifiable: Whether it gives a `Verifiable`, which `VerifyAnswers` takes.
+        over_length: See `DecodeAudio`.
+        decode: Configures decoding in full; its `model`, `revision` and `over_length` replace those given here.
+        ask: Configures tasks and engine in full; its `model`, `revision` and `tasks` replace those given here.
+        verifiable: Whether the output is a `Verifiable`, for `VerifyAnswers`.
         accelerator: Beam's accelerator resource hint, for example `type:nvidia-l4;count:1;install-nvidia-driver`.
 
     Raises:
-        ValueError: No task, two of the same name and question, or a follow-up to what is not asked.
+        ValueError: There is no task, two have the same name and question, or a follow-up lacks its question.
     """
 
     def __init__(

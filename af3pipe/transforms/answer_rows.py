@@ -1,4 +1,4 @@
-"""Makes the rows of answers: one of each reply, and one of the replies to all segments of a recording."""
+"""Makes answer rows from replies, and decides which tasks of a segment earlier runs have already answered."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -24,7 +24,7 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
     """Makes the row of one reply.
 
     Raises:
-        Rejected: The reply is not what the task allows.
+        Rejected: The reply is invalid for the task.
     """
     text, choice = parse(task, reply.text)
     recording = segment.recording
@@ -72,7 +72,7 @@ def make_answer(segment: Segment, task: Task, reply: Reply, info: EngineInfo) ->
 
 
 def segment_key(segment: Segment, task: Task, model_id: str, model_revision: str) -> str:
-    """The `answer_key` of a task asked of a segment."""
+    """Returns the `answer_key` of a task for a segment."""
     cut_at = segment.cut_at if is_part(segment, task) else None
     return answer_key(
         segment.recording, segment.start_s, segment.end_s, task, model_id, model_revision, cut_at=cut_at
@@ -80,15 +80,15 @@ def segment_key(segment: Segment, task: Task, model_id: str, model_revision: str
 
 
 def is_part(segment: Segment, task: Task) -> bool:
-    """Whether the answer is one of several that are merged into one."""
+    """Returns whether the answer is one of several segments' answers that are merged into one."""
     return task.stitch and not (segment.segment_index == 0 and segment.is_last)
 
 
 class Wanted(NamedTuple):
-    """What to request of a segment for one recording.
+    """Lists what to request about a segment for one recording.
 
     Attributes:
-        tasks: To request, in order; among them those whose reply a follow-up needs, though it is known.
+        tasks: Tasks to request, in order, including answered ones whose reply a follow-up needs.
         kept: Tasks that an earlier run has answered, and what that answer covers.
     """
 
@@ -97,23 +97,23 @@ class Wanted(NamedTuple):
 
     @property
     def new(self) -> tuple[Task, ...]:
-        """The tasks whose replies are to be rows."""
+        """The tasks whose replies become new rows."""
         return tuple(task for task in self.tasks if task not in self.kept)
 
 
 def wanted_of(segment: Segment, tasks: Sequence[Task], model: tuple[str, str]) -> Wanted:
-    """Compares tasks with what earlier runs have answered about a segment's recording."""
+    """Splits tasks into those to request and those that earlier runs have answered for the segment's recording."""
     tasks = tuple(tasks)
     if not segment.recording.existing.answers:
         return Wanted(tasks, {})
     kept = {task: found for task in tasks if (found := _answered(segment, task, model)) is not None}
-    # A follow-up needs what the model said before, so that is requested again; its answer is not written again.
+    # A follow-up needs the earlier replies, so they are requested again, but their answers are not written again.
     before = {task.history[: n + 1] for task in tasks if task not in kept for n in range(len(task.history))}
     return Wanted(tuple(task for task in tasks if task not in kept or thinking(task).turns in before), kept)
 
 
 def _answered(segment: Segment, task: Task, model: tuple[str, str]) -> Covered | None:
-    """The earlier answer to this task, of this very content, model, prompt and decoding."""
+    """Returns the existing answer with the same content, model, prompt and decoding; None if there is none."""
     existing = segment.recording.existing.answers
     if not is_part(segment, task):
         key = segment_key(segment, task, *model)
@@ -122,7 +122,7 @@ def _answered(segment: Segment, task: Task, model: tuple[str, str]) -> Covered |
 
 
 def _may_be_merged(segment: Segment, task: Task, model: tuple[str, str]) -> Iterator[Covered]:
-    """Earlier answers that are merged of parts such as this one."""
+    """Yields existing answers that were merged from parts like this one."""
     for found in segment.recording.existing.answers:
         if found.task == task_key(task.name, task.question_id):
             parts = [
@@ -133,10 +133,10 @@ def _may_be_merged(segment: Segment, task: Task, model: tuple[str, str]) -> Iter
 
 
 def _is_whole(segment: Segment, found: Covered) -> bool:
-    """Whether a merged answer covers all that was wanted of the recording, without a gap.
+    """Returns whether a merged answer covers the requested span of the recording without a gap.
 
-    Its end must have been reached: where the last part failed, the duration is not known, or the header's statement,
-    which may be less than the parts before it cover already.
+    The answer must reach the end exactly: if the last part failed, the known duration is only the header's estimate,
+    which the parts before may exceed.
     """
     end_s = segment.recording.offset_s
     for start_s, piece_end_s in found.pieces:

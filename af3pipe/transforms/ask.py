@@ -1,4 +1,4 @@
-"""Runs the model on segments: the process's one engine, what is requested of it, and what its replies become."""
+"""Runs the model on segments: submits requests to the process's engine and makes rows of its replies."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ from af3pipe.transforms.outcome import (
 )
 from af3pipe.transforms.overlap import OverlapDoFn
 
-_PENDING_PER_SLOT = 3  # one that the engine works on, two that it finds when that is done
+_PENDING_PER_SLOT = 3  # one in progress and two queued
 _ENGINE_COUNTERS = (
     "windows",
     "audio_tokens",
@@ -51,12 +51,12 @@ _ENGINE_COUNTERS = (
 
 
 class AskedRequest(NamedTuple):
-    """A request that was answered, without its audio: all it takes to repeat it.
+    """Describes an answered request without its audio, so that it can be repeated.
 
     Attributes:
-        checksum: Of the audio; see `audio_checksum`.
-        tasks: That were requested, in order.
-        replies: One per task.
+        checksum: Checksum of the audio, see `audio_checksum`.
+        tasks: The requested tasks, in order.
+        replies: One reply per task.
     """
 
     recording: Recording
@@ -70,7 +70,7 @@ registry.register_coder(AskedRequest, RowTupleCoder)
 
 
 def audio_checksum(request: Request) -> int:
-    """CRC-32 over the samples of a request."""
+    """Returns the CRC-32 of the samples of a request."""
     checksum = 0
     for audio in request.audios:
         checksum = zlib.crc32(np.ascontiguousarray(audio).data, checksum)
@@ -81,19 +81,19 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     """Checks that tasks can be requested together.
 
     Raises:
-        ValueError: No task, two that the output could not tell apart, or a follow-up to what is not requested.
+        ValueError: There is no task, two have the same name and question, or a follow-up lacks its question.
     """
     if not tasks:
-        raise ValueError("tasks is empty; ask at least one, for example tasks=[caption()]")
+        raise ValueError("tasks is empty; give at least one, for example tasks=[caption()]")
     names = [(task.name, task.question_id) for task in tasks]
     for task in tasks:
         if names.count((task.name, task.question_id)) > 1:
-            raise ValueError(f"{_shown(task)} is asked twice; leave one out, or give it a name or id of its own")
+            raise ValueError(f"{_shown(task)} is asked twice; remove one, or give it another name or id")
     requested: set[tuple[Turn, ...]] = set()
     for task in tasks:
         if task.history and task.history not in requested:
             before = task.history[-1].prompt
-            raise ValueError(f"{_shown(task)} follows up {before!r}, which is not asked before it; ask that, too")
+            raise ValueError(f"{_shown(task)} follows up {before!r}, which is not asked before it; add that, too")
         requested.add(thinking(task).turns)
 
 
@@ -102,24 +102,23 @@ def _shown(task: Task) -> str:
 
 
 def request_seed(segment: Segment) -> int:
-    """Of a segment's request, below 2**32: another one for all other audio, the same one on every run."""
+    """Returns a seed below 2**32 for a segment's request: the same in every run, different for other audio."""
     place = json.dumps([segment.recording.source_key, segment.start_s])
     return int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big")
 
 
 class Asker(SentByLauncher):
-    """Requests tasks of segments of the process's one engine, and makes rows of the replies.
+    """Submits requests about segments to the process's engine, and makes rows of the replies.
 
-    The engine is held once per process, whatever the number of users and threads; it is opened when there is
-    something to request.
+    All users and threads of a process share one engine, which is opened for the first request.
 
     Args:
-        options: What the engine is opened with.
-        tasks: Of every recording.
-        question_tokens: Longest reply to a recording's own questions.
-        question_think: Whether the model is asked to reason before it answers those.
-        keep_engine: Whether the process keeps the engine until it ends: a runner tears a DoFn down that had nothing
-            to do for a while, and a model takes a minute to load.
+        options: Model and settings of the engine.
+        tasks: Tasks for every recording.
+        question_tokens: Maximum length of replies to a recording's own questions, in tokens.
+        question_think: Whether the model is prompted to reason first for these questions.
+        keep_engine: Whether to keep the engine open until the process ends: a runner tears down a DoFn that is idle
+            for a while, and loading a model takes a minute.
     """
 
     def __init__(
@@ -139,24 +138,24 @@ class Asker(SentByLauncher):
         self._engine: Engine | None = None
 
     def setup(self) -> None:
-        """Reads what there is to know of the checkpoint without its weights. Raises ModelError."""
+        """Reads the checkpoint's configuration, without its weights. Raises ModelError."""
         options = self.options
-        with self.telling_where():
+        with self.naming_worker():
             checkpoint = open_checkpoint(options.model, options.revision)
             self._model = checkpoint.model_id, model_revision(checkpoint, options.adapter, options.quantize)
         self._family = checkpoint.family
         self._tasks = tuple(resolve(task, self._family) for task in self.requested)
 
     def close(self) -> None:
-        """Releases the engine, where it was opened."""
+        """Releases the engine, if it was opened."""
         if self._engine is not None:
             self._engine = None
             release_engine(self.options)
 
     def engine(self) -> Engine:
-        """The process's engine; opened the first time that it is wanted between `setup` and `close`."""
+        """Returns the process's engine, opening it on the first call."""
         if self._engine is None:
-            with self.telling_where():
+            with self.naming_worker():
                 self._engine = acquire_engine(self.options)
             if self._keep_engine:
                 keep_engine(self.options)
@@ -164,24 +163,24 @@ class Asker(SentByLauncher):
 
     @property
     def info(self) -> EngineInfo:
-        """Of the engine."""
+        """Describes the engine; opens it if necessary."""
         return self.engine().info
 
     @property
     def model(self) -> tuple[str, str]:
-        """Id and revision of the model; known after `setup`."""
+        """Id and revision of the model; available after `setup`."""
         return self._model
 
     @property
     def most_pending(self) -> tuple[int, float]:
-        """Most requests, and most seconds of audio, to have pending: some runners give a stage as one bundle."""
+        """Limits on pending requests and their seconds of audio, since some runners make a whole stage one bundle."""
         if self._engine is None:  # how many slots it has is known once it is open
             return _PENDING_PER_SLOT, 2 * self.options.queue_audio_s
         info = self._engine.info
         return _PENDING_PER_SLOT * info.slots, 2 * len(info.device.split(",")) * self.options.queue_audio_s
 
     def tasks_of(self, recording: Recording) -> tuple[Task, ...]:
-        """The job's tasks and the recording's own questions, each once, a follow-up behind what it follows."""
+        """Returns the distinct tasks of the job and the recording's own questions, each before its follow-ups."""
         tasks = {(task.name, task.question_id): task for task in self._tasks}
         for question in recording.questions:
             task = answer(
@@ -191,18 +190,18 @@ class Asker(SentByLauncher):
                 prompt=question.prompt,
                 max_new_tokens=self._question_tokens,
                 think=self._question_think,
-                # As it is requested here, which may be the job's way.
+                # As it is requested here: a job's question of the same id takes precedence.
                 after=None if question.after is None else tasks[ANSWER, question.after],
             )
             tasks.setdefault((task.name, task.question_id), resolve(task, self._family))
         return tuple(tasks.values())
 
     def request(self, segment: Segment, tasks: Sequence[Task]) -> Request:
-        """What the engine takes: the segment's audio and the tasks."""
+        """Makes a request from a segment's audio and the tasks."""
         return Request(segment.samples, tuple(tasks), request_seed(segment))
 
     def submit(self, segment: Segment, tasks: Sequence[Task]) -> "Future[list[Reply]]":
-        """Starts the request; without tasks there is nothing to start."""
+        """Submits a request to the engine; without tasks, returns a future of an empty list."""
         if tasks:
             return self.engine().submit(self.request(segment, tasks))
         nothing: Future[list[Reply]] = Future()
@@ -210,17 +209,17 @@ class Asker(SentByLauncher):
         return nothing
 
     def replies(self, segment: Segment, tasks: Sequence[Task], future: "Future[list[Reply]]") -> list[Reply]:
-        """The replies to a request, one per task. Raises what the request raised."""
+        """Returns the replies to a request, one per task. Raises what the request raised."""
         replies = future.result()
         if len(replies) != len(tasks):
-            raise EngineFailed(f"the engine gave {len(replies)} replies to {len(tasks)} tasks")
+            raise EngineFailed(f"the engine returned {len(replies)} replies to {len(tasks)} tasks")
         if tasks:
             metrics.count("segments_asked")
             metrics.count_seconds("audio", segment.audio_s)
         return replies
 
     def answer(self, segment: Segment, task: Task, reply: Reply) -> Answer | DeadLetter:
-        """The row of a reply, or why it is not what the task allows."""
+        """Makes the answer row of a reply, or a dead letter if the reply is invalid for the task."""
 
         def invalid(error: Exception) -> DeadLetter:
             return to_dead_letter(error, segment.recording, stage=Stage.PARSE, segment=segment, tasks=(task,))
@@ -229,7 +228,7 @@ class Asker(SentByLauncher):
         return row
 
     def count(self) -> None:
-        """Counts the engine's work: Beam drops what its thread counts, so a bundle's thread does it."""
+        """Counts the engine's work. Call it on a bundle's thread, since Beam drops counts of the engine's thread."""
         if self._engine is None:
             return
         stats = self._engine.take_stats()
@@ -242,7 +241,7 @@ class Asker(SentByLauncher):
 
 
 class _AskDoFn(OverlapDoFn[Segment, "list[Reply]"]):
-    """Emits `Answer`, one for each task and segment, and `DeadLetter` to its tag."""
+    """Runs the model on segments: emits `Answer` for each task and segment, and `DeadLetter` to its tag."""
 
     def __init__(self, asker: Asker) -> None:
         super().__init__(*asker.most_pending)
@@ -284,35 +283,35 @@ class _AskDoFn(OverlapDoFn[Segment, "list[Reply]"]):
 
 
 class AskAudioFlamingo(beam.PTransform):
-    """Asks Audio Flamingo 3 or Music Flamingo about segments of audio.
+    """Runs Audio Flamingo 3 or Music Flamingo on segments of audio.
 
-    Takes `Segment` (a PCollection, or the Outcome of `DecodeAudio`); gives an `Outcome` of `Answer`, one for each
-    task and segment. `AnswerRecordings` does more: it merges the transcripts of a recording's segments. A request
-    that fails is a dead letter and costs no other; a model that cannot be loaded ends the job.
+    The input is `Segment` (a PCollection, or the Outcome of `DecodeAudio`); the output is an `Outcome` of `Answer`,
+    one for each task and segment. `AnswerRecordings` also merges the transcripts of a recording's segments. A request
+    that fails becomes a dead letter and does not affect others; a model that cannot be loaded fails the job.
 
     Args:
         model: Hub id, local directory, or `demo`. The released weights are for non-commercial use, and so are
             adapters made from them.
-        tasks: What is asked of every segment; a recording's own questions are asked beside them.
+        tasks: Tasks for every segment; a recording's own questions are added.
         revision: Branch, tag or commit of the model on the hub.
-        engine: What turns requests into replies: `transformers`.
+        engine: Name of the engine implementation: `transformers`.
         dtype: `auto` is bfloat16 on CUDA and float32 on CPU.
-        device: As torch names it. `auto` claims a GPU that no other process has, and is the CPU where there is none;
+        device: A torch device name. `auto` claims a GPU that no other process has, and is the CPU if there is none;
             `all` claims every such GPU, and starts an engine process for each. `cuda:0,cuda:1` names them instead.
-        slots: Most prompts decoded together; None for what the device is good for.
-        queue_audio_s: Most seconds of audio that wait for the engine.
-        question_tokens: Longest reply to a recording's own questions.
-        question_think: Whether the model is asked to reason before it answers those.
-        attention: Of the audio encoder, by Hugging Face's name for it.
-        cuda_graphs: Whether decoding steps are captured as CUDA graphs; without meaning on a CPU.
+        slots: Maximum number of prompts decoded together; None chooses it for the device.
+        queue_audio_s: Maximum seconds of audio that wait for the engine.
+        question_tokens: Maximum length of replies to a recording's own questions, in tokens.
+        question_think: Whether the model is prompted to reason first for these questions.
+        attention: Attention implementation of the audio encoder, by its Hugging Face name.
+        cuda_graphs: Whether decoding steps are captured as CUDA graphs; no effect on a CPU.
         adapter: Directory of a PEFT LoRA that is merged into the weights; the workers must have it.
         quantize: `none`, or `int8` or `fp8` for the language model's weights.
-        keep_engine: Whether a worker's process keeps the engine, once it is open, until the process ends. Otherwise
-            it is closed when the runner closes the last of its users, which on Flink and Dataflow it does after a
-            minute without work, and opened again for the next recording.
+        keep_engine: Whether a worker process keeps an opened engine until it ends. Otherwise the engine is closed
+            when the runner tears down its last user, on Flink and Dataflow after a minute without work, and opened
+            again for the next recording.
 
     Raises:
-        ValueError: No task, two of the same name and question, or a follow-up to what is not asked.
+        ValueError: There is no task, two have the same name and question, or a follow-up lacks its question.
     """
 
     def __init__(

@@ -4,8 +4,9 @@ A RowCoder gives back an anonymous `BeamSchema_...` class in another process, an
 than its bytes. So a row is flattened to plain tuples for Beam's FastPrimitivesCoder, PCM goes as raw bytes, and
 the row's class is built again from its own annotations.
 
-State and shuffles may outlive a version of this package (a stream that is updated in place). So each row begins with
-the names of its fields: a reader fills in what a row lacks and ignores what it does not know. Format 1 had no names.
+State and shuffles may outlive a version of this package (a stream that is updated in place). So each encoded row
+begins with the names of its fields: missing fields get their defaults and unknown ones are ignored. Format 1 had no
+names.
 """
 
 import functools
@@ -38,7 +39,7 @@ from af3pipe.schemas import (
 Row = TypeVar("Row")
 _PCM = np.dtype("<f4")
 _NAMED = "af3pipe2:"
-"""Begins the names of a row's fields, and tells such a row from one of format 1."""
+"""Prefix of the names of a row's fields, which distinguishes a row from one of format 1."""
 
 _FORMAT_1: dict[type, str] = {
     Recording: (
@@ -61,11 +62,11 @@ _FORMAT_1: dict[type, str] = {
     Question: "question_id text choices prompt after",
     TimedText: "start_s end_s text",
 }
-"""Fields of rows as the version before wrote them, without their names."""
+"""Fields of rows of format 1, in order, since these rows are encoded without names."""
 
 
 class _Converter(NamedTuple):
-    """Converts the values of one field to what Beam's coder takes, and back."""
+    """Converts the values of one field to types that Beam's coder supports, and back."""
 
     flatten: Callable[[Any], Any]
     rebuild: Callable[[Any], Any]
@@ -76,7 +77,7 @@ def _same(value: object) -> object:
 
 
 def _converter(hint: object) -> _Converter:
-    """Chosen once per class, by annotation; most fields are primitives and go as they are."""
+    """Returns the converter for a type annotation; most fields are primitives and need no conversion."""
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _Converter(lambda member: member.value, hint)
     if isinstance(hint, type) and hasattr(hint, "_fields"):
@@ -114,7 +115,7 @@ def _row_converter(row_class: Any) -> _Converter:
 
 
 def _of_another_version(row_class: Any, fields: dict[str, _Converter], values: tuple[Any, ...]) -> Any:
-    """Builds a row from one that has other fields.
+    """Builds a row from an encoded row of another version, which has other fields.
 
     Raises:
         ValueError: The row lacks a field that has no default.
@@ -127,18 +128,18 @@ def _of_another_version(row_class: Any, fields: dict[str, _Converter], values: t
     lacking = [name for name in fields if name not in known and name not in row_class._field_defaults]
     if lacking:
         raise ValueError(
-            f"a {row_class.__name__} that another version of af3pipe has encoded lacks {', '.join(lacking)}; drain "
+            f"a {row_class.__name__} encoded by another version of af3pipe lacks {', '.join(lacking)}; drain "
             "the job with the version that started it, and start it again with this one"
         )
     return row_class(**known)
 
 
 def _named(row_class: Any, values: Iterable[Any]) -> dict[str, Any]:
-    """A row of format 1 with the names of its fields, and what later formats made of them."""
+    """Names the values of a row of format 1, and converts them to the current format."""
     names = _FORMAT_1.get(row_class)
     if names is None:
         raise ValueError(
-            f"this is no {row_class.__name__} that this version of af3pipe can decode; drain the job with the "
+            f"this version of af3pipe cannot decode this {row_class.__name__}; drain the job with the "
             "version that started it, and start it again with this one"
         )
     found = dict(zip(names.split(" "), values, strict=True))

@@ -1,4 +1,4 @@
-"""Decodes recordings into segments of PCM, a few of them ahead in a small pool of threads."""
+"""Decodes recordings into segments of PCM, prefetching a few in a small thread pool."""
 
 import itertools
 import os
@@ -34,7 +34,7 @@ from af3pipe.transforms.stores import count_retries, set_storage
 SplitAt: TypeAlias = Literal["cap", "silence"]
 OnSilent: TypeAlias = Literal["flag", "dead-letter"]
 
-_SPLIT_TOLERANCE_S = 15.0  # in nearly any speech somebody draws breath in it, and it costs 1% more segments
+_SPLIT_TOLERANCE_S = 15.0  # nearly any speech has a pause in 15 s, and it makes only 1% more segments
 
 
 def open_segments(
@@ -46,17 +46,18 @@ def open_segments(
     silent_below_dbfs: float = SILENT_BELOW_DBFS,
     open_decoding: OpenDecoding = open_in_process,
 ) -> Iterator[Segment]:
-    """Opens a recording and decodes it, front to back, into segments: what DecodeAudio does, without Beam.
+    """Opens a recording and decodes it into segments, from beginning to end: DecodeAudio without Beam.
 
-    Silent segments are given like all others, and say so in `levels.silent`.
+    Silent segments are yielded, too, with `levels.silent` set.
 
     Args:
-        recording: What to open.
-        limits: The model's, from `models.open_checkpoint(...).limits`.
-        over_length: As for `DecodeAudio`.
-        split_tolerance_s: With `split`, how long before the cap the quietest point is looked for; 0 cuts at the cap.
-        silent_below_dbfs: A peak at or below this is silence.
-        open_decoding: Where it is decoded: in this process, or in another one by `guard.DecoderPool.open`.
+        recording: The recording.
+        limits: Limits of the model, from `models.open_checkpoint(...).limits`.
+        over_length: See `DecodeAudio`.
+        split_tolerance_s: With `split`, the cut is at the quietest point in this time before the maximum duration; 0
+            cuts at the maximum duration.
+        silent_below_dbfs: A segment whose peak is at or below this is silent.
+        open_decoding: Decodes in this process, or in another one with `guard.DecoderPool.open`.
 
     Raises:
         Rejected: The recording cannot be read or decoded, or is too short or too long.
@@ -77,7 +78,7 @@ def open_segments(
 
 
 def check_split(over_length: OverLength, split_at: SplitAt, split_tolerance_s: float | None) -> None:
-    """Raises ValueError for settings about splitting that would have no effect, or make no sense."""
+    """Raises ValueError if settings for splitting are invalid or would have no effect."""
     if split_at == "silence" and over_length != "split":
         raise ValueError(
             f"split_at is 'silence', but over_length is {over_length!r}, so that nothing is split; "
@@ -88,7 +89,7 @@ def check_split(over_length: OverLength, split_at: SplitAt, split_tolerance_s: f
     if split_at != "silence":
         raise ValueError(
             f"split_tolerance_s is {split_tolerance_s:g}, but split_at is {split_at!r}, so that no silence is "
-            "looked for; set split_at to 'silence'"
+            "searched for; set split_at to 'silence'"
         )
     if not split_tolerance_s > 0:
         raise ValueError(f"split_tolerance_s is {split_tolerance_s:g}; it must be more than 0 s, for example 15")
@@ -97,7 +98,7 @@ def check_split(over_length: OverLength, split_at: SplitAt, split_tolerance_s: f
 class Decoder(SentByLauncher):
     """Opens recordings and decodes them into segments, in decoder processes that may crash or hang.
 
-    Its arguments are those of `DecodeAudio`, with all defaults filled in.
+    Its arguments are those of `DecodeAudio`, without defaults.
     """
 
     def __init__(
@@ -124,26 +125,26 @@ class Decoder(SentByLauncher):
         self._storage_options = storage_options
 
     def setup(self) -> None:
-        """Reads the model's limits, and starts the decoder processes' pool. Raises ModelError."""
+        """Reads the model's limits and acquires the pool of decoder processes. Raises ModelError."""
         set_storage(self._storage_options)
-        with self.telling_where():
+        with self.naming_worker():
             self._limits = open_checkpoint(self._model, self._revision).limits
         self._open_decoding: OpenDecoding = open_in_process
         if self.guard is not None:
             self._open_decoding = acquire_decoders(self.guard).open
 
     def close(self) -> None:
-        """Gives the decoder processes back."""
+        """Releases the pool of decoder processes."""
         if self.guard is not None:
             release_decoders(self.guard)
 
     @property
     def policy(self) -> tuple[str | float, ...]:
-        """What decides how a recording ends, beside its content and what is requested of it."""
+        """The settings that decide how a recording ends, beside its content and requests; part of the `work_key`."""
         return self._over_length, self._split_tolerance_s, self._on_silent, self._silent_below_dbfs
 
     def segments_of(self, recording: Recording) -> Iterator[Segment]:
-        """The recording's segments, decoded as they are taken; raises as `open_segments`."""
+        """Decodes a recording lazily and yields its segments. Raises Rejected like `open_segments`."""
         return open_segments(
             recording,
             limits=self._limits,
@@ -154,15 +155,15 @@ class Decoder(SentByLauncher):
         )
 
     def parts_of(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Segment | Exception]]:
-        """Decodes all recordings of one object, opened once, in the version that they name.
+        """Decodes all recordings of one object in the listed version, opening it once.
 
         Yields:
-            Index of a recording and a segment of it, or what it was rejected with, which ends that recording. The
-            segments of each recording come in order.
+            Index of a recording and its next segment, or the error that ends this recording. The segments of each
+            recording are in order.
 
         Raises:
-            Rejected: changed; the object is another one than was listed, and so may be what was decoded of it.
-            StorageError, GuardError: No recording is to blame.
+            Rejected: changed; the object has changed since it was listed, so segments yielded before may be wrong.
+            StorageError, GuardError: The worker failed, not a recording.
         """
         ended: set[int] = set()
         try:
@@ -193,7 +194,7 @@ class Decoder(SentByLauncher):
                     yield index, error
 
     def silent(self, segment: Segment) -> DeadLetter | None:
-        """The dead letter of a segment that is not to be asked about, because it is silent; None for others."""
+        """Returns the dead letter of a silent segment if `on_silent` asks for one; else None."""
         if not segment.levels.silent or self._on_silent != "dead-letter":
             return None
         peak, rms, *_ = segment.levels
@@ -206,7 +207,7 @@ class Decoder(SentByLauncher):
 
 
 class _Ahead(NamedTuple):
-    """An object decoded as far as its first segment; the rest of a longer one is decoded when it is its turn."""
+    """Has the first decoded segment of an object, and an iterator that decodes the rest on demand."""
 
     first: tuple[int, Segment | Exception] | None
     rest: Iterator[tuple[int, Segment | Exception]]
@@ -217,10 +218,10 @@ def _decode_ahead(parts: Iterator[tuple[int, Segment | Exception]]) -> _Ahead:
 
 
 class _DecodeDoFn(OverlapDoFn[AudioObject | Recording, _Ahead]):
-    """Emits `Segment`, and `DeadLetter` to the tag `dead_letters`."""
+    """Decodes audio objects: emits `Segment`, and `DeadLetter` to the tag `dead_letters`."""
 
     def __init__(self, decoder: Decoder) -> None:
-        # Each pending object holds at most one segment of PCM: 38 MB at a cap of 600 s.
+        # Each pending object has at most one segment of PCM in memory: 38 MB for 600 s.
         super().__init__(max_pending=2 * decoder.threads)
         self._decoder = decoder
 
@@ -260,7 +261,7 @@ class _DecodeDoFn(OverlapDoFn[AudioObject | Recording, _Ahead]):
 
 
 def stated(recordings: Sequence[Recording]) -> Sequence[Recording]:
-    """Recordings of one object with its size, etag and modification time, which nobody may have asked the store for.
+    """Returns recordings of one object with its size, etag and modification time, requesting them if unknown.
 
     Raises:
         Rejected: The object cannot be found or read.
@@ -273,41 +274,41 @@ def stated(recordings: Sequence[Recording]) -> Sequence[Recording]:
 
 
 def as_stored(recording: Recording, info: storage.ObjectInfo) -> Recording:
-    """A recording with what the store says about its object."""
+    """Sets a recording's size, etag and modification time to those of its object."""
     return recording._replace(size_bytes=info.size_bytes, etag=info.etag, mtime=info.mtime)
 
 
 def recordings_of(found: AudioObject | Recording) -> tuple[Recording, ...]:
-    """The recordings of an object; one that stands alone is all of its object."""
+    """Returns the recordings of an object, or a recording as the only one."""
     return found.recordings if isinstance(found, AudioObject) else (found,)
 
 
 class DecodeAudio(beam.PTransform):
-    """Decodes recordings into segments that the model can take: 16 kHz mono PCM under the family's cap.
+    """Decodes recordings into segments for the model: 16 kHz mono PCM, at most the model's maximum duration.
 
-    Takes `Recording` (a PCollection, or the Outcome of `ReadRecordings`); gives an `Outcome` of `Segment`.
-    Segments are large: ask about them in the same stage, and do not put a shuffle behind this transform.
+    The input is `AudioObject` (from `ReadRecordings`) or `Recording`, as a PCollection or an `Outcome`; the output is
+    an `Outcome` of `Segment`. Segments are large: run the model in the same stage, without a shuffle in between.
 
     Args:
-        model: Whose window and cap apply; only its configuration is read. Use the same as in `AskAudioFlamingo`.
-        revision: Of the model on the hub.
-        over_length: What becomes of a recording longer than the cap: `dead-letter`; `truncate`, which answers for
-            the first part; `split`, which makes consecutive segments of it.
-        split_at: Where `split` cuts: at the `cap`, or at the quietest point before it (`silence`), so that words
-            are not cut.
-        split_tolerance_s: With `silence`, how long before the cap that point may be; the default is 15, and half
-            the cap is the most that counts.
-        on_silent: What becomes of a silent segment: `flag`, which asks about it and says so in the column
-            `silent`; `dead-letter`, which does not ask.
-        silent_below_dbfs: A segment whose largest sample is at or below this is silent, -120 to below 0 dBFS.
-        threads: Recordings opened and decoded at once; the default is 4 more than cores, since a thread often
-            waits for the store, and 8 at most, since each holds a segment.
-        guard: What decoders may take. They run in processes of their own, where a crash or a hang costs one
-            recording; None decodes in the worker's own process, and so does Windows.
-        storage_options: As of `ReadRecordings`.
+        model: Model whose limits apply; only its configuration is read. Use the same as in `AskAudioFlamingo`.
+        revision: Branch, tag or commit of the model on the hub.
+        over_length: How recordings over the maximum duration are treated: `dead-letter`; `truncate` keeps the first
+            part; `split` makes consecutive segments.
+        split_at: Where `split` cuts: at the maximum duration (`cap`), or at the quietest point before it
+            (`silence`), to avoid cutting words.
+        split_tolerance_s: With `silence`, how long before the maximum duration that point may be; 15 by default,
+            and limited to half the maximum duration.
+        on_silent: How silent segments are treated: `flag` processes them and sets the column `silent`;
+            `dead-letter` does not process them.
+        silent_below_dbfs: A segment whose peak is at or below this is silent; -120 to below 0 dBFS.
+        threads: Number of objects opened and decoded concurrently; by default the number of cores plus 4, since
+            threads often wait for the store, and at most 8, since each keeps a segment in memory.
+        guard: Time and memory limits of the decoder processes, in which a crash or a hang costs only one
+            recording; None decodes in the worker's own process, which is always so on Windows.
+        storage_options: See `ReadRecordings`.
 
     Raises:
-        ValueError: An argument is none of the values allowed, or two do not go together.
+        ValueError: An argument has an invalid value, or two arguments conflict.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Gathers what becomes of the recordings of an audio object while it is decoded and asked about."""
+"""Collects answers and dead letters for the recordings of an audio object while it is processed."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from af3pipe.transforms.result import make_result
 
 
 class Gathered:
-    """What became of one recording so far."""
+    """Collects the answers and dead letters of one recording."""
 
     def __init__(self, recording: Recording, letters: Sequence[DeadLetter], copies: Sequence[Answer]) -> None:
         self.rejected = tuple(letters)
@@ -32,7 +32,7 @@ class Gathered:
         self.start(recording)
 
     def start(self, recording: Recording) -> None:
-        """Begins, or begins again with another version of the recording."""
+        """Drops what was collected, and begins with this version of the recording."""
         self.recording = recording
         self.letters = list(self.rejected)
         self._answers: list[Answer] = []
@@ -40,7 +40,7 @@ class Gathered:
         self._parts: dict[str, list[Answer]] = defaultdict(list)
 
     def keep(self, covered: Covered) -> None:
-        """Takes an answer that an earlier run has written."""
+        """Adds an answer that an earlier run wrote."""
         copy = self._copies.get(covered.answer_key)
         if copy is None:
             self._kept.append(covered)
@@ -49,7 +49,7 @@ class Gathered:
         metrics.count("answers_kept")
 
     def add(self, segment: Segment, task: Task, row: Answer | DeadLetter) -> None:
-        """Takes what became of a task of a segment."""
+        """Adds the answer or dead letter of a task for a segment."""
         if isinstance(row, DeadLetter):
             self.letters.append(row)
         elif is_part(segment, task):
@@ -58,7 +58,7 @@ class Gathered:
             self._answers.append(row)
 
     def result(self, requested: frozenset[str]) -> RecordingResult:
-        """Raises Unaccounted."""
+        """Merges the answers of segments and makes the recording's result. Raises Unaccounted."""
         existing = {found.answer_key: found for found in self.recording.existing.answers}
         for parts in self._parts.values():
             merged = stitch(sorted(parts, key=lambda part: part.segment_index))
@@ -66,32 +66,32 @@ class Gathered:
                 self.keep(existing[merged.answer_key])
             else:
                 self._answers.append(merged)
-        answers = {answer.answer_key: answer for answer in self._answers}  # of two parts, the copy may be the same
+        answers = {answer.answer_key: answer for answer in self._answers}  # two parts may have the same copy
         own = {task_key("answer", q.question_id) for q in self.recording.questions if q.question_id}
         return make_result(self.recording, tuple(answers.values()), self.letters, requested | own, kept=self._kept)
 
 
 class Source(NamedTuple):
-    """One piece of audio of an object, and the recordings that are wanted of it: it is decoded and asked once."""
+    """Is one piece of audio of an object with its recordings; it is decoded and run through the model once."""
 
     gathered: tuple[Gathered, ...]
 
     @property
     def recording(self) -> Recording:
-        """The one by which it is decoded."""
+        """The first recording, by which the audio is decoded."""
         return self.gathered[0].recording
 
 
 class PendingObject:
-    """An object under way: its sources, and how far it is.
+    """Tracks the progress of an object: its sources, and the requests about them.
 
     Attributes:
-        sources: The pieces of audio wanted of it.
-        rejected: Dead letters of recordings that were rejected before, by recording.
-        version: How often the object was found to have changed.
-        requests: How many have no reply yet.
-        is_decoded: Whether all of it is.
-        is_cancelled: Whether nobody waits for it any more.
+        sources: The pieces of audio to process.
+        rejected: Dead letters of recordings that were rejected before, one list for each recording.
+        version: How often processing was restarted with another version of the object.
+        requests: Number of requests without a reply.
+        is_decoded: Whether the whole object is decoded.
+        is_cancelled: Whether its bundle was abandoned.
     """
 
     def __init__(self, found: AudioObject | Recording) -> None:
@@ -114,10 +114,10 @@ class PendingObject:
         self.is_cancelled = False
 
     def restart(self, recordings: Sequence[Recording]) -> None:
-        """Drops what was gathered: the object has changed, and is decoded again.
+        """Drops what was collected, because the object has changed and is decoded again.
 
         Args:
-            recordings: Those of the sources, one after the other, as the object is now.
+            recordings: Updated recordings of all sources, in order.
         """
         self.version += 1
         renewed = iter(recordings)
@@ -127,5 +127,5 @@ class PendingObject:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing of it is under way any more."""
+        """Whether it is decoded and no request is waiting for a reply."""
         return self.is_decoded and not self.requests

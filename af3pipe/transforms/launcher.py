@@ -1,8 +1,8 @@
-"""What a worker must have in common with the launcher, the process that built the graph.
+"""Checks that a worker has the same versions as the launcher, which is the process that built the graph.
 
-A graph travels pickled. Another af3pipe, Beam or Python on the worker may fail to unpickle it, or unpickle it to
-something else, and neither says why. So what is sent begins with the launcher's versions: whoever unpickles it
-compares them first, before any class of this package is looked up and long before anything is paid for.
+Beam sends the graph pickled. A worker with another af3pipe, Beam or Python may fail to unpickle it, or unpickle it to
+something else, without saying why. So pickled objects begin with the launcher's versions, which the worker compares
+first: before it looks up any class of this package, and long before it runs the model.
 """
 
 import os
@@ -20,16 +20,16 @@ from af3pipe.models.engine import ModelError
 
 
 class WorkerError(Exception):
-    """A worker is not fit for this job: says which, why, and what to install there. Ends the job."""
+    """A worker cannot run this job, which fails the job; the message says which worker, why, and what to install."""
 
 
 class Launcher(NamedTuple):
-    """The process that built the graph. Unpickling one compares the versions.
+    """Identifies the process that built the graph, and its versions. Unpickling it compares the versions.
 
     Attributes:
-        af3pipe: Its version.
-        beam: Beam's, without the patch.
-        python: Python's, without the patch: another one cannot run the functions that Beam sends as byte code.
+        af3pipe: Version of af3pipe.
+        beam: Version of Beam, without the patch number.
+        python: Version of Python, without the patch number; another one cannot run the byte code that Beam sends.
     """
 
     af3pipe: str
@@ -43,19 +43,19 @@ class Launcher(NamedTuple):
 
     @property
     def is_this_process(self) -> bool:
-        """Whether nothing was sent anywhere."""
+        """Whether the launcher is the current process."""
         return (self.host, self.pid) == (socket.gethostname(), os.getpid())
 
 
 def this_process() -> Launcher:
-    """This process as a launcher."""
+    """Returns a `Launcher` for the current process."""
     beam_version = ".".join(beam.__version__.split(".")[:2])
     python = ".".join(platform.python_version_tuple()[:2])
     return Launcher(__version__, beam_version, python, socket.gethostname(), os.getpid())
 
 
 def received(*launcher: Any) -> Launcher:
-    """What a pickled `Launcher` becomes where it arrives. Its name and place are part of what is sent: keep them.
+    """Unpickles a `Launcher` and compares its versions. Pickles contain this name and module: do not rename it.
 
     Raises:
         WorkerError: This process has other versions.
@@ -70,16 +70,16 @@ def received(*launcher: Any) -> Launcher:
     if differing:
         raise WorkerError(
             f"worker {here.host} has another version than the launcher {there.host}: {', '.join(differing)}. Install "
-            f"the same on both, here or there; the worker runs {sys.executable}"
+            f"the same version on both; the worker runs {sys.executable}"
         )
     return there
 
 
 class SentByLauncher:
-    """A mixin: pickled, it is preceded by the versions it was pickled with."""
+    """Makes pickles of its subclasses begin with the launcher's versions (mixin)."""
 
     launcher: Launcher | None = None
-    """Who sent this; None where it was never sent."""
+    """The process that pickled this object; None if it was not unpickled."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -87,8 +87,8 @@ class SentByLauncher:
         return _made, (this_process(), make, arguments), *state
 
     @contextmanager
-    def telling_where(self) -> Iterator[None]:
-        """Has a model that cannot be opened on a worker say on which, since the launcher may well have it."""
+    def naming_worker(self) -> Iterator[None]:
+        """Adds the worker's host name to a ModelError, since the launcher may be able to open the same model."""
         try:
             yield
         except ModelError as error:
@@ -110,9 +110,9 @@ def _made(launcher: Launcher, make: Callable[..., Any], arguments: Sequence[Any]
 
 
 class CheckWorkers(beam.PTransform):
-    """Starts a graph: gives `names` once a worker was found to have the launcher's versions.
+    """Starts a graph: outputs `names` after a worker was found to have the launcher's versions.
 
-    The first stage has nothing in it that another Python could not unpickle, and ends before the next one begins.
+    The first stage contains nothing that another Python could not unpickle, and ends before the next stage begins.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The one way this package counts: a Beam metric for the runner, and a tally of this process for a live display."""
+"""Counts events, both as Beam metrics and in a tally of this process for the progress display."""
 
 import threading
 from collections import Counter
@@ -12,14 +12,14 @@ _lock = threading.Lock()
 
 
 def count(name: str, amount: int = 1) -> None:
-    """Adds to a counter. Call it on a bundle's own thread: Beam drops what other threads count."""
+    """Adds to a counter. Call it on a bundle's own thread, because Beam drops counts of other threads."""
     Metrics.counter(NAMESPACE, name).inc(amount)
     with _lock:
         _tally[name] += amount
 
 
 def count_seconds(name: str, seconds: float) -> None:
-    """Adds a duration; Beam counts in whole numbers, so it is kept in milliseconds, under `NAME_ms`."""
+    """Adds a duration to the counter `NAME_ms`, in milliseconds, since Beam's counters are integers."""
     count(f"{name}_ms", round(seconds * 1000))
 
 
@@ -29,6 +29,6 @@ def observe(name: str, value: int) -> None:
 
 
 def tally() -> Counter[str]:
-    """What this process has counted so far, over all pipelines it ran. For a display; runs read Beam's metrics."""
+    """Returns this process's counts over all its pipelines, for a display only; run reports use Beam's metrics."""
     with _lock:
         return _tally.copy()

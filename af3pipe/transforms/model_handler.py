@@ -1,4 +1,4 @@
-"""The same engine behind Beam's RunInference, for pipelines that are built around it."""
+"""Provides a model handler for Beam's RunInference, which uses the same engine as the transforms."""
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,29 +12,29 @@ from af3pipe.schemas import DeadLetter, Request, Segment, Stage, Task
 from af3pipe.transforms.ask import check_tasks, request_seed
 from af3pipe.transforms.outcome import outcomes, to_dead_letter
 
-_BATCH_SIZE = 64  # as many as an engine on a GPU has slots: RunInference waits for each batch to its end
+_BATCH_SIZE = 64  # the slots of an engine on a GPU: RunInference waits for a whole batch
 
 
-class _Held:
-    """RunInference lets go of a model by forgetting it; the process's engine is given back then."""
+class _AcquiredEngine:
+    """Acquires the process's engine, and releases it when RunInference drops its reference to the model."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.engine = acquire_engine(options)
         weakref.finalize(self, release_engine, options)
 
 
-class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, _Held]):
-    """RunInference over `Segment`; `PredictionResult.inference` is a list of `Reply`, one per task.
+class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, _AcquiredEngine]):
+    """Runs inference over `Segment`; `PredictionResult.inference` is a list of `Reply`, one per task.
 
-    A request that fails gives its `DeadLetter` as `inference`, so that it never costs its batch. `AskAudioFlamingo`
-    is the better choice where you are free: it keeps timestamps, overlaps bundles with the engine, and counts.
+    A failed request has its `DeadLetter` as `inference`, so that it does not fail its batch. Prefer
+    `AskAudioFlamingo` if you can: it keeps timestamps, keeps the engine busy across elements, and counts.
 
     Args:
-        options: Which model, on what.
-        tasks: What is asked of every segment.
+        options: The model and the engine's settings.
+        tasks: Tasks for every segment.
 
     Raises:
-        ValueError: No task, or two of the same name and question.
+        ValueError: There is no task, or two have the same name and question.
     """
 
     def __init__(self, options: EngineOptions, tasks: Sequence[Task]) -> None:
@@ -43,11 +43,11 @@ class AudioFlamingoModelHandler(ModelHandler[Segment, PredictionResult, _Held]):
         self._options = options
         self._tasks = tuple(tasks)
 
-    def load_model(self) -> _Held:
-        return _Held(self._options)
+    def load_model(self) -> _AcquiredEngine:
+        return _AcquiredEngine(self._options)
 
     def run_inference(
-        self, batch: Sequence[Segment], model: _Held, inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[Segment], model: _AcquiredEngine, inference_args: dict[str, Any] | None = None
     ) -> Iterator[PredictionResult]:
         info = model.engine.info
         tasks = tuple(resolve(task, info.family) for task in self._tasks)

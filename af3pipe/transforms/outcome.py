@@ -1,4 +1,4 @@
-"""Good elements and dead letters, side by side. The only place where an exception becomes a dead letter."""
+"""Turns exceptions into dead letters, and passes good elements and dead letters from transform to transform."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ DEAD_LETTERS = "dead_letters"
 """Tag of the output that carries dead letters, in every transform here."""
 
 FATAL = (ModelError, EngineFailed, GuardError, StorageError)
-"""These say that the worker or its account is unfit, not the recording: the runner has to see them."""
+"""Errors of the worker or its account, not of a recording: they are raised to the runner."""
 
 
 _UNEXPECTED = {
@@ -42,10 +42,10 @@ _UNEXPECTED = {
 
 
 class Outcome(NamedTuple):
-    """What a transform gives: what went well, and all dead letters so far.
+    """Has the output of a transform: the good elements, and all dead letters so far.
 
-    It can be piped on as it is: the next transform takes `good` and adds its own dead letters to those that came
-    before, so that nothing is lost on the way.
+    Pipe it to the next transform, which takes `good` and adds its own dead letters to the earlier ones, so that none
+    is lost.
     """
 
     good: Any
@@ -53,29 +53,29 @@ class Outcome(NamedTuple):
 
 
 def split_input(inputs: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A transform's input, whether a PCollection or an Outcome: the elements, and the dead letters before it."""
+    """Splits a transform's input (a PCollection or an Outcome) into its elements and the earlier dead letters."""
     if isinstance(inputs, Outcome):
         return inputs.good, (inputs.dead_letters,)
     return inputs, ()
 
 
 def join_dead_letters(own: Any, before: tuple[Any, ...]) -> Any:
-    """This step's dead letters and those of the steps before it, as one PCollection."""
+    """Flattens the dead letters of this step and of earlier steps into one PCollection."""
     return (own, *before) | "AllDeadLetters" >> beam.Flatten() if before else own
 
 
 def outcomes(
     items: Iterator[T], to_dead_letter: Callable[[Exception], DeadLetter], catch: type[Exception] = Exception
 ) -> Generator[T | DeadLetter, None, None]:
-    """The items; where producing one raises, a dead letter in its place, and the end.
+    """Yields the items; if the iterator raises, yields a dead letter and ends.
 
     Args:
-        items: All of one recording: what follows an exception is lost with it.
-        to_dead_letter: Makes the row.
-        catch: What may become one; anything else is raised as it is.
+        items: Items of one recording; after an exception there are no more.
+        to_dead_letter: Converts the exception to a dead letter.
+        catch: Exceptions to convert; others are raised.
 
     Raises:
-        ModelError, EngineFailed, GuardError, StorageError: As they are: no recording is to blame.
+        ModelError, EngineFailed, GuardError, StorageError: The worker failed, not the recording.
     """
     try:
         yield from items
@@ -86,7 +86,7 @@ def outcomes(
 
 
 def now_us() -> int:
-    """Microseconds since 1970-01-01 UTC."""
+    """Returns the current time in microseconds since 1970-01-01 UTC."""
     return time.time_ns() // 1000
 
 
@@ -99,15 +99,15 @@ def to_dead_letter(
     tasks: tuple[Task, ...] = (),
     attempts: int = 1,
 ) -> DeadLetter:
-    """The row for a recording, or a request of it, that raised.
+    """Makes the dead letter of a recording, or of a request about it, that failed.
 
     Args:
-        error: `Rejected` names its own stage and reason; anything else is unexpected and brings its traceback.
-        recording: What could not be answered.
-        stage: Where an unexpected error happened.
-        segment: The part of the recording, where it got so far.
-        tasks: What was asked of it, where it got so far.
-        attempts: How often it was tried.
+        error: `Rejected` has its own stage and reason; any other error is unexpected and recorded with its traceback.
+        recording: The recording that failed.
+        stage: Stage of an unexpected error.
+        segment: The segment that failed, if the recording was decoded.
+        tasks: The tasks of the failed request, if there was one.
+        attempts: Number of attempts.
     """
     if isinstance(error, Rejected):
         stage, reason, detail, trace = error.stage, error.reason, error.detail, None
@@ -144,12 +144,12 @@ def to_dead_letter(
 
 
 def public_uri(recording: Recording) -> str:
-    """The recording's URI as rows may have it: a signed URL without its signature."""
+    """Returns the recording's URI for output rows: a signed URL is returned without its signature."""
     return redact(recording.uri) if "?" in recording.uri or "@" in recording.uri else recording.uri
 
 
 def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task, ...]) -> str:
-    """All that it takes to try again, readable without this package; secrets are masked."""
+    """Returns all that a retry needs as JSON text, with secrets masked."""
     found: dict[str, Any] = {"recording": plain(recording)}
     del found["recording"]["work_key"], found["recording"]["existing"]  # they follow from the run, not from the input
     if segment is not None:
@@ -157,7 +157,7 @@ def _input_json(recording: Recording, segment: Segment | None, tasks: tuple[Task
     if tasks:
         found["tasks"] = [plain(task) for task in tasks]
     masked = _redacted(found)
-    masked["recording"]["metadata"] = recording.metadata  # as it is: JSON text, redacted before
+    masked["recording"]["metadata"] = recording.metadata  # verbatim: JSON text that was redacted before
     return json.dumps(masked, ensure_ascii=False)
 
 
@@ -170,21 +170,21 @@ def _redact_metadata(metadata: str) -> str:
 
 
 def _redacted(value: Any, name: str = "") -> Any:
-    """Redacts each text in a JSON-like value; done on JSON text, a mask could take quotes and brackets along."""
+    """Redacts each text in a JSON-like value; on JSON text, a mask could replace quotes and brackets, too."""
     if isinstance(value, dict):
         return {redact(key): _redacted(item, key) for key, item in value.items()}
     if isinstance(value, list):
         return [_redacted(item, name) for item in value]
     if value is None or isinstance(value, bool):
         return value
-    begin = f"{name}="  # by some names the value is a secret
+    begin = f"{name}="  # some names say that the value is a secret
     shown = f"{begin}{value}"
     masked = redact(shown)
     return value if masked == shown else masked.removeprefix(begin)
 
 
 def recording_of(input_json: str) -> Recording:
-    """The recording that a dead letter is about, from its `input`."""
+    """Parses a dead letter's `input` and returns its recording."""
     columns = json.loads(input_json)["recording"]
     if isinstance(columns.get("metadata"), list):  # of format 1: pairs
         columns["metadata"] = to_metadata(dict(columns["metadata"]))
@@ -193,7 +193,7 @@ def recording_of(input_json: str) -> Recording:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """What `plain` made JSON of."""
+    """Restores a value of this type from the result of `plain`."""
     if isinstance(value, dict) and hasattr(hint, "_fields"):
         hints = get_type_hints(hint)
         return hint(**{name: _typed(hints[name], field) for name, field in value.items() if name in hints})
@@ -205,7 +205,7 @@ def _typed(hint: Any, value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A row as JSON takes it."""
+    """Converts a row to dicts and lists, for JSON."""
     if hasattr(value, "_asdict"):
         return {name: plain(field) for name, field in value._asdict().items()}
     if isinstance(value, tuple):

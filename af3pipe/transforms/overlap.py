@@ -1,8 +1,8 @@
-"""A DoFn that waits on something slow for many elements at once, and so keeps it busy.
+"""Provides a DoFn that processes many elements of a bundle concurrently, for slow or remote work.
 
-`process` starts an element's work and takes a Future for it; what is done is emitted with the timestamp and the
-window of its own element; when too much is pending, `process` blocks; `finish_bundle` emits the rest. Beam's
-`with_exception_handling` does not reach `finish_bundle`, so a subclass turns failed futures into dead letters.
+`process` starts an element's work and gets a Future for it; outputs are emitted with the timestamp and window of
+their element; if too many elements are pending, `process` blocks; `finish_bundle` emits the rest. Beam's
+`with_exception_handling` does not cover `finish_bundle`, so subclasses turn failed futures into dead letters.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from af3pipe.transforms.launcher import SentByLauncher
 Element = TypeVar("Element")
 Result = TypeVar("Result")
 DONE = "done"
-"""Tag of the element itself behind its outputs, from a DoFn that `tells_done`."""
+"""Tag of an element that follows its own outputs, from a DoFn that `emits_done`."""
 
 
 class _Pending(NamedTuple):
@@ -31,40 +31,41 @@ class _Pending(NamedTuple):
 
 
 class OverlapDoFn(SentByLauncher, beam.DoFn, Generic[Element, Result]):
-    """Emits each element's outputs once its future is done, keeping a bounded number of them pending.
+    """Emits each element's outputs when its future is done, with a bounded number of pending elements.
 
     Args:
-        max_pending: Most elements under way.
-        max_pending_weight: Most weight under way, in the unit of `weigh`; a heavier single element still passes.
+        max_pending: Largest number of pending elements.
+        max_pending_weight: Largest total weight of pending elements, in the unit of `weigh`; a single heavier element
+            is still processed.
 
     Attributes:
-        tells_done: Whether the tag `DONE` says when all outputs of an element have been emitted: they are not
-            interleaved with those of another.
+        emits_done: Whether each element is emitted to the tag `DONE` after all its outputs, which are not interleaved
+            with those of another element.
     """
 
-    tells_done = False
+    emits_done = False
 
     def __init__(self, max_pending: int, max_pending_weight: float = float("inf")) -> None:
         if max_pending < 1:
-            raise ValueError(f"max_pending is {max_pending}; at least 1 element must be allowed under way")
+            raise ValueError(f"max_pending is {max_pending}; it must be at least 1")
         self._max_pending = max_pending
         self._max_weight = max_pending_weight
         self._pending: deque[_Pending] = deque()
 
     def submit(self, element: Element) -> "Future[Result]":
-        """Starts the work."""
+        """Starts the work on an element and returns its future."""
         raise NotImplementedError
 
     def emit(self, element: Element, future: "Future[Result]") -> Iterator[Any]:
-        """The outputs of an element whose future is done, tagged or not; turns its failure into a dead letter."""
+        """Yields the outputs of an element whose future is done, tagged or not; turns failure into a dead letter."""
         raise NotImplementedError
 
     def weigh(self, element: Element) -> float:
-        """What the element holds while it is pending, for example its seconds of audio."""
+        """Returns the weight of an element while it is pending, for example its seconds of audio."""
         return 0.0
 
     def start_bundle(self) -> None:
-        self._abandon()  # of a bundle that failed: its elements come again
+        self._abandon()  # work of a failed bundle, whose elements are processed again
 
     def process(
         self,
@@ -100,7 +101,7 @@ class OverlapDoFn(SentByLauncher, beam.DoFn, Generic[Element, Result]):
         for pending in done:
             for output in self.emit(pending.element, pending.future):
                 yield _windowed(output, pending)
-            if self.tells_done:
+            if self.emits_done:
                 yield _windowed(TaggedOutput(DONE, pending.element), pending)
 
     def _abandon(self) -> None:

@@ -1,4 +1,4 @@
-"""Plans the work: groups recordings by object, and leaves out what earlier runs into the same output have done."""
+"""Plans the work: groups recordings by object and skips what earlier runs into the same output have done."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,11 +40,11 @@ for _row_class in (ExistingRecording, ExistingAnswer, ExistingLetter, Place):
 
 
 class WorkKeys:
-    """Gives recordings the key of all that is requested of them.
+    """Computes `work_key`s, which identify all that is requested of a recording.
 
     Args:
-        decoder: How they are decoded.
-        asker: What is requested of them; set up.
+        decoder: Has the settings that decide how a recording ends.
+        asker: Has the tasks and the model; must be set up.
     """
 
     def __init__(self, decoder: Decoder, asker: Asker) -> None:
@@ -52,20 +52,20 @@ class WorkKeys:
         self._asker = asker
 
     def add(self, recording: Recording, letters: Iterable[DeadLetter] = ()) -> Recording:
-        """The recording with its `work_key`; `letters` say which manifest rows about it were rejected."""
+        """Returns the recording with its `work_key`; `letters` are dead letters of further manifest rows about it."""
         tasks = self._asker.tasks_of(recording)
         policy = *self._policy, *sorted(letter.dead_letter_key for letter in letters)
         return recording._replace(work_key=work_key(recording, tasks, *self._asker.model, policy))
 
 
 class Planned(NamedTuple):
-    """What there is to do about an object.
+    """Says what to do about an object.
 
     Attributes:
-        work: None where every recording of it is done.
+        work: The object to process; None if all its recordings are done.
         found: recording_id of each of its recordings.
-        skipped: (recording_id, content identity) of each that an earlier run has done.
-        kept_dead_letters: Keys of the dead letters of those.
+        skipped: (recording_id, content identity) of each recording that an earlier run has done.
+        kept_dead_letters: Keys of the dead letters of the skipped recordings.
     """
 
     work: AudioObject | None
@@ -75,7 +75,7 @@ class Planned(NamedTuple):
 
 
 def stat_object(mentions: Sequence[Recording]) -> ObjectInfo | Rejected:
-    """Size, etag and modification time of the object that all `mentions` name, which a manifest does not state."""
+    """Returns size, etag and modification time of an object: from a mention that has them, else from the store."""
     for found in mentions:
         if found.size_bytes is not None or found.etag:
             return ObjectInfo(found.uri, found.size_bytes, found.etag, found.mtime)
@@ -98,13 +98,13 @@ def plan_object(
     """Decides what there is to do about an object.
 
     Args:
-        uri: Of the object.
-        mentions: Recordings of it, as inputs name them; ids were checked.
-        letters: Of recordings, or of further rows about them, that were rejected.
-        stated: As of `stat_object`; None without mentions.
-        existing: What earlier runs wrote about it.
-        keys: Of the job; without them nothing is skipped.
-        retry: Whether a recording with dead letters is never done.
+        uri: URI of the object.
+        mentions: Recordings of the object as inputs list them; their ids were checked.
+        letters: Dead letters of rejected recordings, and of rejected further rows about the others.
+        stated: Result of `stat_object`; None without mentions.
+        existing: Rows that earlier runs wrote about the object.
+        keys: Computes `work_key`s; None skips nothing.
+        retry: Whether a recording with dead letters always counts as not done.
     """
     by_id: dict[str, dict[str, DeadLetter]] = defaultdict(dict)
     recordings: list[Recording] = []
@@ -160,15 +160,15 @@ def plan_object(
 
 
 class PlanDoFn(OverlapDoFn[tuple[str, dict[str, Iterable[Any]]], "ObjectInfo | Rejected | None"]):
-    """Emits `AudioObject`; ids of what was found, and what is skipped with its dead letters, to their tags.
+    """Emits the `AudioObject`s to process, and to tags the ids found, the recordings skipped, and their dead letters.
 
-    Takes (uri, {`mentions`, `letters`, `existing`}), the last two where there are any. Stores take a while to state
-    an object: many threads wait for them at once.
+    The input is (uri, {`mentions`, `letters`, `existing`}); the last two may be missing. Up to 32 threads request the
+    metadata of objects from the store concurrently.
 
     Args:
-        decoder: How recordings are decoded. Without it and `asker` nothing is skipped.
-        asker: What is requested of them.
-        storage_options: As of `ReadRecordings`.
+        decoder: Has the decoding settings. Nothing is skipped without it and `asker`.
+        asker: Has the tasks and the model.
+        storage_options: See `ReadRecordings`.
     """
 
     def __init__(self, decoder: Decoder | None, asker: Asker | None, storage_options: storage.StorageOptions) -> None:
@@ -181,7 +181,7 @@ class PlanDoFn(OverlapDoFn[tuple[str, dict[str, Iterable[Any]]], "ObjectInfo | R
         set_storage(self._storage_options)
         self._keys = None
         if self._decoder is not None and self._asker is not None:
-            with self.telling_where():
+            with self.naming_worker():
                 self._asker.setup()
             self._keys = WorkKeys(self._decoder, self._asker)
         self._pool = ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="af3pipe-stat")
@@ -200,7 +200,7 @@ class PlanDoFn(OverlapDoFn[tuple[str, dict[str, Iterable[Any]]], "ObjectInfo | R
         uri, found = group
         mentions, letters = list(found["mentions"]), list(found.get("letters", ()))
         if not mentions and not letters:
-            return  # only earlier runs have anything of it
+            return  # only earlier runs have rows about it
         existing = ExistingRows(found.get("existing", ()))
         planned = plan_object(uri, mentions, letters, future.result(), existing, self._keys)
         metrics.count("recordings_found", len(planned.found))
@@ -222,7 +222,7 @@ def _nothing() -> None:
 
 
 class _CheckIdDoFn(beam.DoFn):
-    """(id, {`mentions`, `existing`}) to (uri, `Recording`), and `DeadLetter` to its tag."""
+    """Checks an id: maps (id, {`mentions`, `existing`}) to (uri, `Recording`), and `DeadLetter` to its tag."""
 
     def process(self, group: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[Any]:
         mentions = list(group[1]["mentions"])
@@ -234,7 +234,7 @@ class _CheckIdDoFn(beam.DoFn):
 
 
 class PlannedObjects(NamedTuple):
-    """What `PlanObjects` gives: `AudioObject`s, the ids of all recordings found, what is skipped, and its letters."""
+    """Has the outputs of `PlanObjects`: objects to process, ids found, recordings skipped, and their dead letters."""
 
     objects: Any
     found: Any
@@ -243,16 +243,16 @@ class PlannedObjects(NamedTuple):
 
 
 class PlanObjects(beam.PTransform):
-    """Groups listed recordings by object, each once, and leaves out what earlier runs have done.
+    """Deduplicates listed recordings, groups them by object, and skips what earlier runs have done.
 
-    Takes an `Outcome` of `Recording`, bounded; gives `PlannedObjects`.
+    The input is a bounded `Outcome` of `Recording`; the output is `PlannedObjects`.
 
     Args:
-        existing: `ExistingRecording`, `ExistingAnswer` and `ExistingLetter` of the output; None where nothing is
-            resumed.
-        decoder: How recordings are decoded. Without it and `asker` nothing is skipped.
-        asker: What is requested of them.
-        storage_options: As of `ReadRecordings`.
+        existing: PCollection of the output's `ExistingRecording`, `ExistingAnswer` and `ExistingLetter`; None for a
+            run that does not resume.
+        decoder: Has the decoding settings. Nothing is skipped without it and `asker`.
+        asker: Has the tasks and the model.
+        storage_options: See `ReadRecordings`.
     """
 
     def __init__(

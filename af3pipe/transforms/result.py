@@ -30,11 +30,11 @@ _OF_RECORDING = (
 
 
 class Unaccounted(Exception):
-    """A recording came to its end without an answer or a dead letter for each task: a fault of this package."""
+    """A recording ended without an answer or a dead letter for each task, which is a bug of this package."""
 
 
 def covered_by(answer: Answer) -> Covered:
-    """Returns what an answer covers; an answer merged of several segments lists them, and may have gaps."""
+    """Returns the spans that an answer covers; an answer merged from several segments may have gaps."""
     pieces = tuple((piece.start_s, piece.end_s) for piece in answer.segments)
     return Covered(
         answer.answer_key,
@@ -56,27 +56,25 @@ def make_result(
 ) -> RecordingResult:
     """Makes the result of a recording.
 
-    `ok` when it has answers, no dead letter, and each task covers all that was wanted; `ok_partial` when it has
-    answers but one of these is not so; `dead_letter` when it has only dead letters.
+    The terminal state is `ok` if there are answers, no dead letters, and each task covers the requested span;
+    `ok_partial` if there are answers but another condition fails; `dead_letter` if there are only dead letters.
 
     Args:
-        recording: Which.
-        answers: New ones.
-        dead_letters: All; those that an earlier run has written say which.
-        requested: By `task_key`: each of these tasks has answers, or there is a dead letter that says why not.
-        kept: What answers of earlier runs cover, as far as they are to the requests of this run.
+        recording: The recording.
+        answers: New answers.
+        dead_letters: All dead letters; those that an earlier run wrote have its `run_id`.
+        requested: `task_key`s of the tasks that must have an answer unless there are dead letters.
+        kept: Spans covered by answers of earlier runs that are reused.
 
     Raises:
-        Unaccounted: A requested task has no answer, and there is no dead letter.
+        Unaccounted: A requested task has no answer although there are no dead letters.
     """
     new = {answer.answer_key: covered_by(answer) for answer in answers}
     covered = [*new.values(), *{found.answer_key: found for found in kept if found.answer_key not in new}.values()]
     letters = list({letter.dead_letter_key: letter for letter in dead_letters}.values())
     if not letters and not (covered and requested <= {found.task for found in covered}):
-        raise Unaccounted(
-            f"{recording.uri} came to its end without an answer to each task, and without a dead letter"
-        )
-    # The last segment's: only there has decoding reached the end; before it, this is the header's estimate.
+        raise Unaccounted(f"{recording.uri} ended without an answer to each task and without a dead letter")
+    # That of the last segment: earlier segments only have the header's estimate.
     duration_s = max(covered, key=lambda found: found.pieces[-1][1]).duration_s if covered else None
     covered_s = _covered_s(covered)
     if not covered:
@@ -104,7 +102,7 @@ def make_result(
 
 
 def repeated_result(recording: Recording, done: ExistingRecording) -> RecordingResult:
-    """Makes the result of a recording that an earlier run has done, as that run has left it."""
+    """Makes the result of a recording that an earlier run has done, by repeating that run's row."""
     same = ("duration_s", "covered_s", "answer_keys", "dead_letter_keys", "reasons", *Levels._fields)
     columns = {name: getattr(done, name) for name in same}
     kept = {"kept_answers": len(done.answer_keys), "kept_dead_letters": len(done.dead_letter_keys)}
@@ -112,12 +110,12 @@ def repeated_result(recording: Recording, done: ExistingRecording) -> RecordingR
 
 
 def gone_result(recording: Recording) -> RecordingResult:
-    """Makes the result of what is no recording any more: its manifest row was corrected, and has another id now."""
+    """Makes the result of a recording that no longer exists, as a correction of its manifest row changed its id."""
     return RecordingResult(_row(recording._replace(work_key=None), terminal_state=TerminalState.SKIPPED_DONE))
 
 
 def _row(recording: Recording, **columns: Any) -> RecordingRow:
-    """A new row of a recording; what is not given is nothing."""
+    """Makes a row of a recording; columns that are not given are empty."""
     empty = dict.fromkeys(RecordingRow._fields) | dict.fromkeys(_NUMBERS, 0) | dict.fromkeys(_LISTS, ())
     of_recording = {name: getattr(recording, name) for name in _OF_RECORDING}
     own = {"uri": public_uri(recording), "run_id": "", "created_at": now_us()}
@@ -125,8 +123,8 @@ def _row(recording: Recording, **columns: Any) -> RecordingRow:
 
 
 def rejected_result(dead_letters: Sequence[DeadLetter]) -> RecordingResult:
-    """Makes the result of a recording that was rejected before it was opened, by each manifest row that names it."""
-    letters = sorted(dead_letters, key=lambda letter: letter.dead_letter_key)  # in whatever order they come
+    """Makes the result of a recording of which each manifest row was rejected before it was opened."""
+    letters = sorted(dead_letters, key=lambda letter: letter.dead_letter_key)  # independent of their order
     first = letters[0]
     # The input of a dead letter masks what looks like a secret; the recording's own columns do not.
     recording = recording_of(first.input)._replace(recording_id=first.recording_id, metadata=first.metadata)
@@ -134,7 +132,7 @@ def rejected_result(dead_letters: Sequence[DeadLetter]) -> RecordingResult:
 
 
 def _covered_s(covered: Iterable[Covered]) -> float:
-    """Seconds that every answered task covers: of the task that covers least."""
+    """Returns the seconds that every answered task covers: those of the task that covers least."""
     by_task: dict[str, tuple[tuple[float, float], ...]] = defaultdict(tuple)
     for found in covered:
         by_task[found.task] += found.pieces
@@ -142,11 +140,11 @@ def _covered_s(covered: Iterable[Covered]) -> float:
 
 
 def _levels(covered: Iterable[Covered]) -> dict[str, Any]:
-    """The level columns: by the task that covers most, since all measured the same samples."""
+    """Returns the level columns, from the task that covers most, since all tasks measured the same samples."""
     by_task: dict[str, list[tuple[float, Levels]]] = defaultdict(list)
     for found in covered:
         by_task[found.task].append((_length_s(found.pieces), found.levels))
-    # Sorted, so that tasks that cover as much give the same to the last digit, whatever order they come in.
+    # Sorted, so that a tie between tasks always has the same result.
     parts = max((by_task[task] for task in sorted(by_task)), key=_total_s, default=[])
     return combine(parts)._asdict() if parts else dict.fromkeys(Levels._fields)
 
@@ -156,7 +154,7 @@ def _total_s(parts: Iterable[tuple[float, Levels]]) -> float:
 
 
 def _length_s(pieces: Iterable[tuple[float, float]]) -> float:
-    """Seconds under the pieces; what two of them cover counts once."""
+    """Returns the seconds that the pieces cover; overlaps count once."""
     covered_s = reached_s = 0.0
     for start_s, end_s in sorted(pieces):
         covered_s += max(0.0, end_s - max(start_s, reached_s))

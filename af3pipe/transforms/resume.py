@@ -1,4 +1,4 @@
-"""Reads what earlier runs wrote into the output, for a pipeline that leaves it out: in bulk, or beside a stream."""
+"""Reads what earlier runs wrote into the output, so that batch and streaming pipelines can skip it."""
 
 import pickle
 import sqlite3
@@ -36,7 +36,7 @@ _File = tuple[str, ObjectInfo]
 
 
 class _FilesDoFn(beam.DoFn):
-    """The URI of an output to (table, file) of each file that other runs have written."""
+    """Maps the URI of an output to (table, file) for each file that other runs wrote."""
 
     def __init__(self, run_id: str, storage_options: storage.StorageOptions) -> None:
         self._run_id = run_id
@@ -53,7 +53,7 @@ class _FilesDoFn(beam.DoFn):
 
 
 class _RowsDoFn(beam.DoFn):
-    """(table, file) to its rows."""
+    """Maps (table, file) to the rows of the file."""
 
     def __init__(self, output: str, storage_options: storage.StorageOptions) -> None:
         self._output = output
@@ -67,12 +67,12 @@ class _RowsDoFn(beam.DoFn):
 
 
 class ReadExisting(beam.PTransform):
-    """Starts a pipeline with what earlier runs wrote: `ExistingRecording`, `ExistingAnswer` and `ExistingLetter`.
+    """Reads the rows that earlier runs wrote: `ExistingRecording`, `ExistingAnswer` and `ExistingLetter`.
 
     Args:
         output: Folder with the tables.
-        run_id: Of this run: what it has written itself, before its runner restarted it, is not of an earlier one.
-        storage_options: As of `ReadRecordings`.
+        run_id: The current run, whose own files (written before its runner restarted it) are skipped.
+        storage_options: See `ReadRecordings`.
     """
 
     def __init__(self, output: str, run_id: str, storage_options: storage.StorageOptions) -> None:
@@ -92,7 +92,7 @@ class ReadExisting(beam.PTransform):
 
 
 class _ExistingIndex:
-    """An output's rows when a process first needs them, by object and by id, on disk: memory does not grow."""
+    """Indexes an output's rows by object and by id in a temporary SQLite database, so memory is bounded."""
 
     def __init__(self, output: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="af3pipe-existing-")
@@ -123,9 +123,9 @@ _indexes_lock = threading.Lock()
 
 
 class _PlanEachDoFn(SentByLauncher, beam.DoFn):
-    """`Recording` or `DeadLetter` of a stream to `AudioObject`; versions that are skipped to their tag.
+    """Maps `Recording` or `DeadLetter` of a stream to `AudioObject`; emits skipped recordings to a tag.
 
-    Not by a side input: some runners hold a stream back until the next element, or for ever, where it has one.
+    It has no side input, because with one, some runners delay a stream until the next element, or for ever.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class _PlanEachDoFn(SentByLauncher, beam.DoFn):
         self._decoder = decoder
         self._asker = asker
         self._storage_options = storage_options
-        self._stream_id = uuid.uuid4().hex  # one of several that a process may run into this output
+        self._stream_id = uuid.uuid4().hex  # a process may run several streams into this output
 
     def setup(self) -> None:
         set_storage(self._storage_options)
@@ -169,29 +169,29 @@ class _PlanEachDoFn(SentByLauncher, beam.DoFn):
 
 
 def _named(rows: list[ExistingRow]) -> list[ExistingRow]:
-    """Without dead letters that no row of `recordings/` names: the run that wrote them was killed before that row."""
+    """Drops dead letters that no row of `recordings/` references: their run was killed before it wrote that row."""
     named = {key for row in rows if isinstance(row, ExistingRecording) for key in row.dead_letter_keys}
     return [row for row in rows if not isinstance(row, ExistingLetter) or row.dead_letter_key in named]
 
 
 class PlannedStream(NamedTuple):
-    """`AudioObject`s of a stream, and (recording_id, content identity) of each recording that is skipped."""
+    """Has the `AudioObject`s of a stream, and (recording_id, content identity) of each skipped recording."""
 
     objects: Any
     skipped: Any
 
 
 class PlanStream(beam.PTransform):
-    """Makes an `AudioObject` of each recording of a stream, and leaves out what earlier runs have done.
+    """Makes an `AudioObject` of each recording of a stream, and skips what earlier runs have done.
 
-    Takes an `Outcome` of `Recording`; gives a `PlannedStream`. Each recording is compared with what the output had
-    when the worker's process began.
+    The input is an `Outcome` of `Recording`; the output is a `PlannedStream`. Each recording is compared with the
+    rows that the output had when the worker process first read it.
 
     Args:
-        output: Folder with the tables; None where nothing is resumed.
-        decoder: How recordings are decoded.
-        asker: What is requested of them.
-        storage_options: As of `ReadRecordings`.
+        output: Folder with the tables; None for a run that does not resume.
+        decoder: Has the decoding settings.
+        asker: Has the tasks and the model.
+        storage_options: See `ReadRecordings`.
     """
 
     def __init__(

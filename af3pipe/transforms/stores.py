@@ -1,15 +1,15 @@
-"""What a worker has to know of stores, and what it tells of them."""
+"""Sets a job's storage options in worker processes, and counts their storage retries."""
 
 from af3pipe import storage
 from af3pipe.transforms import metrics
 
 
 def set_storage(options: storage.StorageOptions) -> None:
-    """Sets a job's storage options in the worker's process, where it has any."""
+    """Sets a job's storage options in the current process, if the job has any."""
     if options:
         storage.set_options(options)
 
 
 def count_retries() -> None:
-    """Counts as `storage_retries` how often this process has tried a store again since it was last asked."""
+    """Adds the storage retries of this process since the last call to the counter `storage_retries`."""
     metrics.count("storage_retries", storage.take_retries())

@@ -1,4 +1,4 @@
-"""A sample of a run's requests asked again, one at a time, by plain `generate`."""
+"""Verifies answers: runs a sample of a run's requests again, one at a time with plain `generate`, and compares."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,18 +13,18 @@ from af3pipe.transforms.ask import AskAudioFlamingo, AskedRequest, Asker, audio_
 from af3pipe.transforms.decode import DecodeAudio, Decoder
 from af3pipe.transforms.outcome import outcomes, plain, to_dead_letter
 
-_MOST_TOLD = 10
+_MOST_REPORTED = 10
 _EXCERPT = 120  # characters
 
 
 class Mismatch(NamedTuple):
-    """A reply that plain `generate` does not give.
+    """Describes a reply that differs from the reply of plain `generate`.
 
     Attributes:
-        fields: Of `Reply`, those that differ.
-        first_token: Position of the first new token that differs; None where the tokens are the same.
-        text: Of the run's reply, from shortly before the first character that differs.
-        alone: Of the reply by plain `generate`, from there.
+        fields: Fields of `Reply` that differ.
+        first_token: Position of the first new token that differs; None if the tokens are equal.
+        text: Excerpt of the run's reply, from shortly before the first character that differs.
+        alone: The same excerpt of the reply of plain `generate`.
     """
 
     recording_id: str
@@ -39,7 +39,7 @@ class Mismatch(NamedTuple):
 
 
 class NotAsked(NamedTuple):
-    """A request of the sample that could not be asked again, and why."""
+    """Describes a sampled request that could not be repeated, and why."""
 
     recording_id: str
     uri: str
@@ -48,17 +48,17 @@ class NotAsked(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What became of a sample of requests.
+    """Reports the verification of a sample of requests.
 
     Attributes:
-        sampled: Requests to be asked again; those that could not be are in no other count.
-        requests: Asked again.
-        replies: Compared; a request has one a task.
-        equal: The same to the last token.
-        wrong: Not equal where nothing else is right: in float32, with the weights as they are.
-        dtypes: The model was asked in, with the weights' where these are quantised.
-        mismatches: The first 10.
-        not_asked: The first 10.
+        sampled: Number of sampled requests; those that could not be repeated are in no other count.
+        requests: Number of requests that were repeated.
+        replies: Number of compared replies, one for each task of a request.
+        equal: Replies that are equal to the last token.
+        wrong: Replies that differ although they must be equal: in float32 with unquantized weights.
+        dtypes: The model's dtypes, with the weights' number format if they are quantized.
+        mismatches: The first 10 mismatches.
+        not_asked: The first 10 requests that could not be repeated.
     """
 
     sampled: int = 0
@@ -72,23 +72,23 @@ class Verified(NamedTuple):
 
     @property
     def problem(self) -> str | None:
-        """Why the run's answers are not to be trusted, in a sentence; None where nothing speaks against them."""
+        """A sentence that says why verification failed; None if it did not."""
         if self.wrong:
-            said = f"{self.wrong} of {self.replies} replies are not what plain generate gives"
+            said = f"{self.wrong} of {self.replies} replies differ from those of plain generate"
             return "; ".join([said, *(_describe(found) for found in self.mismatches[:1])])
         if self.sampled and not self.requests:
             first = f", for example {self.not_asked[0].uri}: {self.not_asked[0].detail}"
-            return f"none of {self.sampled} requests could be asked again{first}"
+            return f"none of {self.sampled} sampled requests could be repeated{first}"
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Returns the report as a dict that can be dumped to JSON."""
         found: dict[str, Any] = plain(self)
         return found
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "Verified":
-        """What `to_dict` gave, after its way through JSON."""
+        """Restores a report from the result of `to_dict`, also after a round trip through JSON."""
         rows = {
             "dtypes": tuple(found["dtypes"]),
             "mismatches": tuple(Mismatch(**row | {"fields": tuple(row["fields"])}) for row in found["mismatches"]),
@@ -98,26 +98,26 @@ class Verified(NamedTuple):
 
 
 def total(parts: Iterable[Verified]) -> Verified:
-    """All of them in one; of what they list, the first by recording and segment."""
+    """Merges reports; keeps the first 10 mismatches and unrepeated requests, ordered by recording and segment."""
     parts = list(parts)
     counts = {name: sum(getattr(part, name) for part in parts) for name in Verified._fields[:5]}
     return Verified(
         **counts,
         dtypes=tuple(sorted({dtype for part in parts for dtype in part.dtypes})),
-        mismatches=tuple(sorted((row for part in parts for row in part.mismatches), key=_place)[:_MOST_TOLD]),
-        not_asked=tuple(sorted((row for part in parts for row in part.not_asked), key=_place)[:_MOST_TOLD]),
+        mismatches=tuple(sorted((row for part in parts for row in part.mismatches), key=_place)[:_MOST_REPORTED]),
+        not_asked=tuple(sorted((row for part in parts for row in part.not_asked), key=_place)[:_MOST_REPORTED]),
     )
 
 
 def compare(asked: AskedRequest, tasks: Sequence[Task], alone: Sequence[Reply]) -> tuple[Mismatch, ...]:
-    """The replies of a request that plain `generate` does not give; `alone` are those that it gives.
+    """Compares the replies of a request with those of plain `generate` (`alone`); returns the mismatches.
 
     Raises:
-        EngineFailed: There is not one reply per task.
+        EngineFailed: The number of replies is not the number of tasks.
     """
     if not len(tasks) == len(asked.replies) == len(alone):
-        given = f"{len(asked.replies)} replies to {len(tasks)} tasks, and {len(alone)} when asked alone"
-        raise EngineFailed(f"the engine gave {given}")
+        given = f"{len(asked.replies)} replies to {len(tasks)} tasks, and {len(alone)} when they were repeated"
+        raise EngineFailed(f"the engine returned {given}")
     found = []
     for task, reply, other in zip(tasks, asked.replies, alone, strict=True):
         if reply == other:
@@ -140,7 +140,7 @@ def compare(asked: AskedRequest, tasks: Sequence[Task], alone: Sequence[Reply]) 
 
 
 def _first_difference(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """Position; where one is the beginning of the other, its length."""
+    """Returns the first position that differs; the length of the shorter one if it is a prefix of the other."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
 
@@ -165,10 +165,10 @@ def _describe(found: Mismatch) -> str:
 
 
 class VerifyDoFn(beam.DoFn):
-    """Takes the requests of one recording, as a list of `AskedRequest`; emits a `Verified` for each.
+    """Repeats the requests of one recording, given as a list of `AskedRequest`; emits a `Verified` for each.
 
-    Decodes the recording as it was decoded, up to the last segment that is needed. Nothing is asked ahead: there is
-    one segment in memory, and one reply under way.
+    Decodes the recording with the same settings, up to the last segment that is needed. Requests are not pipelined:
+    one segment is in memory and one request is running at a time.
     """
 
     def __init__(self, decoder: Decoder, asker: Asker) -> None:
@@ -186,7 +186,7 @@ class VerifyDoFn(beam.DoFn):
     def process(self, group: list[AskedRequest]) -> Iterator[Verified]:
         recording = group[0].recording
         missing = {asked.segment_index: asked for asked in group}
-        detail = "the recording has no such segment any more; was it replaced meanwhile?"
+        detail = "the recording no longer has this segment; was the file replaced meanwhile?"
 
         def unread(error: Exception) -> DeadLetter:
             return to_dead_letter(error, recording, stage=Stage.DECODE)
@@ -205,7 +205,7 @@ class VerifyDoFn(beam.DoFn):
     def _verify(self, asked: AskedRequest, segment: Segment) -> Verified:
         request = self._asker.request(segment, asked.tasks)
         if audio_checksum(request) != asked.checksum:
-            return _not_asked(asked, "its audio is not what was heard in the run; was the file replaced meanwhile?")
+            return _not_asked(asked, "its audio differs from that of the run; was the file replaced meanwhile?")
 
         def lost(error: Exception) -> DeadLetter:
             return to_dead_letter(error, segment.recording, stage=Stage.GENERATE, segment=segment)
@@ -245,17 +245,17 @@ def _by_recording(sample: Iterable[AskedRequest]) -> Iterator[list[AskedRequest]
 
 
 class VerifyAnswers(beam.PTransform):
-    """Asks some of a run's requests again, one at a time by plain `generate`, and compares the replies.
+    """Runs a random sample of a run's requests again, one at a time with plain `generate`, and compares the replies.
 
-    Takes the `asked` of `AnswerRecordings(verifiable=True)`, `AskedRequest`s; gives one `Verified`. The sample is
-    drawn from all requests of the run that were answered, each as likely as the other; the recordings in it are read
-    and decoded once more. What is shuffled are replies, never audio.
+    The input is the `asked` output of `AnswerRecordings(verifiable=True)`, `AskedRequest`s; the output is one
+    `Verified`. The sample is uniform over all answered requests of the run; its recordings are read and decoded
+    again. Replies are shuffled, audio is not.
 
     Args:
-        decode: How the recordings were decoded.
-        ask: What was asked.
-        sample: How many requests; all of them where there are fewer.
-        accelerator: Beam's resource hint, as of `AnswerRecordings`, for the step that asks.
+        decode: The transform that decoded the recordings.
+        ask: The transform that has the tasks and engine.
+        sample: Number of requests; all of them if there are fewer.
+        accelerator: Beam's resource hint for the step that runs the model, see `AnswerRecordings`.
 
     Raises:
         ValueError: `sample` is less than 1.

@@ -1,8 +1,9 @@
-"""Writes recordings' results as a whole output, and gives their rows to other sinks.
+"""Writes the results of recordings to an output folder, and extracts their rows for other sinks.
 
-Beam's own Parquet and dynamic-destination sinks put rows into the wrong file or lose them (with shards, with folders
-that do not exist yet), and need a second library for s3://. Here the results of some recordings make files of their
-own, in all tables, whose names follow from the run and the rows' keys: a retried bundle writes the same names.
+Beam's own Parquet and dynamic-destination sinks put rows into the wrong file or lose them (with shards, or with
+folders that do not exist yet), and need another library for s3://. Here, each batch of results is written to new
+files in all tables; file names are derived from the run and the rows' keys, so that a retried bundle overwrites its
+own files.
 """
 
 import hashlib
@@ -26,13 +27,13 @@ from af3pipe.tables.write import write_results
 from af3pipe.transforms import metrics
 from af3pipe.transforms.stores import count_retries, set_storage
 
-# A file may be copied in with any modification time: none is too late to be written. Runners written in Go keep a
-# duration in 64 bits of nanoseconds, which end after 292 years, and drop everything when they overflow.
+# A file may have any modification time, so no result is too late to be written. Runners written in Go keep durations
+# as 64 bits of nanoseconds, which overflow after 292 years, and then drop everything.
 _NEVER_TOO_LATE = Duration(seconds=100 * 365 * 24 * 3600)
 
 
 class _WriteDoFn(beam.DoFn):
-    """Writes results; gives (recording_id, content identity) of each when its rows are there."""
+    """Writes results; emits (recording_id, content identity) of each after its rows are written."""
 
     def __init__(
         self, output: str, run_id: str, partition_by: Sequence[str], storage_options: storage.StorageOptions
@@ -48,7 +49,7 @@ class _WriteDoFn(beam.DoFn):
     def write(
         self, results: Sequence[RecordingResult], *, day: str | None = None, pane: str = ""
     ) -> Iterator[tuple[str, str]]:
-        """Writes as `tables.write_results` does."""
+        """Writes results with `tables.write_results`; yields what identifies each of them."""
         for _ in write_results(results, self._output, self._run_id, self._partition_by, day=day, pane=pane):
             metrics.count("files_written")
         for found in results:
@@ -56,7 +57,7 @@ class _WriteDoFn(beam.DoFn):
 
 
 class _WritePaneDoFn(_WriteDoFn):
-    """Takes (shard, the `RecordingResult`s of a pane)."""
+    """Writes the results of a pane: (shard, `RecordingResult`s)."""
 
     def finish_bundle(self) -> None:
         count_retries()
@@ -68,26 +69,26 @@ class _WritePaneDoFn(_WriteDoFn):
         yield from self.write(list(pane[1]), day=f"{begin:%Y-%m-%d}", pane=f"-{begin:%Y%m%dT%H%M%SZ}")
 
 
-class _WriteAsTheyComeDoFn(_WriteDoFn):
-    """Takes `RecordingResult`, and writes those that it has when they are many, or have waited for long.
+class _WriteBufferedDoFn(_WriteDoFn):
+    """Buffers `RecordingResult`s, and writes them when there are many or the first has waited long.
 
-    Not only when the bundle ends, as a bundle may be all that a worker has to do.
+    Writing only at the end of a bundle would not do, since a bundle may be all the work of a worker.
     """
 
-    def __init__(self, *where: Any, most_held: int, every_s: float) -> None:
+    def __init__(self, *where: Any, max_buffered: int, every_s: float) -> None:
         super().__init__(*where)
-        self._most_held = most_held
+        self._max_buffered = max_buffered
         self._every_s = every_s
 
     def start_bundle(self) -> None:
-        self._held: list[RecordingResult] = []
+        self._buffered: list[RecordingResult] = []
 
     def process(self, result: RecordingResult) -> Iterator[tuple[str, str]]:
         now = time.monotonic()
-        if not self._held:
+        if not self._buffered:
             self._write_at = now + self._every_s
-        self._held.append(result)
-        if len(self._held) >= self._most_held or now >= self._write_at:
+        self._buffered.append(result)
+        if len(self._buffered) >= self._max_buffered or now >= self._write_at:
             yield from self._write()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
@@ -96,37 +97,36 @@ class _WriteAsTheyComeDoFn(_WriteDoFn):
         count_retries()
 
     def _write(self) -> Iterator[tuple[str, str]]:
-        results, self._held = self._held, []
+        results, self._buffered = self._buffered, []
         return self.write(results)
 
 
 class WriteRows(beam.PTransform):
-    """Writes `RecordingResult` under `output`, and does not wait for all of them; leaves the run record to others.
+    """Writes `RecordingResult`s to the tables under `output` as they arrive, without a run record.
 
-    A stream is written in windows of their objects' modification time. A pane is what has come to a window since the
-    pane before it: each makes files of its own, in all tables, some time after its first element. However late an
-    element is, it is written.
+    A stream is written in fixed windows by modification time of the objects. The results that arrive in a window
+    within `pane_every_s` form a Beam pane, which is written to new files in all tables. Late results are always
+    written.
 
-    What is bounded is written by the worker that has it, without a shuffle: its results make files of their own when
-    they are many, or have waited as long as a pane would.
+    Bounded input is written without a shuffle: each worker buffers results and writes them to new files when there
+    are `max_buffered` of them, or when the first has waited for `pane_every_s`.
 
-    Gives (recording_id, content identity) of each recording once its rows are there.
+    The output is (recording_id, content identity) of each recording after its rows are written.
 
     Args:
         output: Folder, local or on any fsspec URL.
-        run_id: Names the run in the files and their rows.
+        run_id: The run, part of file names and rows.
         window_s: Length of a stream's windows.
-        pane_every_s: How long a pane waits, from its first element on.
-        shards: How many sets of files a stream's pane is spread over, where it is too much for one worker.
-        most_held: How many recordings of what is bounded a worker holds before it writes them; kilobytes each.
+        pane_every_s: Longest time that results wait before they are written.
+        shards: Number of sets of files for each pane of a stream, if a pane is too large for one worker.
+        max_buffered: Largest number of results (kilobytes each) that a worker buffers of bounded input.
         partition_by: Hive folders below each table, see `partition_folder`; a stream's `date` is the day of the
             window.
-        storage_options: As of `ReadRecordings`.
-        accelerator: Beam's resource hint, where the results come from `AnswerRecordings` with the same: they are one
-            stage then, and nothing waits.
+        storage_options: See `ReadRecordings`.
+        accelerator: Beam's resource hint; give that of `AnswerRecordings`, so that both are fused into one stage.
 
     Raises:
-        ValueError: There can be no such run_id or partitions.
+        ValueError: The run_id or a partition is invalid.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class WriteRows(beam.PTransform):
         window_s: float = 300.0,
         pane_every_s: float = 60.0,
         shards: int = 1,
-        most_held: int = 1000,
+        max_buffered: int = 1000,
         partition_by: Sequence[str] = (),
         storage_options: storage.StorageOptions = MappingProxyType({}),
         accelerator: str | None = None,
@@ -148,14 +148,14 @@ class WriteRows(beam.PTransform):
         self._window_s = window_s
         self._pane_every_s = math.ceil(pane_every_s)  # Beam takes whole seconds
         self._shards = shards
-        self._most_held = most_held
+        self._max_buffered = max_buffered
         self._where = output, run_id, partition_by, dict(storage_options)
         if accelerator:
             self.with_resource_hints(accelerator=accelerator)
 
     def expand(self, results: Any) -> Any:
         if results.is_bounded:
-            write = _WriteAsTheyComeDoFn(*self._where, most_held=self._most_held, every_s=self._pane_every_s)
+            write = _WriteBufferedDoFn(*self._where, max_buffered=self._max_buffered, every_s=self._pane_every_s)
             return results | "WriteAsTheyCome" >> beam.ParDo(write).with_output_types(tuple[str, str])
         shards = self._shards
         return (
@@ -180,31 +180,31 @@ def _shard(result: RecordingResult, shards: int) -> int:
 
 
 class _WriteRecordDoFn(_WriteDoFn):
-    """The number of recordings written to the URI of the run's record, which says that the run is complete."""
+    """Writes the run record, given the number of recordings written; emits its URI."""
 
     def process(self, number: int) -> Iterator[str]:
         yield write_counted_record(self._output, self._run_id, number, self._partition_by)
 
 
 class WriteResults(beam.PTransform):
-    """Writes `RecordingResult` as a whole output: rows in all tables, and the run's record when all are there.
+    """Writes `RecordingResult`s as a complete output: rows in all tables, and a run record after all rows.
 
-    `af3pipe audit`, `export`, `compact` and a later `af3pipe run` accept what it leaves. Gives the URI of the record;
-    of a stream, which has no end, (recording_id, content identity) of each recording once its rows are there.
+    `af3pipe audit`, `export`, `compact` and a later `af3pipe run` accept the output. The transform outputs the URI of
+    the record; for a stream, which has no end, (recording_id, content identity) of each recording after its rows.
 
         results | WriteResults("s3://labels")
 
     Args:
         output: Folder, local or on any fsspec URL.
-        run_id: Names the run in the files and their rows; the default is a new one.
-        partition_by: Hive folders below each table, see `partition_folder`; the default is none.
-        window_s: As of `WriteRows`, for a stream. So are `pane_every_s` and `shards`.
-        pane_every_s: See `window_s`.
-        shards: See `window_s`.
-        storage_options: As of `ReadRecordings`.
+        run_id: The run, part of file names and rows; a new id by default.
+        partition_by: Hive folders below each table, see `partition_folder`; none by default.
+        window_s: Length of a stream's windows, see `WriteRows`.
+        pane_every_s: See `WriteRows`.
+        shards: See `WriteRows`.
+        storage_options: See `ReadRecordings`.
 
     Raises:
-        ValueError: There can be no such run_id or partitions.
+        ValueError: The run_id or a partition is invalid.
     """
 
     def __init__(
@@ -245,21 +245,21 @@ class WriteResults(beam.PTransform):
 
 
 class Answers(beam.PTransform):
-    """Gives the answers of `RecordingResult`s, as `Answer`, for a sink of Beam's own."""
+    """Extracts the answers of `RecordingResult`s, as `Answer`, for any Beam sink."""
 
     def expand(self, results: Any) -> Any:
         return results | beam.FlatMap(lambda result: result.answers).with_output_types(Answer)
 
 
 class DeadLetters(beam.PTransform):
-    """Gives the dead letters of `RecordingResult`s, as `DeadLetter`."""
+    """Extracts the dead letters of `RecordingResult`s, as `DeadLetter`, for any Beam sink."""
 
     def expand(self, results: Any) -> Any:
         return results | beam.FlatMap(lambda result: result.dead_letters).with_output_types(DeadLetter)
 
 
 class Rows(beam.PTransform):
-    """Gives the row of each `RecordingResult`, as `RecordingRow`: how the recording ended."""
+    """Extracts the row of each `RecordingResult`, as `RecordingRow`: how the recording ended."""
 
     def expand(self, results: Any) -> Any:
         return results | beam.Map(lambda result: result.row).with_output_types(RecordingRow)

@@ -1,4 +1,4 @@
-"""Leaves out what this run has written already: a runner that loses a worker restarts its bundles elsewhere."""
+"""Skips recordings that the current run has written already, when a runner restarts bundles of a lost worker."""
 
 import sqlite3
 import tempfile
@@ -19,7 +19,7 @@ from af3pipe.transforms.stores import set_storage
 
 
 class _Written:
-    """Ids of the recordings that a run has written, in a file: memory does not grow with the run."""
+    """Keeps the ids of the recordings that a run has written in a temporary SQLite database, so memory is bounded."""
 
     def __init__(self, output: str, run_id: str, prefix: str) -> None:
         self._output = output
@@ -34,11 +34,11 @@ class _Written:
             "CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID;"
         )
 
-    def look(self) -> None:
-        """Reads the files that are new.
+    def refresh(self) -> None:
+        """Reads the ids from files that are new since the last call.
 
         Raises:
-            StorageError, Rejected: They cannot be listed or read.
+            StorageError, Rejected: The files cannot be listed or read.
         """
         with self._lock:
             for info in run_files(self._output, "recordings", self._run_id, self._prefix):
@@ -49,7 +49,7 @@ class _Written:
                     self._read.add(info.uri)
 
     def ids(self) -> list[str]:
-        """All of them."""
+        """Returns all ids."""
         with self._lock:
             return [one for (one,) in self._ids.execute("SELECT id FROM ids")]
 
@@ -58,18 +58,18 @@ class _Written:
             return bool(self._ids.execute("SELECT 1 FROM ids WHERE id = ?", [recording_id]).fetchone())
 
 
-_Where = tuple[str, str, str]  # output, run_id, and what the names of the run's files begin with
+_Where = tuple[str, str, str]  # output, run_id, and the prefix of the names of the run's files
 _written: dict[_Where, _Written] = {}
 _written_lock = threading.Lock()
 
 
 def _written_by(where: _Where) -> _Written:
-    """As it is now, from one in the process."""
+    """Returns the process's ids for this run, refreshed."""
     with _written_lock:
         if where not in _written:
             _written[where] = _Written(*where)
     found = _written[where]
-    found.look()
+    found.refresh()
     return found
 
 
@@ -77,7 +77,7 @@ class _WrittenDoFn(beam.DoFn):
     def __init__(
         self, output: str, run_id: str, partition_by: Sequence[str], storage_options: storage.StorageOptions
     ) -> None:
-        # Of the day too where the run's id begins with it: a store lists no other run's files then.
+        # With the day, if the run id begins with one, a store lists no files of other runs.
         self._where = output, run_id, run_prefix(run_id, partition_by, day_of(run_id))
         self._storage_options = storage_options
 
@@ -86,7 +86,7 @@ class _WrittenDoFn(beam.DoFn):
 
 
 class _NotWrittenDoFn(_WrittenDoFn):
-    """Looks once a bundle, as it is bundles that come again."""
+    """Refreshes the ids once per bundle, since runners restart whole bundles."""
 
     def start_bundle(self) -> None:
         self._run = _written_by(self._where)
@@ -96,9 +96,9 @@ class _NotWrittenDoFn(_WrittenDoFn):
         letters = tuple(one for one in found.dead_letters if one.recording_id not in self._run)
         ready = tuple(one for one in found.ready if one.row.recording_id not in self._run)
         ids = _ids(found.recordings, found.dead_letters, found.ready)
-        left = _ids(recordings, letters, ready)
-        metrics.count("recordings_done", len(ids) - len(left))
-        if left:
+        remaining = _ids(recordings, letters, ready)
+        metrics.count("recordings_done", len(ids) - len(remaining))
+        if remaining:
             yield found._replace(recordings=recordings, dead_letters=letters, ready=ready)
 
 
@@ -110,16 +110,16 @@ def _ids(
 
 
 class NotWritten(beam.PTransform):
-    """Leaves out recordings of which this run has a row in `recordings/` already. Takes and gives `AudioObject`.
+    """Removes recordings from `AudioObject`s if the current run already has a row for them in `recordings/`.
 
-    For a bounded run that writes as it goes: what a worker had written before it was lost is not processed again.
+    It is for bounded runs that write as they go: what a worker wrote before it was lost is not processed again.
 
     Args:
-        output: Of the run.
-        run_id: Of the run.
-        partition_by: Of the run.
-        storage_options: As of `ReadRecordings`.
-        accelerator: As of the transform behind it, to be one stage with that.
+        output: Output folder of the run.
+        run_id: The run.
+        partition_by: Partitions of the run.
+        storage_options: See `ReadRecordings`.
+        accelerator: Resource hint of the next transform, so that the two are fused into one stage.
     """
 
     def __init__(
@@ -146,13 +146,13 @@ class _ReadWrittenDoFn(_WrittenDoFn):
 
 
 class ReadWritten(beam.PTransform):
-    """The id of each recording that this run has written before its runner began it again.
+    """Reads the ids of recordings that the current run wrote before its runner restarted it.
 
     Args:
-        output: Of the run.
-        run_id: Of the run.
-        partition_by: Of the run.
-        storage_options: As of `ReadRecordings`.
+        output: Output folder of the run.
+        run_id: The run.
+        partition_by: Partitions of the run.
+        storage_options: See `ReadRecordings`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Pipelines without code: the transforms as steps of Beam YAML, with the words of a job file.
+"""Provides the transforms as steps of Beam YAML, configured with the keys of a job file.
 
 `providers.yaml`, beside this file, lists them for a pipeline's `providers`.
 """
@@ -17,7 +17,7 @@ from af3pipe.yaml.steps import (
 )
 
 PROVIDERS = str(Path(__file__).parent / "providers.yaml")
-"""Where the list of steps is, for `include`."""
+"""Path of the list of steps, for `include`."""
 
 __all__ = [
     "PROVIDERS",

@@ -1,4 +1,4 @@
-"""Makes Beam schema'd rows of our rows, so that Beam YAML's own transforms can work on them.
+"""Converts rows of this package to Beam schema'd rows, so that Beam YAML's own transforms can process them.
 
 The columns are those of the row's class; an enum is its text, metadata is JSON text, a nested row is a row.
 """
@@ -14,7 +14,7 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 
 
 class _Column(NamedTuple):
-    """How one field is typed in a schema'd row, and how its values are converted."""
+    """Says how one field is typed in a schema'd row, and how its values are converted."""
 
     hint: Any
     convert: Callable[[Any], Any]
@@ -47,7 +47,7 @@ def _columns(row_class: Any) -> dict[str, _Column]:
 
 @functools.cache
 def row_type(row_class: Any) -> RowTypeConstraint:
-    """The schema of a class of rows, as Beam has it."""
+    """Returns the Beam schema of a row class."""
     return RowTypeConstraint.from_fields([(name, column.hint) for name, column in _columns(row_class).items()])
 
 
@@ -56,7 +56,7 @@ def _to_row(row_class: Any, row: Any) -> beam.Row:
 
 
 class ToRows(beam.PTransform):
-    """Converts rows of one of our classes to schema'd rows."""
+    """Converts rows of one class of `af3pipe.schemas` to Beam schema'd rows."""
 
     def __init__(self, row_class: Any) -> None:
         super().__init__()

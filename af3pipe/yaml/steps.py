@@ -1,8 +1,8 @@
-"""Makes the transforms steps of Beam YAML, whose `config` takes those keys of a job file that concern them.
+"""Wraps the transforms as steps of Beam YAML; the `config` of a step takes the keys of a job file that concern it.
 
-The keys are checked as in a job file, when the pipeline is built. `DecodeAudio` and `AskAudioFlamingo` take
-`error_handling: {output: NAME}`, as Beam's own steps do: it makes the dead letters an output of that name. Without it
-the first dead letter ends the pipeline.
+The keys are validated as in a job file, when the pipeline is built. `DecodeAudio` and `AskAudioFlamingo` take
+`error_handling: {output: NAME}`, like Beam's own steps: dead letters become an output of that name. Without it, the
+first dead letter fails the pipeline.
 """
 
 import difflib
@@ -34,7 +34,7 @@ _DECODE = (
     "storage_options",
 )
 _ENGINE = ("engine", "dtype", "device", "attention", "cuda_graphs", "adapter", "quantize", "slots", "queue_audio_s")
-_FAILING = ("error_handling",)
+_ERROR_HANDLING = ("error_handling",)
 KEYS: Mapping[str, tuple[str, ...]] = {
     "ReadRecordings": ("inputs", "channel", "stream", "allow_prefixes", "storage_options"),
     "AnswerRecordings": (*_MODEL, *_TASKS, *_DECODE, *_ENGINE, "accelerator"),
@@ -42,8 +42,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "Answers": (),
     "DeadLetters": (),
     "Rows": (),
-    "DecodeAudio": (*_MODEL, *_DECODE, *_FAILING),
-    "AskAudioFlamingo": (*_MODEL, *_TASKS, *_ENGINE, *_FAILING),
+    "DecodeAudio": (*_MODEL, *_DECODE, *_ERROR_HANDLING),
+    "AskAudioFlamingo": (*_MODEL, *_TASKS, *_ENGINE, *_ERROR_HANDLING),
 }
 """By step, the keys of its `config`."""
 
@@ -53,14 +53,14 @@ _RESULTS = "AnswerRecordings, which is results"
 _GOOD = "good"  # what Beam's own steps call it
 _FILE = RowTypeConstraint.from_fields([("uri", str)])
 _jobs: "weakref.WeakKeyDictionary[beam.PCollection, JobConfig]" = weakref.WeakKeyDictionary()
-"""What segments were decoded for, while the pipeline is built."""
+"""The job of the `DecodeAudio` step by its output, while the pipeline is built."""
 
 
 class _Step(beam.PTransform):
-    """Checks its `config`, and leaves the rest to the transform of the same name.
+    """Validates the `config` of a step; the transform of the same name does the work.
 
     Raises:
-        JobError: The config has a wrong key or value, or lacks one.
+        JobError: The config has an invalid key or value, or lacks a required key.
     """
 
     def __init__(self, **config: Any) -> None:
@@ -79,7 +79,8 @@ class _Step(beam.PTransform):
 class ReadRecordings(_Step):
     """Lists the recordings in `inputs`: files, folders, globs, manifests, tar shards, data sets.
 
-    Gives audio objects, which `AnswerRecordings` and `DecodeAudio` take. What cannot be listed is in them, too.
+    Its output is audio objects for `AnswerRecordings` and `DecodeAudio`, including dead letters for what cannot be
+    listed.
     """
 
     def expand(self, pipeline: Any) -> Any:
@@ -94,9 +95,9 @@ class ReadRecordings(_Step):
 
 
 class AnswerRecordings(_Step):
-    """Decodes the recordings of `ReadRecordings` and asks `tasks` and `questions` of them.
+    """Decodes the recordings of `ReadRecordings` and runs the model's `tasks` and `questions` on them.
 
-    Gives results, which `WriteResults`, `Answers`, `DeadLetters` and `Rows` take. No recording ends the pipeline.
+    Its output is results for `WriteResults`, `Answers`, `DeadLetters` and `Rows`. No recording fails the pipeline.
     """
 
     def expand(self, objects: Any) -> Any:
@@ -110,7 +111,7 @@ class AnswerRecordings(_Step):
 class WriteResults(_Step):
     """Writes the results of `AnswerRecordings` as a whole output, which `af3pipe audit` and `export` accept.
 
-    Gives a row with the `uri` of the run's record when all is written.
+    Its output is a row with the `uri` of the run record, when everything is written.
     """
 
     def expand(self, results: Any) -> Any:
@@ -135,28 +136,28 @@ class _ViewStep(_Step):
 
 
 class Answers(_ViewStep):
-    """Gives the answers of results: rows with the columns of `Answer`."""
+    """Extracts the answers of results, as rows with the columns of `Answer`."""
 
     _VIEW = transforms.Answers
     _ROWS = Answer
 
 
 class DeadLetters(_ViewStep):
-    """Gives the dead letters of results: rows with the columns of `DeadLetter`."""
+    """Extracts the dead letters of results, as rows with the columns of `DeadLetter`."""
 
     _VIEW = transforms.DeadLetters
     _ROWS = DeadLetter
 
 
 class Rows(_ViewStep):
-    """Gives how each recording ended: rows with the columns of `RecordingRow`."""
+    """Extracts how each recording ended, as rows with the columns of `RecordingRow`."""
 
     _VIEW = transforms.Rows
     _ROWS = RecordingRow
 
 
 class DecodeAudio(_Step):
-    """Decodes the recordings of `ReadRecordings` into segments, which only `AskAudioFlamingo` takes."""
+    """Decodes the recordings of `ReadRecordings` into segments for `AskAudioFlamingo`."""
 
     def expand(self, objects: Any) -> Any:
         _check_input(objects, AudioObject, "ReadRecordings, which is audio objects")
@@ -166,7 +167,7 @@ class DecodeAudio(_Step):
 
 
 class AskAudioFlamingo(_Step):
-    """Asks `tasks` and `questions` of the segments of `DecodeAudio`; gives rows with the columns of `Answer`."""
+    """Runs the model's `tasks` and `questions` on the segments of `DecodeAudio`; outputs rows of `Answer`."""
 
     def expand(self, segments: Any) -> Any:
         _check_input(segments, Segment, "DecodeAudio, which is segments")
@@ -197,7 +198,7 @@ def _error_output(error_handling: Any) -> str | None:
 
 
 def _job(step: str, config: Mapping[str, Any]) -> JobConfig:
-    """The config as a job, of which the step takes its part: a job's checks and defaults hold here, too."""
+    """Validates a step's config as a job, so that the same checks and defaults apply."""
     allowed = KEYS[step]
     for key in config:
         if key not in allowed:
@@ -228,6 +229,6 @@ def _fail(letter: DeadLetter) -> NoReturn:
     raise Rejected(
         letter.stage,
         letter.reason,
-        f"{letter.uri}: {letter.detail}; to have such recordings as rows instead of this end, give the step "
+        f"{letter.uri}: {letter.detail}; to get such recordings as rows instead of this failure, give the step "
         "error_handling: {output: dead_letters}",
     )

@@ -244,4 +244,4 @@ def test_a_model_that_only_the_workers_have_does_not_stop_the_launcher(tmp_path,
     wanted = job(tmp_path, model=str(tmp_path / "baked_into_the_image"))
     elsewhere = beam_options(wanted, ["--runner=PrismRunner", "--environment_type=EXTERNAL"])
     assert batch.preflight(wanted, elsewhere) is None
-    assert "only the workers can tell" in caplog.text
+    assert "only the workers can check it" in caplog.text

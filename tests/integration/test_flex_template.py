@@ -116,7 +116,7 @@ def values(tmp_path):
 @pytest.mark.slow
 def test_a_job_that_was_left_is_counted_when_it_is_done(values, job_service):
     run_id = submit(make_job(values | {"device": "cpu"}), job_service)
-    with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not written enough)"):
+    with pytest.raises(RunFailed, match=f"run {run_id} (is still running|is not complete yet)"):
         finish(values["output"], run_id)
     _, report = finish_when_it_is_done(values["output"], run_id)
     look_at_finished(values["output"], report, "PortableRunner")
@@ -131,7 +131,7 @@ def test_what_a_job_that_was_left_wrote_is_counted_once_it_is_all_there(values, 
     assert started["run_id"] == run_id
     for part in (found_uri(output, run_id), *map(str, Path(output, "recordings").iterdir())):
         Path(part).rename(f"{part}.away")
-        with pytest.raises(RunFailed, match=f"run {run_id} (goes on|has not written enough)"):
+        with pytest.raises(RunFailed, match=f"run {run_id} (is still running|is not complete yet)"):
             finish(output, run_id)
         Path(f"{part}.away").rename(part)
     _, report = finish(output, run_id)

@@ -250,7 +250,7 @@ def test_without_its_job_server_a_run_fails_and_the_same_again_completes_it(
     again = slowly(store, model, "job_server")
     with midway(store, cluster, again) as report:
         cluster.job_server.kill()
-        with pytest.raises(batch.RunFailed, match=r"connection to the job server was lost .* run the same again"):
+        with pytest.raises(batch.RunFailed, match=r"connection to the job server was lost .* run the job again"):
             report.result(60)
     assert "Traceback" not in capfd.readouterr().err
     wait_until(lambda: cluster.jobs()[0]["state"] == "FINISHED", "the job to end without its job server", 240)

@@ -632,8 +632,8 @@ def test_a_killed_run_leaves_word_that_it_began(archive, finish, model, tmp_path
     with caplog.at_level(logging.WARNING):
         report, _ = finish([archive])
     (told,) = [found.message for found in caplog.records if "has not finished" in found.message]
-    assert told.startswith(f"run {started['run_id']}, begun at {started['started_at']} on ")
-    assert "its answers are kept" in told
+    assert told.startswith(f"run {started['run_id']}, started at {started['started_at']} on ")
+    assert "its answers are reused" in told
     record = json.loads((output / "_runs" / f"{report.run_id}.json").read_text())
     assert record["started_at"] <= record["finished_at"]
     assert not (output / "_runs" / f"{report.run_id}.started.json").exists()

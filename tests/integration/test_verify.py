@@ -100,7 +100,7 @@ def test_a_wrong_reply_fails_the_run(altered, model, tmp_path, monkeypatch):
     assert done.exit_code == EXIT_FAILED, done.output
     assert "(reconciles)" in done.output  # every recording is accounted for: it is the reply that is wrong
     assert "Verified 2 requests by plain generate: 3 of 4 replies equal\n" in done.output
-    stopped = "the replies do not verify: 1 of 4 replies are not what plain generate gives; for example "
+    stopped = "the replies do not verify: 1 of 4 replies differ from those of plain generate; for example "
     assert stopped in done.output
     where = f"{altered / 'altered.flac'} (segment 0, task 'transcript') from token 1 on: "
     assert where in done.output

@@ -50,7 +50,7 @@ def test_a_worker_with_another_version(values, tmp_path, elsewhere):
     told = failure(values, tmp_path, workers={"PYTHONPATH": str(elsewhere)}, workers_folder=elsewhere)
     host = socket.gethostname()
     assert told.startswith(f"worker {host} has another version than the launcher {host}: af3pipe 9.9.9 (launcher: ")
-    assert f"(launcher: {af3pipe.__version__}). Install the same on both" in told
+    assert f"(launcher: {af3pipe.__version__}). Install the same version on both" in told
     assert "\n" not in told
     assert rows(tmp_path / "out", "captions") == []
 
@@ -60,8 +60,8 @@ def test_a_worker_with_nothing_of_ours(values, tmp_path, elsewhere):
     missing = "No module named 'af3pipe'"  # which may well be installed where these tests run
     (elsewhere / "af3pipe" / "__init__.py").write_text(f'raise ModuleNotFoundError("{missing}", name="af3pipe")')
     told = failure(values, tmp_path, workers={"PYTHONPATH": str(elsewhere)}, workers_folder=elsewhere)
-    assert told.startswith("a worker cannot make anything of what it was sent (ModuleNotFoundError: No module named")
-    assert f"af3pipe {af3pipe.__version__} with what that needs, Apache Beam 2." in told
+    assert told.startswith("a worker cannot unpickle the job that it was sent (ModuleNotFoundError: No module named")
+    assert f"af3pipe {af3pipe.__version__} with its dependencies, Apache Beam 2." in told
     assert "\n" not in told
 
 

@@ -27,7 +27,7 @@ def test_workers_elsewhere_may_have_an_adapter_that_this_machine_has_not(values,
     job = make_job(values | {"adapter": str(tmp_path / "none")})
     options = beam_options(job, ["--runner=PrismRunner", "--environment_type=EXTERNAL"])
     assert preflight(job, options) == open_checkpoint("demo")
-    assert "the adapter cannot be read on this machine, only the workers can tell" in caplog.text
+    assert "the adapter cannot be read on this machine, so only the workers can check it" in caplog.text
     assert str(tmp_path / "none") in caplog.text
 
 

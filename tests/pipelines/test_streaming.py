@@ -145,8 +145,8 @@ def test_a_folder_that_may_come_is_no_mistake(tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("list.csv", "input list.csv is a manifest or a container; watched are folders and globs of audio"),
-        ("shards/*.tar", "Ask about it with `af3pipe run`"),
+        ("list.csv", "input list.csv is a manifest or a container; only folders and globs of audio can be watched"),
+        ("shards/*.tar", "Process it with `af3pipe run`"),
         ("pubsub://s", "input pubsub://s: subscription is 's'; write projects/PROJECT/subscriptions/NAME"),
         (SUBSCRIPTION, f"input {SUBSCRIPTION}: Pub/Sub does not answer"),
         ("nothing://bucket/a/", "Protocol not known: nothing"),

@@ -362,7 +362,7 @@ def test_a_flag_that_changes_the_runner_leaves_out_what_only_the_jobs_runner_rea
         None,
         "mine",
     )
-    assert "the local runner ignores it: beam.project, beam.region" in caplog.text
+    assert "the local runner does not read it: beam.project, beam.region" in caplog.text
     assert options(**of_dataflow).get_all_options()["project"] == "p"
 
 

@@ -137,7 +137,7 @@ def test_an_answer_of_the_version_before_is_decoded():
 
 def test_a_row_that_the_version_before_did_not_shuffle_is_refused_with_what_to_do():
     old = RowTupleCoder(Recording)._primitives.encode(("a.wav", ()))
-    with pytest.raises(ValueError, match=r"no AudioObject that this version .* can decode; drain the job"):
+    with pytest.raises(ValueError, match=r"this version of af3pipe cannot decode this AudioObject; drain the job"):
         RowTupleCoder(AudioObject).decode(old)
 
 
@@ -192,7 +192,7 @@ def test_fields_that_this_version_does_not_know_are_ignored():
 
 
 def test_a_field_without_a_default_that_a_row_lacks_is_an_error_that_says_what_to_do():
-    with pytest.raises(ValueError, match=r"a _Needs that another version .* lacks needed, also; drain the job"):
+    with pytest.raises(ValueError, match=r"a _Needs encoded by another version .* lacks needed, also; drain the job"):
         RowTupleCoder(_Needs).decode(RowTupleCoder(_Row).encode(ROW))
 
 

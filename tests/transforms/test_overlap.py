@@ -88,7 +88,7 @@ def test_a_failed_bundle_leaves_nothing_for_the_next_one():
 def test_behind_the_outputs_of_an_element_it_says_that_they_are_all():
     dofn = Doubling(max_pending=5)
     dofn.setup()
-    dofn.tells_done = True
+    dofn.emits_done = True
     dofn.start_bundle()
     outputs = [one for n in range(30) for one in dofn.process(n, Timestamp(n), GlobalWindow())]
     outputs += dofn.finish_bundle()

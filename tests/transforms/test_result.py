@@ -77,7 +77,7 @@ def test_only_dead_letters_is_a_dead_letter():
 
 
 def test_nothing_at_all_has_no_terminal_state():
-    with pytest.raises(Unaccounted, match=r"a\.wav came to its end without an answer to each task"):
+    with pytest.raises(Unaccounted, match=r"a\.wav ended without an answer to each task"):
         row_of(RECORDING, [], [])
 
 

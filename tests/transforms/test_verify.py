@@ -65,7 +65,7 @@ def test_long_texts_are_shown_where_they_differ():
 
 
 def test_a_reply_too_few_is_the_engines_fault():
-    with pytest.raises(EngineFailed, match="1 replies to 2 tasks, and 2 when asked alone"):
+    with pytest.raises(EngineFailed, match="1 replies to 2 tasks, and 2 when they were repeated"):
         compare(asked(SAID), TASKS, [SAID, SAID])
 
 
@@ -91,14 +91,13 @@ def test_only_float32_must_be_equal():
     told = {"mismatches": (mismatch(0),)}
     assert Verified(1, 1, 2, 1, wrong=0, dtypes=("bfloat16",), **told).problem is None
     problem = Verified(1, 1, 2, 1, wrong=1, dtypes=("float32",), **told).problem
-    assert problem.startswith("1 of 2 replies are not what plain generate gives; for example a.wav (segment 0, task")
+    assert problem.startswith("1 of 2 replies differ from those of plain generate; for example a.wav (segment 0,")
 
 
 def test_a_sample_of_which_nothing_could_be_asked_again_verifies_nothing():
     gone = (NotAsked("id", "a.wav", 0, "not_found: no such file"),)
-    assert (
-        "none of 2 requests could be asked again, for example a.wav: not_found" in Verified(2, not_asked=gone).problem
-    )
+    problem = Verified(2, not_asked=gone).problem
+    assert "none of 2 sampled requests could be repeated, for example a.wav: not_found" in problem
     assert Verified(2, 1, 1, 1, not_asked=gone).problem is None
     assert Verified().problem is None  # a run in which nothing was answered
 
@@ -109,7 +108,7 @@ def test_a_sample_of_nothing_is_told_where_there_are_answers():
     assert RunReport("run", counts, 1.0, {}, Verified(1, 1, 3, 3)).unverified is None
     assert RunReport("run", counts, 1.0, {}).unverified is None
     assert RunReport("run", counts._replace(answers={"captions": 0}), 1.0, {}, Verified()).unverified is None
-    assert "no request was drawn" in RunReport("run", counts, 1.0, {}, Verified()).unverified
+    assert "no request was sampled" in RunReport("run", counts, 1.0, {}, Verified()).unverified
     assert (
         "none of 2" in RunReport("run", counts, 1.0, {}, Verified(2, not_asked=(NotAsked("", "", 0, ""),))).unverified
     )
@@ -171,7 +170,7 @@ def test_a_request_is_asked_again_with_the_recordings_own_question(dofn, recordi
     [
         (lambda path: path.unlink(), "not_found: "),
         (lambda path: path.write_text("no audio"), "unsupported_format: "),
-        (lambda path: shutil.copy(str(CLIPS / "ticking.flac"), path), "its audio is not what was heard in the run"),
+        (lambda path: shutil.copy(str(CLIPS / "ticking.flac"), path), "its audio differs from that of the run"),
     ],
     ids=["gone", "broken", "replaced"],
 )
@@ -187,7 +186,7 @@ def test_a_segment_that_is_no_longer_there_is_counted(dofn, recording):
     (request,) = answered(dofn, recording)
     found = total(dofn.process([request, request._replace(segment_index=7)]))
     assert found[:4] == (2, 1, 3, 3)
-    assert "has no such segment any more" in found.not_asked[0].detail
+    assert "no longer has this segment" in found.not_asked[0].detail
 
 
 def test_a_lost_engine_ends_the_bundle(recording):

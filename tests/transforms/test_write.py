@@ -30,7 +30,7 @@ from af3pipe.transforms import (
     write,
 )
 from af3pipe.transforms.answer import event_time
-from af3pipe.transforms.write import WriteRows, _shard, _WriteAsTheyComeDoFn
+from af3pipe.transforms.write import WriteRows, _shard, _WriteBufferedDoFn
 from benchmarks import constant_engine
 from tests import fixtures_audio as make
 from tests.collected import Collected
@@ -216,15 +216,15 @@ def test_what_is_bounded_is_written_in_the_same_files_whenever_it_was_modified(t
     assert ids(tmp_path, "dead_letters") == [rows[2].row.recording_id]
 
 
-def batch_writer(output, most_held=1000, every_s=3600.0):
-    dofn = _WriteAsTheyComeDoFn(str(output), RUN, (), {}, most_held=most_held, every_s=every_s)
+def batch_writer(output, max_buffered=1000, every_s=3600.0):
+    dofn = _WriteBufferedDoFn(str(output), RUN, (), {}, max_buffered=max_buffered, every_s=every_s)
     dofn.setup()
     dofn.start_bundle()
     return dofn
 
 
 def test_a_bundle_of_a_batch_is_written_before_it_ends_when_it_is_large(tmp_path):
-    dofn = batch_writer(tmp_path, most_held=3)
+    dofn = batch_writer(tmp_path, max_buffered=3)
     rows = [result(n) for n in range(7)]
     there = []
     for row in rows:

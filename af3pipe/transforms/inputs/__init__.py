@@ -1,1 +1,1 @@
-"""Turns inputs (files, manifests, containers, folders being watched, messages) into recordings."""
+"""Reads inputs (files, manifests, containers, watched folders, messages) into recordings."""

@@ -1,4 +1,4 @@
-"""Checks which URIs manifests and messages may name, so that their authors cannot read whatever this machine can."""
+"""Restricts which URIs manifests and messages may reference, so that their authors cannot read arbitrary files."""
 
 import re
 import unicodedata
@@ -14,15 +14,16 @@ _ELSEWHERE = "which may lead elsewhere; write it without '..' and control charac
 
 
 def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[str] = ()) -> None:
-    """Checks that a manifest may name `url`: a local one anything, another one what is in its own bucket or folder.
+    """Checks that a manifest may reference `url`.
 
-    Beside that, what is below one of `allow_prefixes`. Files of this machine are never named from elsewhere.
+    A local manifest may reference anything. A remote one may reference its own bucket or folder and everything below
+    `allow_prefixes`, but no files of this machine.
 
     Args:
-        url: As it would be opened.
-        source: URI of the manifest, shard or data set that names it.
-        where: Names the row to the user.
-        allow_prefixes: URLs that stand for all that is below them.
+        url: URL as it would be opened.
+        source: URI of the manifest, shard or data set that references it.
+        where: Describes the row in error messages.
+        allow_prefixes: URLs below which everything is allowed.
 
     Raises:
         Rejected: not_allowed; says which row, which URL and what to do.
@@ -41,14 +42,14 @@ def check_named(url: str, *, source: str, where: str, allow_prefixes: Sequence[s
 
 
 def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> None:
-    """Checks that a message may name `url`: only what is below one of `allow_prefixes`, of this machine's files too.
+    """Checks that a message may reference `url`: everything below one of `allow_prefixes`, and nothing else.
 
-    A message has no bucket or folder of its own, and whoever may publish can have written it.
+    A message has no bucket or folder of its own, and anyone who may publish can have written it.
 
     Args:
-        url: As it would be opened.
-        where: Names the message to the user.
-        allow_prefixes: URLs, or folders of this machine, that stand for all that is below them.
+        url: URL as it would be opened.
+        where: Describes the message in error messages.
+        allow_prefixes: URLs, or folders of this machine, below which everything is allowed.
 
     Raises:
         Rejected: not_allowed; says which message, which URL and what to do.
@@ -64,12 +65,12 @@ def check_allowed(url: str, *, where: str, allow_prefixes: Sequence[str]) -> Non
 
 
 def is_remote(uri: str) -> bool:
-    """Returns whether a URI names no file of this machine."""
+    """Returns whether a URI is not a file of this machine."""
     return not names.is_local(uri)
 
 
 def own_prefix(uri: str) -> str:
-    """Returns the bucket of an object; its folder, where it is on no object store."""
+    """Returns the bucket of an object; the folder of a file that is not on an object store."""
     scheme, _, rest = uri.partition("://")
     if names.scheme(uri) in _BUCKET_STORES:
         return f"{scheme}://{rest.lstrip('/').partition('/')[0]}"
@@ -77,7 +78,7 @@ def own_prefix(uri: str) -> str:
 
 
 def is_below(url: str, prefix: str) -> bool:
-    """Returns whether `url` is `prefix`, or below it by whole parts: `s3://b-evil/a` is not below `s3://b`."""
+    """Returns whether `url` is `prefix` or below it, by whole path parts: `s3://b-evil/a` is not below `s3://b`."""
     # A chain (`simplecache::s3://b/a`) goes on to another store behind each "::".
     return bool(prefix) and url.count("::") == prefix.count("::") and names.is_below(_spelled(url), _spelled(prefix))
 
@@ -87,7 +88,7 @@ def _may_lead_elsewhere(url: str) -> bool:
 
 
 def _spelled(url: str) -> str:
-    """The canonical URL; local links are not followed: who can make one on this machine needs no message to read."""
+    """Returns the canonical URL. Local symlinks are not resolved: their authors can read the target anyway."""
     if names.is_local(url):
         return names.local_path(url)
     kind, _, rest = names.canonical(url).rpartition("://")
@@ -95,7 +96,7 @@ def _spelled(url: str) -> str:
 
 
 def _is_local(link: str) -> bool:
-    """In a chain, a link of nothing but letters is a store's name, and any other without `://` a path."""
+    """Returns whether a part of a chained URL is a local path; a part of only letters is a protocol."""
     if "://" in link:
         return names.is_local(link)
     return re.fullmatch("[a-z]+", link) is None

@@ -1,4 +1,4 @@
-"""Messages of Pub/Sub acknowledged once all that they asked for is durable, and leased until then."""
+"""Acknowledges Pub/Sub messages after the rows of all their recordings are written; extends leases until then."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,12 +16,12 @@ from af3pipe.transforms import metrics
 from af3pipe.transforms.inputs.notifications import Waiting, work_name
 from af3pipe.transforms.inputs.pubsub import ACK_DEADLINE_S, acknowledge, check_deadline, modify_deadline
 
-# What becomes of a delivery: None when it came, or which of its items is durable; and how many it has.
+# An event of a delivery: None for its arrival, or the number of an item that is durable; and its number of items.
 _Event = tuple[int | None, int]
 
 
 class _Delivery(NamedTuple):
-    """One delivery of a message, which is told of once and whose items are each told of once."""
+    """Identifies one delivery of a message; its arrival and each of its items are reported once."""
 
     subscription: str
     message_id: str
@@ -37,9 +37,9 @@ def _delivery(waiting: Waiting) -> _Delivery:
 
 
 class _AwaitDoFn(beam.DoFn):
-    """Keyed by work: tells each delivery that waits for it when it is durable, whichever of the two comes first.
+    """Keyed by work: emits an event to each delivery that waits for the work, once the work is durable.
 
-    No timer clears the state: a stream that is stopped would wait for it.
+    Either may arrive first. No timer clears the state, because a stopped stream would wait for the timer.
     """
 
     _DURABLE = ReadModifyWriteStateSpec("durable", BooleanCoder())
@@ -51,31 +51,31 @@ class _AwaitDoFn(beam.DoFn):
         durable: Any = beam.DoFn.StateParam(_DURABLE),
         waiting: Any = beam.DoFn.StateParam(_WAITING),
     ) -> Iterator[tuple[str, _Event]]:
-        _, told = keyed
-        if told:
+        _, item = keyed
+        if item:
             if durable.read():
-                yield _done(told)
+                yield _done(item)
             else:
-                waiting.add(told)
+                waiting.add(item)
             return
         durable.write(True)
         yield from map(_done, waiting.read())
         waiting.clear()
 
 
-def _done(told: tuple[Any, ...]) -> tuple[str, _Event]:
-    delivery, item, items = told
+def _done(waiting: tuple[Any, ...]) -> tuple[str, _Event]:
+    delivery, item, items = waiting
     return delivery, (item, items)
 
 
 class _AcknowledgeDoFn(beam.DoFn):
-    """Keyed by delivery: leases it until all its items are done, and then acknowledges it.
+    """Keyed by delivery: extends its lease until all its items are durable, then acknowledges it.
 
-    By delivery and not by message: what a message names may have changed when it is delivered again, and then is
-    other work. Of a delivery each event comes once, in any order; with the last of them its state is cleared.
+    The key is not the message, because its recordings may have changed when it is delivered again, which makes other
+    work. Each event of a delivery arrives once, in any order; after the last one the state is cleared.
     """
 
-    _IS_HERE = ReadModifyWriteStateSpec("is_here", BooleanCoder())
+    _HAS_ARRIVED = ReadModifyWriteStateSpec("has_arrived", BooleanCoder())
     _DONE = BagStateSpec("done", VarIntCoder())
     _LEASE = TimerSpec("lease", TimeDomain.REAL_TIME)
 
@@ -90,7 +90,7 @@ class _AcknowledgeDoFn(beam.DoFn):
         self,
         keyed: tuple[str, _Event],
         timestamp: Any = beam.DoFn.TimestampParam,
-        is_here: Any = beam.DoFn.StateParam(_IS_HERE),
+        has_arrived: Any = beam.DoFn.StateParam(_HAS_ARRIVED),
         done: Any = beam.DoFn.StateParam(_DONE),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
     ) -> None:
@@ -98,11 +98,11 @@ class _AcknowledgeDoFn(beam.DoFn):
         delivery = _Delivery(*key.split(" "))
         found = set(done.read())
         if item is None:
-            is_here.write(True)
+            has_arrived.write(True)
         else:
             done.add(item)
             found.add(item)
-        if not is_here.read():
+        if not has_arrived.read():
             return
         if len(found) < items:
             if item is None:
@@ -110,7 +110,7 @@ class _AcknowledgeDoFn(beam.DoFn):
             return
         self._to_lease.discard(delivery)
         self._finished.append((delivery, timestamp))
-        is_here.clear()
+        has_arrived.clear()
         done.clear()
         lease.clear()
 
@@ -118,10 +118,10 @@ class _AcknowledgeDoFn(beam.DoFn):
     def on_lease(
         self,
         key: Any = beam.DoFn.KeyParam,
-        is_here: Any = beam.DoFn.StateParam(_IS_HERE),
+        has_arrived: Any = beam.DoFn.StateParam(_HAS_ARRIVED),
         lease: Any = beam.DoFn.TimerParam(_LEASE),
     ) -> None:
-        if is_here.read():
+        if has_arrived.read():
             self._lease(_Delivery(*key.split(" ")), lease)
 
     def _lease(self, delivery: _Delivery, lease: Any) -> None:
@@ -145,36 +145,36 @@ def _by_subscription(deliveries: Iterable[_Delivery]) -> Iterable[tuple[str, lis
 
 
 class AcknowledgeMessages(beam.PTransform):
-    """Acknowledges a message once all that it asked for is durable, and leases it until then.
+    """Acknowledges a message after the rows of all its recordings are written, and extends its lease until then.
 
-    Takes a dict of PCollections: `waiting`, of `Notified`, and `durable`: (recording id, content identity) of each
-    recording whose rows are written, of dead letters, too. Each may come first. A message that is delivered again
-    after that is acknowledged at once; so is another one about the same recording.
+    The input is a dict of PCollections: `waiting`, from `Notified`, and `durable`, (recording id, content identity)
+    of each recording whose rows are written, dead letters included. Either may arrive first. A later delivery of the
+    message, or another message about the same recording, is acknowledged immediately.
 
-    Gives (subscription, message id) of each delivery that Pub/Sub was told to take for acknowledged.
+    The output is (subscription, message id) of each acknowledged delivery.
 
     Args:
-        ack_deadline_s: How long each lease is, 10 to 600 s, from when it is known here which work a message waits
-            for; half of it before its end, it is extended.
+        ack_deadline_s: Length of a lease, 10 to 600 s, from when a message's work is known here; a lease is extended
+            after half of its length.
 
     Raises:
-        ValueError: No such number of seconds.
+        ValueError: The number of seconds is out of range.
     """
 
     def __init__(self, *, ack_deadline_s: int = ACK_DEADLINE_S) -> None:
         super().__init__()
         self._ack_deadline_s = check_deadline(ack_deadline_s)
 
-    def expand(self, told: Any) -> Any:
-        waiting = told["waiting"] | "Waiting" >> beam.WindowInto(GlobalWindows())
-        durable = told["durable"] | "Durable" >> beam.WindowInto(GlobalWindows())
+    def expand(self, inputs: Any) -> Any:
+        waiting = inputs["waiting"] | "Waiting" >> beam.WindowInto(GlobalWindows())
+        durable = inputs["durable"] | "Durable" >> beam.WindowInto(GlobalWindows())
         any_tuple: Any = tuple[str, Any]
         by_work = (
             waiting | "WaitsFor" >> beam.FlatMap(_waits_for).with_output_types(any_tuple),
             durable | "IsDurable" >> beam.Map(_is_durable).with_output_types(any_tuple),
         ) | "ByWork" >> beam.Flatten()
         done = by_work | "Await" >> beam.ParDo(_AwaitDoFn()).with_output_types(any_tuple)
-        delivered = waiting | "Delivered" >> beam.FlatMap(_came).with_output_types(any_tuple)
+        delivered = waiting | "Delivered" >> beam.FlatMap(_arrived).with_output_types(any_tuple)
         return (
             (delivered, done)
             | "ByMessage" >> beam.Flatten()
@@ -191,6 +191,6 @@ def _is_durable(work: tuple[str, str]) -> tuple[str, tuple[Any, ...]]:
     return work_name(*work), ()
 
 
-def _came(waiting: Waiting) -> Iterable[tuple[str, _Event]]:
-    if not waiting.item:  # once, however many items it has
+def _arrived(waiting: Waiting) -> Iterable[tuple[str, _Event]]:
+    if not waiting.item:  # one event, however many items it has
         yield _delivery(waiting).key, (None, waiting.items)

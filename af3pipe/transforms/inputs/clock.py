@@ -1,4 +1,4 @@
-"""The clock of a stream that looks for something again and again."""
+"""Emits a tick at regular intervals, for streams that poll folders or subscriptions."""
 
 import logging
 import math
@@ -22,9 +22,10 @@ _log = logging.getLogger(__name__)
 
 
 class _TickTracker(OffsetRestrictionTracker):
-    """Splits off what is left, and never a half: the half that lies centuries ahead would take the watermark there.
+    """Refuses to split a range of ticks in halves: a half centuries ahead would move the watermark there.
 
-    Prism halves whatever takes a moment, keeps the watermark of the half it asked last, and drops rows as late.
+    Prism halves any range that takes a moment, uses the watermark of the last half, and drops rows as late. Only
+    splitting off the whole remainder is allowed.
     """
 
     def try_split(self, fraction_of_remainder: float) -> Any:
@@ -43,7 +44,7 @@ class _TickRanges(RestrictionProvider):
         return 1
 
     def truncate(self, element: Any, restriction: OffsetRange) -> None:
-        """Drained: there is no further tick."""
+        """Returns no remainder: a drained stream has no further ticks."""
 
 
 class _TickDoFn(beam.DoFn):
@@ -63,14 +64,14 @@ class _TickDoFn(beam.DoFn):
     ) -> Iterator[TimestampedValue]:
         start_s, _, every_s = element
         restriction = tracker.current_restriction()
-        # What fell due while the runner was busy or down is one tick: nothing is looked for twice at a time.
+        # Ticks that were missed while the runner was busy or down become one tick.
         tick = max(restriction.start, math.floor((time.time() - start_s) / every_s))
         at = Timestamp.of(start_s + tick * every_s)
         if at > Timestamp.now():
             watermark.set_watermark(at)
             tracker.defer_remainder(at)
         elif self._is_stopped():
-            tracker.try_claim(restriction.stop)  # so that nothing is left to claim
+            tracker.try_claim(restriction.stop)  # so that the range is finished
         elif tracker.try_claim(tick):
             watermark.set_watermark(at)
             yield TimestampedValue(at.micros / 1e6, at)
@@ -83,25 +84,25 @@ class _TickDoFn(beam.DoFn):
             storage.stat(self._stop_uri)
         except Rejected as rejected:
             if rejected.reason is not Reason.NOT_FOUND:
-                _log.warning("whether to stop cannot be told now: %s", rejected.detail)
+                _log.warning("cannot check whether to stop: %s", rejected.detail)
             return False
         except storage.StorageError as error:  # a store may be down for a while: the stream goes on
-            _log.warning("whether to stop cannot be told now: %s", error)
+            _log.warning("cannot check whether to stop: %s", error)
             return False
         return True
 
 
 class Ticks(beam.PTransform):
-    """Starts a stream with the time, in seconds since 1970-01-01 UTC, now and every so often from now on.
+    """Emits the current time, in seconds since 1970-01-01 UTC, now and then at regular intervals.
 
-    Beam's `PeriodicImpulse`, but what fell due meanwhile is one tick and not all of them at once, and it can be
-    stopped: then the stream ends, and with it, when all is done, the job.
+    Unlike Beam's `PeriodicImpulse`, missed ticks become one tick instead of a burst, and the stream can be stopped,
+    which ends the job when all elements are processed.
 
     Args:
-        every_s: Seconds from one to the next.
-        stop_uri: The stream ends once there is a file of this name.
-        stop_after_s: It ends after so many seconds; None for never.
-        storage_options: As of `ReadRecordings`.
+        every_s: Seconds between two ticks.
+        stop_uri: The stream ends when this file exists.
+        stop_after_s: The stream ends after this many seconds; None for never.
+        storage_options: See `ReadRecordings`.
     """
 
     def __init__(

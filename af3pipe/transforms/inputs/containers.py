@@ -1,6 +1,6 @@
-"""Lists the audio in tar shards, Parquet files and Hugging Face data sets on disk: a row for each.
+"""Lists the audio in tar shards, Parquet files and Hugging Face data sets on disk, as one row each.
 
-The audio itself is not read here: a row says where it is. What could be listed of a damaged container is kept.
+The audio itself is not read here: a row has its location. Rows before the damage in a damaged container are kept.
 """
 
 import functools
@@ -32,14 +32,14 @@ _ROWS_AT_ONCE = 256
 
 
 def container_rows(uri: str, *, named: bool = True) -> Callable[[storage.ObjectInfo], Iterator[Row]] | None:
-    """Returns how to list what is in an object of this name; None where the name is not a container's.
+    """Returns a function that lists the rows of a container; None if the name is not that of a container.
 
-    The rows' iterator raises Rejected where the container is damaged, after the rows that could be read.
+    The function's iterator yields the readable rows, and then raises Rejected if the container is damaged.
 
     Args:
-        uri: Of the object.
-        named: Whether the user named this very object, and not a folder or glob that it was found by. A file of an
-            output of af3pipe raises Rejected (unsupported_format) then, and else is skipped, logged and counted.
+        uri: URI of the object.
+        named: Whether the user gave this object itself as input, and not a folder or glob that contains it. A file of
+            an af3pipe output raises Rejected (unsupported_format) if so; else it is skipped, logged and counted.
     """
     if is_own_record(uri):
         return lambda found: (refuse_own_file if named else skip_own_file)(found.uri)
@@ -54,15 +54,15 @@ def container_rows(uri: str, *, named: bool = True) -> Callable[[storage.ObjectI
 
 
 def arrow_rows(uri: str) -> Iterator[Row]:
-    """The rows of a data set's Arrow file, whatever it is called. Raises Rejected as `container_rows`."""
+    """Yields the rows of a data set's Arrow file, whatever its name. Raises Rejected like `container_rows`."""
     yield from _arrow_rows(storage.stat(uri))
 
 
 def dataset_files(folder: str) -> list[str] | None:
-    """The Arrow files of a Hugging Face data set on disk (`save_to_disk`); None where the folder is none.
+    """Returns the Arrow files of a Hugging Face data set on disk (`save_to_disk`); None if the folder is none.
 
     Raises:
-        Rejected: It is one, but what describes it cannot be understood.
+        Rejected: The files that describe the data set are invalid.
     """
     if splits := _described(folder, "dataset_dict.json"):
         folders = [storage.join(folder, _checked_name(str(split), folder)) for split in splits.get("splits", [])]
@@ -74,20 +74,20 @@ def dataset_files(folder: str) -> list[str] | None:
 
 
 def _no_dataset(folder: str) -> list[str]:
-    raise _bad(f"{folder} is named as a split of a data set, but has no state.json of its own")
+    raise _bad(f"{folder} is listed as a split of a data set, but has no state.json")
 
 
 def _checked_name(name: str, folder: str) -> str:
-    """What describes a data set comes from others, too."""
+    """Checks a file name from a data set's description, which may come from an untrusted source; returns it."""
     if re.search(r"[/\\#]", name) or name in ("", ".", ".."):
-        raise _bad(f"the data set {folder} names {name!r}, which is nothing in its folder")
+        raise _bad(f"the data set {folder} lists {name!r}, which is not a file in its folder")
     return name
 
 
 def _described(folder: str, name: str) -> dict[str, Any] | None:
     try:
         data = storage.read_bytes(storage.join(folder, name))
-    except Rejected:  # not there, or there is no telling: then the folder is listed as any other
+    except Rejected:  # it does not exist or cannot be read: the folder is listed like any other
         return None
     try:
         found = json.loads(data)
@@ -101,7 +101,7 @@ def _described(folder: str, name: str) -> dict[str, Any] | None:
 
 
 class _Sample(NamedTuple):
-    """The members of a tar that have a name in common, up to its first dot."""
+    """Groups the members of a tar whose names are equal up to the first dot."""
 
     key: str
     audio: list[Span]
@@ -112,13 +112,13 @@ class _Sample(NamedTuple):
 def _refuse_packed(shard: storage.ObjectInfo) -> Iterator[Row]:
     yield from ()
     raise _bad(
-        f"{shard.uri} is compressed as a whole, so that nothing in it can be read without all that is before it. "
+        f"{shard.uri} is compressed as a whole, so that reading a member would mean reading all that is before it. "
         "Unpack it to a plain .tar first"
     )
 
 
 def _tar_rows(shard: storage.ObjectInfo) -> Iterator[Row]:
-    """WebDataset's reading of a tar: members with one name up to the first dot are one sample."""
+    """Yields the rows of a WebDataset tar, in which members with equal names up to the first dot are one sample."""
     with storage.open_version(shard) as file:
         if file.read(8).startswith(_PACKED_MAGIC):
             yield from _refuse_packed(shard)
@@ -160,7 +160,7 @@ def _key(name: str) -> str:
 
 
 def _members(file: BinaryIO, shard: storage.ObjectInfo) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar but folders; raises where it is damaged, which `tarfile` takes for its end."""
+    """Yields the members of a tar except folders; raises if it is damaged, where `tarfile` would silently end."""
     size_bytes = file.seek(0, 2)
     file.seek(0)
     if size_bytes == 0:
@@ -169,7 +169,7 @@ def _members(file: BinaryIO, shard: storage.ObjectInfo) -> Iterator[tarfile.TarI
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # or it keeps what it has told
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps all members in memory
                 position = info.offset
                 if info.offset_data + info.size > size_bytes:
                     what = f"its member {_shown(info.name)} goes on to byte {info.offset_data + info.size}"
@@ -178,7 +178,7 @@ def _members(file: BinaryIO, shard: storage.ObjectInfo) -> Iterator[tarfile.TarI
                     yield info
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise _bad(f"{shard.uri} is damaged behind byte {position}: {error}") from error
+        raise _bad(f"{shard.uri} is damaged after byte {position}: {error}") from error
     file.seek(end)
     block = file.read(_BLOCK_BYTES)
     if not block:
@@ -187,7 +187,7 @@ def _members(file: BinaryIO, shard: storage.ObjectInfo) -> Iterator[tarfile.TarI
         raise _bad(f"{shard.uri} is damaged at byte {end}: there is no header of a member")
     behind = file.read(64 << 10)
     if behind.strip(b"\0"):
-        raise _bad(f"{shard.uri} ends at byte {end}, but goes on behind that: tars that were joined; take them apart")
+        raise _bad(f"{shard.uri} ends at byte {end}, but more data follows: separate tars that were concatenated")
 
 
 def _sample_rows(sample: _Sample, shard: storage.ObjectInfo) -> Iterator[Row]:
@@ -208,8 +208,8 @@ def _sample_rows(sample: _Sample, shard: storage.ObjectInfo) -> Iterator[Row]:
     except Rejected as rejected:
         columns = rejected
     for span in sample.audio:
-        held = _member(shard, span.uri, span.size_bytes)
-        yield Row(f"member {_shown(span.name)} of {shard.uri}", span.uri, columns, extra, held)
+        stored = _member(shard, span.uri, span.size_bytes)
+        yield Row(f"member {_shown(span.name)} of {shard.uri}", span.uri, columns, extra, stored)
     for name in sample.links:
         where = f"member {_shown(name)} of {shard.uri}"
         yield Row(where, _sample_uri(shard, name), _bad(f"{where} is a link; pack the file itself"))
@@ -220,13 +220,13 @@ def _sample_rows(sample: _Sample, shard: storage.ObjectInfo) -> Iterator[Row]:
 
 
 def _member(shard: storage.ObjectInfo, uri: str, size_bytes: int | None) -> storage.ObjectInfo:
-    """What is known of a member, from its shard. An empty canonical name stays empty: nobody knows it."""
+    """Makes the ObjectInfo of a member from its shard; an empty (unknown) canonical name stays empty."""
     canonical = shard.canonical and shard.canonical + uri[len(shard.uri) :]
     return storage.ObjectInfo(uri, size_bytes, identity(shard), shard.mtime, canonical)
 
 
 def _sample_uri(shard: storage.ObjectInfo, name: str) -> str:
-    """Names what is no audio: nothing can be opened by it."""
+    """Returns a URI that identifies a sample without audio in a dead letter; it cannot be opened."""
     return f"{shard.uri}#sample={quote(name, safe='', errors='surrogateescape')}"
 
 
@@ -242,7 +242,7 @@ def _names_audio(columns: Mapping[str, Any]) -> bool:
 
 
 def _audio_column(schema: Any) -> str | None:
-    """The column of a Hugging Face `Audio` feature: a struct with `bytes`, by its metadata or its name."""
+    """Finds the column of a Hugging Face `Audio` feature: a struct with `bytes`, by its metadata or its name."""
     kinds: dict[str, Any] = {}
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
@@ -261,7 +261,7 @@ def _has_bytes(kind: Any) -> bool:
 
 
 def _parquet_rows(found: storage.ObjectInfo, *, named: bool) -> Iterator[Row]:
-    """The rows of a Parquet file with audio in it; of one without, those of a manifest."""
+    """Yields the rows of a Parquet file with embedded audio; without audio, the rows of a manifest."""
     number = 0
     is_own = False
     try:
@@ -275,9 +275,9 @@ def _parquet_rows(found: storage.ObjectInfo, *, named: bool) -> Iterator[Row]:
                         name = (row.pop(audio) or {}).get("path")
                         cell = Cell(found.uri, number, audio, _base(name))
                         # Its size would have to be read with the audio itself.
-                        held = _member(found, cell.uri, None) if there else None
+                        stored = _member(found, cell.uri, None) if there else None
                         number += 1
-                        yield _audio_row(number, found.uri, cell.uri, name, row, held)
+                        yield _audio_row(number, found.uri, cell.uri, name, row, stored)
     except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError to pyarrow
         raise _bad(f"{found.uri} cannot be read beyond row {number}: {error}") from error
     if is_own and not named:
@@ -287,7 +287,7 @@ def _parquet_rows(found: storage.ObjectInfo, *, named: bool) -> Iterator[Row]:
 
 
 def _batches(parquet: ParquetFile, audio: str) -> Iterator[tuple[Any, list[bool]]]:
-    """Batches of all columns but the bytes, and of each row whether it has bytes: of most, the footer tells."""
+    """Yields batches without the audio bytes, and for each row whether it has bytes, mostly known from the footer."""
     paths = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
     leaf = f"{audio}.bytes"
     columns = [field.name for field in parquet.schema_arrow if field.name != audio and not is_binary(field.type)]
@@ -315,14 +315,14 @@ def _with_column(batch: Any, audio: str) -> Any:
 
 
 def _without_bytes(struct: Any) -> Any:
-    """The structs, with nothing in them but the path."""
+    """Returns the structs with their path only."""
     if struct.type.get_field_index("path") < 0:
         return pa.nulls(len(struct))
     return pa.StructArray.from_arrays([struct.field("path")], ["path"], mask=struct.is_null())
 
 
 def _arrow_rows(found: storage.ObjectInfo) -> Iterator[Row]:
-    """The rows of an Arrow stream, as `save_to_disk` writes it: in it bytes lie as they are, one row's together."""
+    """Yields the rows of an Arrow stream (`save_to_disk`), in which each row's audio bytes are contiguous."""
     number = 0
     try:
         with storage.open_version(found) as opened, _arrow_file(found.uri, opened) as source:
@@ -334,12 +334,12 @@ def _arrow_rows(found: storage.ObjectInfo) -> Iterator[Row]:
 
 
 def _arrow_file(uri: str, opened: BinaryIO) -> Any:
-    # Mapped, a local file is not read but for what is looked at. Otherwise a batch is in memory at a time.
+    # Of a memory-mapped local file, only the needed parts are read. Otherwise, one batch at a time is in memory.
     return pa.memory_map(uri) if "://" not in uri else pa.PythonFile(opened, mode="r")
 
 
 def _rows_of_stream(source: Any, found: storage.ObjectInfo) -> Iterator[Row]:
-    # Arrow's file format is a stream, with eight bytes before it and an index behind it.
+    # Arrow's file format is a stream with eight bytes before it and an index after it.
     source.seek(len(_ARROW_FILE) if source.read(len(_ARROW_FILE)) == _ARROW_FILE else 0)
     schema = pa.ipc.read_schema(pa.ipc.read_message(source))
     audio = _audio_column(schema)
@@ -357,13 +357,13 @@ def _rows_of_stream(source: Any, found: storage.ObjectInfo) -> Iterator[Row]:
         for row, place in zip(plain.to_pylist(), spans, strict=True):
             name = (row.pop(audio) or {}).get("path")
             number += 1
-            uri, held = f"{found.uri}#row={number - 1}", None
+            uri, stored = f"{found.uri}#row={number - 1}", None
             if place is not None:
                 uri = Span(found.uri, *place, _base(name)).uri
-                held = _member(found, uri, place[1])
-            yield _audio_row(number, found.uri, uri, name, row, held)
+                stored = _member(found, uri, place[1])
+            yield _audio_row(number, found.uri, uri, name, row, stored)
     if source.tell() == end:
-        raise _bad(f"{found.uri} is cut off behind row {number}: the mark that ends it is missing")
+        raise _bad(f"{found.uri} is cut off after row {number}: its end marker is missing")
 
 
 def _messages(source: Any) -> Iterator[Any]:
@@ -373,12 +373,12 @@ def _messages(source: Any) -> Iterator[Any]:
         except EOFError:
             return
         if message.type != "record batch":
-            raise pa.ArrowInvalid(f"a {message.type} is in it; save it again, without dictionaries, or as Parquet")
+            raise pa.ArrowInvalid(f"it contains a {message.type}; save it again without dictionaries, or as Parquet")
         yield message
 
 
 def _spans(struct: Any, message: Any, body_offset: int, uri: str) -> list[tuple[int, int] | None]:
-    """(offset in the file, size) of each row's bytes; None where it has none."""
+    """Returns (offset in the file, size) of each row's audio bytes; None for rows without bytes."""
     values = struct.field("bytes")
     _, offsets, data = values.buffers()
     if data is None or data.size == 0:
@@ -386,7 +386,7 @@ def _spans(struct: Any, message: Any, body_offset: int, uri: str) -> list[tuple[
     else:
         inside = data.address - message.body.address
         if not 0 <= inside <= message.body.size - data.size:
-            raise _bad(f"{uri} holds compressed batches; save it without compression, or as Parquet")
+            raise _bad(f"{uri} has compressed batches; save it without compression, or as Parquet")
     width = np.int64 if pa.types.is_large_binary(values.type) else np.int32
     bounds = np.frombuffer(offsets, width)[values.offset : values.offset + len(values) + 1].tolist()
     there = zip(values.is_valid().to_pylist(), struct.is_valid().to_pylist(), bounds, bounds[1:], strict=False)
@@ -394,16 +394,21 @@ def _spans(struct: Any, message: Any, body_offset: int, uri: str) -> list[tuple[
 
 
 def _audio_row(
-    number: int, container: str, uri: str, name: str | None, extra: Mapping[str, Any], held: storage.ObjectInfo | None
+    number: int,
+    container: str,
+    uri: str,
+    name: str | None,
+    extra: Mapping[str, Any],
+    stored: storage.ObjectInfo | None,
 ) -> Row:
     where = f"row {number} of {container}"
-    if held is None and not name:
-        return Row(where, uri, _bad(f"{where} holds no audio, and names none"))
-    return Row(where, uri, {} if held else {"uri": name}, extra, held)
+    if stored is None and not name:
+        return Row(where, uri, _bad(f"{where} has no audio and no path of one"))
+    return Row(where, uri, {} if stored else {"uri": name}, extra, stored)
 
 
 def _base(name: str | None) -> str:
-    """The last part of a path, whichever system wrote it."""
+    """Returns the last part of a path with slashes or backslashes."""
     return (name or "").replace("\\", "/").rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""What is told of several times, by messages or by several inputs, once."""
+"""Deduplicates recordings that arrive via several messages or inputs."""
 
 import time
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ from af3pipe.transforms.inputs.read import tagged
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, recording_of
 
 REMEMBER_S = 24 * 3600
-"""Stores tell of an object twice within minutes, if they do. What is told of later is asked again."""
+"""Duplicate notifications of stores arrive within minutes; a notification after this time is processed again."""
 
 
 def _version(found: Recording | DeadLetter) -> str:
-    """Of which bytes of what; rows of messages may give the same id to several recordings."""
+    """Identifies content and part of an object; rows of messages may give the same id to several recordings."""
     if isinstance(found, DeadLetter):
         return repr((found.reason.value, _version(recording_of(found.input))))
     cut = found.offset_s, found.duration_s, found.channel, found.stream
     return repr((found.content_identity, found.uri, *cut))
 
 
-class _OnceDoFn(beam.DoFn):
-    """Keyed by recording: lets a version pass unless it was the last to pass, not long ago.
+class _DeduplicateDoFn(beam.DoFn):
+    """Keyed by recording: drops a version if it was the last one to pass and that was recently.
 
-    No timer clears the state: a stream that is stopped would wait for it.
+    No timer clears the state, because a stopped stream would wait for the timer.
     """
 
     _PASSED = ReadModifyWriteStateSpec("passed", StrUtf8Coder())
@@ -43,20 +43,20 @@ class _OnceDoFn(beam.DoFn):
         version = _version(found)
         passed_at, _, passed_version = (passed.read() or "0 ").partition(" ")
         if passed_version == version and time.time() - float(passed_at) < self._remember_s:
-            if isinstance(found, Recording):  # a dead letter is done when it is made
+            if isinstance(found, Recording):  # dead letters are not counted
                 metrics.count("recordings_repeated")
             return
         passed.write(f"{time.time()!r} {version}")
         yield from tagged([found])
 
 
-class Once(beam.PTransform):
-    """Lets each version of a recording, and each of its dead letters, pass once in `remember_s` seconds.
+class Deduplicate(beam.PTransform):
+    """Drops repetitions of a version of a recording, or of one of its dead letters, within `remember_s` seconds.
 
-    Takes and gives an `Outcome` of `Recording`. What comes back as it was, after it was something else, passes again.
+    Input and output are an `Outcome` of `Recording`. A version that returns after another version passes again.
 
     Args:
-        remember_s: How long what has passed is remembered.
+        remember_s: How long the last version of a recording is remembered.
     """
 
     def __init__(self, remember_s: float = REMEMBER_S) -> None:
@@ -64,13 +64,13 @@ class Once(beam.PTransform):
         self._remember_s = remember_s
 
     def expand(self, found: Any) -> Any:
-        once = (
+        distinct = (
             (found.good, found.dead_letters)
             | "RecordingsAndLetters" >> beam.Flatten()
             | "ById" >> beam.Map(lambda one: (one.recording_id, one)).with_output_types(tuple[str, Any])
-            | "Once"
-            >> beam.ParDo(_OnceDoFn(self._remember_s))
+            | "Deduplicate"
+            >> beam.ParDo(_DeduplicateDoFn(self._remember_s))
             .with_output_types(Recording, **{DEAD_LETTERS: DeadLetter})
             .with_outputs(DEAD_LETTERS, main="recordings")
         )
-        return Outcome(once.recordings, once[DEAD_LETTERS])
+        return Outcome(distinct.recordings, distinct[DEAD_LETTERS])

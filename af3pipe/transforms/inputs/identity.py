@@ -1,4 +1,4 @@
-"""Gives recordings their ids: rows that name the same audio become one recording, or one for each metadata."""
+"""Assigns ids to recordings: rows about the same audio become one recording, or one for each distinct metadata."""
 
 import hashlib
 from collections import defaultdict
@@ -18,19 +18,20 @@ from af3pipe.transforms.outcome import to_dead_letter
 
 
 def has_own_id(recording: Recording) -> bool:
-    """Whether a manifest or a message gave the recording its id."""
+    """Returns whether the recording's id is from a manifest or a message."""
     return recording.recording_id != recording.source_key
 
 
 def check_id(
     mentions: Iterable[Recording], existing: Iterable[ExistingRecording] = ()
 ) -> Iterator[Recording | DeadLetter]:
-    """Gives the mentions of one id that a manifest gave, as far as they name the same audio with the same metadata.
+    """Checks an id from manifests: yields the mentions of one recording, and dead letters for all other mentions.
 
-    Others are dead letters, under an id of their own, that name both: an id names one recording, in all runs.
+    An id identifies one audio with one metadata, in all runs. A dead letter for a clash has another id and describes
+    both recordings.
 
     Args:
-        mentions: All with this id.
+        mentions: All mentions with this id.
         existing: Rows of earlier runs with this id.
     """
     mentions = sorted(mentions, key=lambda found: (found.uri, found.size_bytes is None, repr(found)))
@@ -41,7 +42,7 @@ def check_id(
             yield _clash(found, f"an earlier run into this output gave it to {where}")
         return
     if earlier is not None:
-        # The one that has the id keeps it, whatever comes later.
+        # The recording that already has the id keeps it.
         mentions.sort(
             key=lambda found: (
                 is_other_source(earlier, found),
@@ -67,7 +68,7 @@ def _span(recording: Recording) -> str:
 
 def _clash(recording: Recording, why: str) -> DeadLetter:
     detail = f"id {recording.recording_id!r} cannot be that of {recording.uri}{_span(recording)}: {why}"
-    # An id that neither the other has, nor this audio where it is named without an id.
+    # This id differs from that of the other recording, and from that of this audio without an id.
     parts = recording.recording_id, recording.source_key, recording.metadata
     renamed = recording._replace(recording_id=_hash("clash", *parts))
     error = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"{detail}; ids must be unique")
@@ -81,15 +82,15 @@ def _hash(*parts: str) -> str:
 def name_recordings(
     mentions: Sequence[Recording], existing: Sequence[ExistingRecording] = ()
 ) -> Iterator[Recording | DeadLetter]:
-    """Makes recordings, each once, of all mentions of one object.
+    """Deduplicates all mentions of one object into recordings with ids.
 
-    Rows with the same audio, id and metadata are one recording with the questions of all of them. Rows without an id
-    that differ in metadata are recordings of their own, with ids that follow from audio and metadata; one that says
-    nothing but the audio (a listed file) is every one of these.
+    Rows with the same audio, id and metadata are one recording with all their questions. Rows without an id that
+    differ in metadata are separate recordings, with ids derived from audio and metadata; a mention without id,
+    metadata and questions (a listed file) then adds no further recording.
 
     Args:
-        mentions: Of one object; ids that manifests gave were checked by `check_id`.
-        existing: Rows of earlier runs about the object: what has an id already keeps it.
+        mentions: Mentions of one object; ids from manifests were checked by `check_id`.
+        existing: Rows of earlier runs about the object; recordings keep the ids they have there.
     """
     existing_by_source: dict[str, list[ExistingRecording]] = defaultdict(list)
     for row in existing:
@@ -113,9 +114,10 @@ def name_recordings(
 
 
 def _ids_for(source: str, unnamed: Sequence[str], existing: Sequence[ExistingRecording]) -> dict[str, str]:
-    """Ids of recordings without one of their own, by metadata: the same in every run, whatever others there are.
+    """Returns ids, by metadata, of recordings without an id: the same ids in every run, independent of the others.
 
-    One of them has the `source_key` itself: that which an earlier run gave it to, else the only one there is.
+    One recording has the `source_key` as id: the one that has it from an earlier run, else the only one, if there is
+    only one.
     """
     with_metadata = {metadata: _hash(source, metadata) for metadata in unnamed}
     newest: dict[str, ExistingRecording] = {}
@@ -126,14 +128,14 @@ def _ids_for(source: str, unnamed: Sequence[str], existing: Sequence[ExistingRec
     holders = unknown if len(unnamed) == 1 else []
     if source in newest:
         there = newest[source]
-        # What format 1 wrote as text may be one of two: that which is text still.
+        # Text of format 1 may match two (a number or a text): prefer the text.
         same = sorted((one for one in unknown if is_same_metadata(there, one)), key=lambda one: one != there.metadata)
         holders = same[:1] or holders
     return with_metadata | dict.fromkeys(holders, source)
 
 
 def _merged(mentions: Sequence[Recording]) -> Iterator[Recording | DeadLetter]:
-    """One recording with the questions of all mentions; one whose question clashes is a dead letter of it."""
+    """Merges mentions into one recording with all questions; a mention whose question id clashes is a dead letter."""
     requested: dict[str, Question] = {}
     for found in mentions:
         clash = next((q for q in found.questions if q.question_id and requested.get(q.question_id, q) != q), None)

@@ -1,4 +1,4 @@
-"""Rows of a manifest to recordings, one at a time. A bad row is a dead letter; the others go on."""
+"""Reads manifests (JSONL, CSV, Parquet) into recordings; a bad row becomes a dead letter and affects no other."""
 
 import csv
 import gzip
@@ -40,37 +40,37 @@ ID_COLUMNS = ("id", "recording_id")
 _CONVERSATION_COLUMNS = ("conversation", "conversations")
 _MOST_LINE_BYTES = 64 << 20
 _ROWS_AT_ONCE = 1024
-# In the text of a LLaVA-style turn these stand for the audio, which the model's own template puts where it belongs.
+# Audio placeholders in LLaVA-style turns; the model's own template inserts the audio.
 _PLACEHOLDER = re.compile(r"\s*<(?:sound|audio|speech)>\s*")
 
 
 class Row(NamedTuple):
-    """One row of an input, before it is known to be a recording.
+    """Is one row of an input, before it is validated.
 
     Attributes:
-        where: Names it to the user.
-        uri: Names it where it names no audio itself.
-        columns: Those that say what to read and ask; an exception where the row could not be read.
-        extra: Columns that only ride along.
-        held: The audio itself, where the row holds it.
+        where: Describes the row in error messages.
+        uri: Identifies the row in a dead letter, if it references no audio.
+        columns: Columns that say what to read and ask; an exception if the row could not be read.
+        extra: Columns that are only metadata.
+        audio: The audio, if the container has it or its URI is already checked.
     """
 
     where: str
     uri: str
     columns: Any
     extra: Mapping[str, Any] = {}
-    held: storage.ObjectInfo | None = None
+    audio: storage.ObjectInfo | None = None
 
 
 def is_manifest(uri: str) -> bool:
-    """Whether a name is a manifest's, by its suffix; of a Parquet file only its columns tell."""
+    """Returns whether a name has the suffix of a manifest; a Parquet file may also contain audio."""
     return uri.lower().endswith(MANIFEST_SUFFIXES)
 
 
 def read_manifest(
     uri: str, *, channel: str = MIX, stream: int | None = None, allow_prefixes: Sequence[str] = ()
 ) -> Iterator[Recording | DeadLetter]:
-    """A manifest's recordings, in order, read as they are taken; a bad row gives the dead letter that says why.
+    """Reads a manifest lazily and yields its recordings in order; a bad row yields a dead letter.
 
     Columns: `uri` (or NeMo's `audio_filepath`, or `path`; relative names start from the manifest's folder), and if
     wanted `id`, `offset` and `duration` in seconds, `channel` (`mix`, `left`, `right` or an index from 0), `stream`
@@ -80,19 +80,20 @@ def read_manifest(
 
     Args:
         uri: A `.jsonl`, `.csv`, `.tsv` (each also with `.gz`) or `.parquet` file on any fsspec URL.
-        channel: Of rows that name none.
-        stream: Of rows that name none.
-        allow_prefixes: What rows may name beside their manifest's own bucket or folder; see `trust.check_named`.
+        channel: Channel of rows that have none.
+        stream: Stream of rows that have none.
+        allow_prefixes: URLs that rows may reference beside the manifest's own bucket or folder; see
+            `access.check_named`.
 
     Raises:
-        Rejected: The manifest itself cannot be read, or not beyond a point.
+        Rejected: The manifest cannot be read, or not to its end.
     """
     for row in manifest_rows(uri):
         yield read_row(row, uri, channel=channel, stream=stream, allow_prefixes=allow_prefixes)
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: names and JSON may hold half of a surrogate pair."""
+    """Returns whether a string can be encoded as UTF-8: names and JSON may contain half of a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -103,27 +104,27 @@ def is_text(value: str) -> bool:
 def read_row(
     row: Row, source: str, *, channel: str, stream: int | None, allow_prefixes: Sequence[str] = ()
 ) -> Recording | DeadLetter:
-    """What a row says is to be read and asked, or why that cannot be.
+    """Converts a row to a recording, or to a dead letter if it is invalid.
 
     Args:
-        row: Of a manifest, a shard or a data set.
-        source: URI of that.
-        channel: Where the row names none.
-        stream: Where the row names none.
-        allow_prefixes: As for `read_manifest`.
+        row: Row of a manifest, a shard or a data set.
+        source: URI of that manifest, shard or data set.
+        channel: Channel if the row has none.
+        stream: Stream if the row has none.
+        allow_prefixes: See `read_manifest`.
     """
     try:
         columns, extra = _checked(row.columns, row.where), _checked(row.extra, row.where)
         return _recording({"channel": channel, "stream": stream} | columns, extra, row, source, allow_prefixes)
     except Rejected as rejected:
         error = rejected
-    except Exception as unexpected:  # noqa: BLE001 - whatever a row holds, the rows after it are read
+    except Exception as unexpected:  # noqa: BLE001 - a row must not stop the rows after it
         error = _bad(f"{row.where}: {type(unexpected).__name__}: {unexpected}")
     return to_dead_letter(error, Recording(source_key(row.uri), row.uri), stage=Stage.LIST)
 
 
 def manifest_rows(uri: str) -> Iterator[Row]:
-    """The rows of a manifest. Raises as `read_manifest`."""
+    """Yields the rows of a manifest. Raises Rejected like `read_manifest`."""
     name = uri.lower().removesuffix(".gz")
     read = _parquet_rows if name.endswith(".parquet") else _json_rows if name.endswith("jsonl") else _csv_rows
     read = _json_rows if name.endswith(".ndjson") else read
@@ -146,9 +147,7 @@ def _json_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
             return
         where, name = f"line {number} of {uri}", f"{uri}#line={number}"
         if len(line) == _MOST_LINE_BYTES and not line.endswith(b"\n"):
-            raise _bad(
-                f"{where} is longer than {_MOST_LINE_BYTES >> 20} MiB; this is no manifest, or not from there on"
-            )
+            raise _bad(f"{where} is longer than {_MOST_LINE_BYTES >> 20} MiB; this is no manifest, or it is damaged")
         text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
         if text.strip():
             yield Row(where, name, _json(text, where))
@@ -162,7 +161,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _csv_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
-    """All columns as text, as they are written: `007` is a name, and `2024-01-02` is what the user wants back."""
+    """Yields the rows of a CSV file with all columns as text: `007` and `2024-01-02` are kept verbatim."""
     tabs = uri.lower().removesuffix(".gz").endswith(".tsv")
     lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     reader = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
@@ -183,20 +182,20 @@ def _csv_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
         except csv.Error as error:
             fields = error
         last_line = reader.line_num
-        lines_told = f"line {first_line}" if first_line >= last_line else f"lines {first_line} to {last_line}"
-        where = f"row {number} ({lines_told}) of {uri}"
+        line_range = f"line {first_line}" if first_line >= last_line else f"lines {first_line} to {last_line}"
+        where = f"row {number} ({line_range}) of {uri}"
         columns: Any
         if isinstance(fields, csv.Error):
             columns = _bad(f"{where}: {fields}")
         elif len(fields) != len(names):
-            columns = _bad(f"{where} has {len(fields)} columns, and the first line names {len(names)}")
+            columns = _bad(f"{where} has {len(fields)} columns, and the first line has {len(names)}")
         else:
             columns = dict(zip(names, fields, strict=True))
         yield Row(where, f"{uri}#row={number}", columns)
 
 
 def _check_columns(uri: str, names: Sequence[str]) -> None:
-    """Without a column of names every row would be a dead letter; of two columns of one name, one would be lost."""
+    """Raises Rejected if there is no column of URIs, or if two columns have the same name."""
     if not set(names).intersection(URI_COLUMNS):
         raise _bad(
             f"manifest {uri} names no audio; it needs one of the columns {', '.join(URI_COLUMNS)}, and has "
@@ -204,11 +203,11 @@ def _check_columns(uri: str, names: Sequence[str]) -> None:
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise _bad(f"manifest {uri} names a column twice: {', '.join(twice)}")
+        raise _bad(f"manifest {uri} has a column twice: {', '.join(twice)}")
 
 
 def _parquet_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
-    # Or column chunks would be read whole.
+    # Without a buffer size, column chunks would be read whole.
     parquet = ParquetFile(file, buffer_size=1 << 20)
     if is_own_table(parquet.schema_arrow):
         raise own_file(uri)
@@ -216,7 +215,7 @@ def _parquet_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
     _check_columns(uri, columns)
     number = 0
     try:
-        for group in range(parquet.metadata.num_row_groups):  # a damaged one costs none before it
+        for group in range(parquet.metadata.num_row_groups):  # a damaged one does not affect those before it
             for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():
                     number += 1
@@ -226,7 +225,7 @@ def _parquet_rows(uri: str, file: BinaryIO) -> Iterator[Row]:
 
 
 def is_binary(kind: Any) -> bool:
-    """Whether an Arrow type is of bytes, or has them in it: that is no column to ride along."""
+    """Returns whether an Arrow type is binary or contains binary data, which cannot be metadata."""
     bare = pa.types
     if bare.is_binary(kind) or bare.is_large_binary(kind) or bare.is_fixed_size_binary(kind) or "view" in str(kind):
         return not bare.is_string(kind) and str(kind) != "string_view"
@@ -239,38 +238,38 @@ def _checked(columns: Any, where: str) -> dict[str, Any]:
     if not isinstance(columns, Mapping):
         raise _bad(f"{where} is not an object with columns")
     if not is_text(json.dumps(columns, default=str, ensure_ascii=False)):
-        raise _bad(f"{where} holds text that is not valid Unicode")
+        raise _bad(f"{where} has text that is not valid Unicode")
     return {name: value for name, value in columns.items() if value is not None and value != ""}
 
 
 def _recording(
     columns: dict[str, Any], extra: Mapping[str, Any], row: Row, source: str, allow_prefixes: Sequence[str]
 ) -> Recording:
-    where, held = row.where, row.held
-    if held is None:
+    where, audio = row.where, row.audio
+    if audio is None:
         named = next((columns.pop(name) for name in URI_COLUMNS if name in columns), None)
         if not isinstance(named, str):
             raise _bad(f"{where} names no audio; it needs one of the columns {', '.join(URI_COLUMNS)}")
         url = storage.resolve(named, storage.parent(source))
         check_named(url, source=source, where=where, allow_prefixes=allow_prefixes)
-        held = storage.ObjectInfo(url, None, None, None)
+        audio = storage.ObjectInfo(url, None, None, None)
     offset_s = _seconds(columns.pop("offset", 0.0), "offset", where)
     duration = columns.pop("duration", None)
     duration_s = None if duration is None else _seconds(duration, "duration", where)
     try:
         channel, stream = channel_text(columns.pop("channel")), stream_index(columns.pop("stream"))
-        questions, told = _questions(columns)
+        questions, more = _questions(columns)
     except ValueError as error:
         raise _bad(f"{where}: {error}") from error
     named_id = next((str(columns.pop(name)) for name in ID_COLUMNS if name in columns), None)
-    metadata = {**extra, **columns, **told}
-    uri = held.canonical or storage.canonical(held.uri)
+    metadata = {**extra, **columns, **more}
+    uri = audio.canonical or storage.canonical(audio.uri)
     return Recording(
         recording_id=named_id or source_key(uri, offset_s, duration_s, channel=channel, stream=stream),
         uri=uri,
-        size_bytes=held.size_bytes,
-        etag=held.etag,
-        mtime=held.mtime,
+        size_bytes=audio.size_bytes,
+        etag=audio.etag,
+        mtime=audio.mtime,
         offset_s=offset_s,
         duration_s=duration_s,
         questions=questions,
@@ -291,12 +290,12 @@ def _seconds(value: Any, name: str, where: str) -> float:
 
 
 def _questions(columns: dict[str, Any]) -> tuple[tuple[Question, ...], dict[str, Any]]:
-    """Takes from the columns what they ask; gives that, and those columns that say more than what is asked.
+    """Removes the question columns and returns their questions, and those columns that also have other data.
 
     Raises:
-        ValueError: A column that holds no question.
+        ValueError: A question column is invalid.
     """
-    told: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     choices = read_choices(columns.pop("choices")) if "choices" in columns else None
     entries = [question_keys(item, choices) for item in _as_list(columns.pop("question", []))]
     if (prompt := columns.pop("prompt", None)) is not None:
@@ -310,24 +309,24 @@ def _questions(columns: dict[str, Any]) -> tuple[tuple[Question, ...], dict[str,
         listed = _as_list(_unfolded(listed))
         questions += [question for item in listed for question in read_questions(item, choices)]
         if any(isinstance(item, Mapping) and not QUESTION_KEYS.issuperset(item) for item in listed):
-            told["questions"] = listed  # reference answers, for example
+            more["questions"] = listed  # reference answers, for example
     for name in _CONVERSATION_COLUMNS:
         if (turns := columns.pop(name, None)) is not None:
             turns = _as_list(_unfolded(turns))
             questions += _conversation(turns)
             if any(_is_reply(turn) for turn in turns):
-                told[name] = turns
+                more[name] = turns
     by_id = {question.question_id: question for question in questions}
     if len(by_id) < len(set(questions)):
         ids = [question.question_id for question in dict.fromkeys(questions)]
         raise ValueError(
             f"one id for different questions: {', '.join(sorted({str(i) for i in ids if ids.count(i) > 1}))}"
         )
-    return tuple(dict.fromkeys(questions)), told
+    return tuple(dict.fromkeys(questions)), more
 
 
 def _conversation(turns: Iterable[Any]) -> list[Question]:
-    """User turns as questions, each of which follows up the one before. What the model says to it, it says itself."""
+    """Converts user turns to questions, each a follow-up of the one before; the turns of the model are dropped."""
     asked: list[Question] = []
     before = None
     for turn in turns:
@@ -337,7 +336,7 @@ def _conversation(turns: Iterable[Any]) -> list[Question]:
         before = answer(text, after=before)
         asked.append(Question(before.question_id, text, after=asked[-1].question_id if asked else None))
     if not asked:
-        raise ValueError("conversation has no turn of the user, so that nothing is asked")
+        raise ValueError("conversation has no turn of the user, so there is no question")
     return asked
 
 
@@ -352,8 +351,8 @@ def _is_reply(turn: Any) -> bool:
 def _turn_text(turn: Any) -> str:
     if _role(turn) not in ("user", "human"):
         raise ValueError(
-            f"conversation has a turn of {_role(turn)!r}; turns are the user's (`human`, `user`), and those of the "
-            "model (`gpt`, `assistant`), which are not asked"
+            f"conversation has a turn of {_role(turn)!r}; allowed are turns of the user (`human`, `user`) and of the "
+            "model (`gpt`, `assistant`), which are ignored"
         )
     text = (turn.get("value") or turn.get("content")) if isinstance(turn, Mapping) else turn
     if isinstance(text, list):  # Hugging Face's parts: the audio is one, too
@@ -368,7 +367,7 @@ def _a_text(value: Any, name: str) -> str:
 
 
 def _unfolded(value: Any) -> Any:
-    """A list that a CSV holds as JSON text."""
+    """Parses a list that is JSON text, as in a CSV file."""
     return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
 
 

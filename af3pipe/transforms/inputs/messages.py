@@ -1,7 +1,7 @@
-"""Messages about new recordings to recordings: object-change notifications of stores, plain URIs, rows of a manifest.
+"""Parses messages about new recordings: object-change notifications of stores, URIs, or rows of a manifest.
 
-A message is never dropped in silence: it names recordings, or it is ignored knowingly and counted (a deletion, a
-store's test event, an object that is no audio), or it is a dead letter that holds it.
+No message is dropped silently: it references recordings, or it is ignored on purpose and counted (a deletion, a
+store's test event, an object that is not audio), or it becomes a dead letter that contains the message.
 """
 
 import base64
@@ -30,20 +30,20 @@ from af3pipe.transforms.inputs.manifest import ID_COLUMNS, URI_COLUMNS, Row, is_
 from af3pipe.transforms.outcome import plain
 
 _GCS_EVENT = frozenset({"eventType", "bucketId", "objectId"})
-# They say what the URI says, or nothing of the recording; all others ride along.
+# These repeat the URI, or do not concern the recording; all other attributes become metadata.
 _GCS_OWN = _GCS_EVENT | {"payloadFormat", "notificationConfig"}
 
 
 class Message(NamedTuple):
-    """A message as it was delivered.
+    """Is a message as it was delivered.
 
     Attributes:
-        data: Its body.
+        data: Body of the message.
         attributes: Names and values beside the body.
-        message_id: The same however often it is delivered; empty where the messaging system has none.
-        published_at: ISO 8601 in UTC; empty where it is not known.
-        subscription: Where it was pulled from; empty for messages that nobody here acknowledges.
-        ack_id: Names this delivery; changes when it is delivered again.
+        message_id: Id that is the same for every delivery; empty if the messaging system has none.
+        published_at: ISO 8601 text in UTC; empty if unknown.
+        subscription: Subscription of the message; empty for messages that this pipeline does not acknowledge.
+        ack_id: Id of this delivery; another delivery has another one.
     """
 
     data: bytes
@@ -55,7 +55,7 @@ class Message(NamedTuple):
 
     @property
     def uri(self) -> str:
-        """Names it where it names no recording: the same message has the same name."""
+        """A URI that identifies the message in a dead letter, if it references no recording."""
         if self.message_id:
             return f"pubsub://{self.subscription}#message={self.message_id}"
         digest = hashlib.sha256(repr((self.data, self.attributes)).encode()).hexdigest()
@@ -63,13 +63,13 @@ class Message(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """One thing that a message says.
+    """Is one entry of a message.
 
     Attributes:
-        text: The part of the body that says it.
-        columns: As of a row of a manifest; None where there is nothing to do.
-        extra: What rides along.
-        problem: What is wrong with it, to be read behind a name of the part.
+        text: The part of the body with the entry.
+        columns: Columns as of a manifest row; None if there is nothing to do.
+        extra: Further metadata.
+        problem: What is wrong with the entry, as the end of a sentence.
     """
 
     text: str
@@ -79,16 +79,16 @@ class _Part(NamedTuple):
 
 
 def as_message(found: Any) -> Message:
-    """A message of any kind: `Message`, Beam's `PubsubMessage`, a (key, value) pair of Kafka's, bytes or text.
+    """Converts a message: `Message`, Beam's `PubsubMessage`, a (key, value) pair of Kafka, bytes or text.
 
     Raises:
-        TypeError: Something else.
+        TypeError: It has another type.
     """
     if isinstance(found, Message):
         return found
     if isinstance(found, tuple) and len(found) == 2:
         found = found[1]
-    if found is None:  # of a pair: what was under the key is deleted
+    if found is None:  # of a pair: a Kafka tombstone, which deletes the key
         return Message(b"")
     if isinstance(found, str):
         return Message(found.encode(errors="surrogateescape"))
@@ -106,16 +106,16 @@ def as_message(found: Any) -> Message:
 def parse_notification(
     message: Any, *, allow_prefixes: Sequence[str], channel: str | int = MIX, stream: int | None = None
 ) -> list[Recording | DeadLetter]:
-    """What a message names, in its order: what ParseNotification does for one, without Beam and without the store.
+    """Parses one message, as ParseNotification does, but without Beam and without accessing the store.
 
     Args:
-        message: As `as_message` takes it.
-        allow_prefixes: As of `ParseNotification`.
-        channel: Of recordings for which the message names none.
-        stream: Of recordings for which the message names none.
+        message: Any type that `as_message` supports.
+        allow_prefixes: See `ParseNotification`.
+        channel: Channel of recordings for which the message has none.
+        stream: Stream of recordings for which the message has none.
 
     Returns:
-        Nothing, where the message tells of nothing to do.
+        Recordings and dead letters in the order of the message; empty if it is to be ignored.
     """
     message = as_message(message)
     chosen: dict[str, Any] = {"channel": channel_text(channel), "stream": stream_index(stream)}
@@ -136,14 +136,14 @@ def _found(
         row = _checked_row(row._replace(columns=dict(part.columns), extra=part.extra), allow_prefixes)
     found = read_row(row, message.uri, **chosen)
     if isinstance(found, DeadLetter):
-        return _holding(found, part, message)
+        return _with_message(found, part, message)
     if found.questions and not set(ID_COLUMNS).intersection(part.columns or ()):
-        return _asked_apart(found)
+        return _with_questions_in_id(found)
     return found
 
 
 def _checked_row(row: Row, allow_prefixes: tuple[str, ...]) -> Row:
-    """The row with its audio found in the columns, or with the reason why it may not be read."""
+    """Returns the row with its audio URI from the columns, or with the reason why it may not be read."""
     named = next((row.columns.pop(name) for name in URI_COLUMNS if name in row.columns), None)
     if not isinstance(named, str) or not named:
         problem = f"names no audio; it needs a URI, or JSON with one of {', '.join(URI_COLUMNS)}"
@@ -156,11 +156,11 @@ def _checked_row(row: Row, allow_prefixes: tuple[str, ...]) -> Row:
         check_allowed(named, where=row.where, allow_prefixes=allow_prefixes)
     except Rejected as rejected:
         return row._replace(columns=rejected)
-    return row._replace(held=storage.ObjectInfo(named, None, None, None))
+    return row._replace(audio=storage.ObjectInfo(named, None, None, None))
 
 
-def _asked_apart(recording: Recording) -> Recording:
-    """Named by its questions, too: another message may ask the same recording something else, at any later time."""
+def _with_questions_in_id(recording: Recording) -> Recording:
+    """Includes a recording's questions in its id, since later messages may ask others about the same audio."""
     asked = json.dumps(plain(recording.questions), ensure_ascii=False)
     own_id = source_key(
         f"{recording.uri} {asked}",
@@ -172,15 +172,15 @@ def _asked_apart(recording: Recording) -> Recording:
     return recording._replace(recording_id=own_id)
 
 
-def _holding(letter: DeadLetter, part: _Part, message: Message) -> DeadLetter:
-    """The dead letter with its part of the message in `input`, so that it can be published again."""
-    held = {"data": storage.redact(part.text), "attributes": storage.redact_values(dict(message.attributes))}
+def _with_message(letter: DeadLetter, part: _Part, message: Message) -> DeadLetter:
+    """Adds its part of the message to a dead letter's `input`, so that it can be published again."""
+    kept = {"data": storage.redact(part.text), "attributes": storage.redact_values(dict(message.attributes))}
     if message.message_id:
-        held |= {"message_id": message.message_id, "published_at": message.published_at}
-    told = json.dumps(json.loads(letter.input) | {"message": held}, ensure_ascii=False)
-    told = told.encode(errors="backslashreplace").decode()
-    key = dead_letter_key(letter.recording_id, letter.stage, letter.reason, told)
-    return letter._replace(input=told, dead_letter_key=key)
+        kept |= {"message_id": message.message_id, "published_at": message.published_at}
+    input_json = json.dumps(json.loads(letter.input) | {"message": kept}, ensure_ascii=False)
+    input_json = input_json.encode(errors="backslashreplace").decode()
+    key = dead_letter_key(letter.recording_id, letter.stage, letter.reason, input_json)
+    return letter._replace(input=input_json, dead_letter_key=key)
 
 
 def _parts(message: Message) -> Iterator[_Part]:
@@ -190,7 +190,7 @@ def _parts(message: Message) -> Iterator[_Part]:
     except UnicodeDecodeError as error:
         text, problem = (
             base64.b64encode(message.data).decode(),
-            f"is not UTF-8 (its input holds it as base64): {error}",
+            f"is not UTF-8 (its input contains it as base64): {error}",
         )
     if attributes.keys() >= _GCS_EVENT:
         yield _event_part(text, _gcs_event, attributes, {})
@@ -201,7 +201,7 @@ def _parts(message: Message) -> Iterator[_Part]:
 
 
 def _body_parts(text: str, extra: Mapping[str, str]) -> Iterator[_Part]:
-    """Of a body without Google's attributes: JSON, or URIs and JSON objects, one a line."""
+    """Parses a body without Google's attributes: JSON, or URIs and JSON objects, one per line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     whole = _json(text)
     if not lines:
@@ -221,7 +221,7 @@ def _body_parts(text: str, extra: Mapping[str, str]) -> Iterator[_Part]:
 
 
 class _NotJson(str):
-    """Why a text is not JSON."""
+    """Says why a text is not JSON."""
 
 
 def _json(text: str) -> Any:
@@ -256,28 +256,28 @@ _Event = tuple[str, Any, Any, dict[str, Any]] | None
 
 
 def _event_part(text: str, read: Callable[[Any], _Event], event: Any, extra: Mapping[str, str]) -> _Part:
-    """Of a store's event: `read` gives scheme, bucket, key and what rides along, or None for no new object."""
+    """Parses a store's event: `read` returns scheme, bucket, key and metadata, or None if there is no new object."""
     try:
         found = read(event)
         if found is None:
             return _Part(text, None, extra)
-        scheme, bucket, key, told = found
+        scheme, bucket, key, values = found
         if not isinstance(bucket, str) or not isinstance(key, str) or not bucket or not key:
             raise TypeError(f"bucket is {bucket!r} and object is {key!r}")
     except (AttributeError, KeyError, TypeError) as error:
         problem = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
         return _Part(text, None, extra, f"looks like a storage notification, and {problem}")
-    # As in a folder, audio is told by its extension.
+    # As in a folder, audio is recognized by its extension.
     is_audio = PurePosixPath(key).suffix[1:].lower() in storage.AUDIO_EXTENSIONS and not key.endswith("/")
-    told = {name: str(value) for name, value in told.items() if value}
-    return _Part(text, {"uri": f"{scheme}://{bucket}/{key}"} if is_audio else None, {**extra, **told})
+    metadata = {name: str(value) for name, value in values.items() if value}
+    return _Part(text, {"uri": f"{scheme}://{bucket}/{key}"} if is_audio else None, {**extra, **metadata})
 
 
 def _gcs_event(attributes: dict[str, str]) -> _Event:
     if attributes["eventType"] != "OBJECT_FINALIZE":
         return None
-    told = {name: value for name, value in attributes.items() if name not in _GCS_OWN}
-    return "gs", attributes["bucketId"], attributes["objectId"], told
+    metadata = {name: value for name, value in attributes.items() if name not in _GCS_OWN}
+    return "gs", attributes["bucketId"], attributes["objectId"], metadata
 
 
 def _gcs_payload(payload: dict[str, Any]) -> _Event:
@@ -285,25 +285,25 @@ def _gcs_payload(payload: dict[str, Any]) -> _Event:
 
 
 def _s3_record(record: Any) -> _Event:
-    """Of Amazon S3, MinIO or another server that follows it."""
+    """Parses a record of Amazon S3, MinIO or another compatible server."""
     version = str(record.get("eventVersion", "2"))
     if version.partition(".")[0] != "2":
         raise TypeError(f"eventVersion is {version}, and only 2 is known")
     found = record["s3"]["object"]
     if not record["eventName"].removeprefix("s3:").startswith("ObjectCreated:"):
         return None
-    # As forms encode it: a space is a plus sign.
+    # URL-encoded like forms: a space is a plus sign.
     key = unquote_plus(found["key"], errors="surrogateescape")
-    told = {"eventTime": record.get("eventTime"), "versionId": found.get("versionId")}
-    return "s3", record["s3"]["bucket"]["name"], key, told
+    metadata = {"eventTime": record.get("eventTime"), "versionId": found.get("versionId")}
+    return "s3", record["s3"]["bucket"]["name"], key, metadata
 
 
 def _event_bridge(event: dict[str, Any]) -> _Event:
     found = event["detail"]["object"]
     if event["detail-type"] != "Object Created":
         return None
-    told = {"eventTime": event.get("time"), "versionId": found.get("version-id")}
-    return "s3", event["detail"]["bucket"]["name"], found["key"], told
+    metadata = {"eventTime": event.get("time"), "versionId": found.get("version-id")}
+    return "s3", event["detail"]["bucket"]["name"], found["key"], metadata
 
 
 def _sns_attributes(envelope: dict[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Messages about new recordings to recordings as the store has them now; and which message waits for which work."""
+"""Reads recordings from notifications, looks them up in the store, and tracks which message waits for which work."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -17,17 +17,19 @@ from af3pipe.transforms.inputs.read import StatDoFn
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome, join_dead_letters, recording_of
 
 WAITING = "waiting"
-"""Tag of the output that says which message waits for what."""
+"""Tag of the output of `Waiting`s."""
 
 
 class Waiting(NamedTuple):
-    """A delivery that may be acknowledged once this work, and all other work of its message, is durable.
+    """Is a delivery that waits for the rows of one recording; it is acknowledged when no recording is missing.
 
     Attributes:
-        work: Of `work_name`; empty where the message asks for none.
-        subscription: With the next two as of `Message`.
-        item: Which of the message's recordings, from 0.
-        items: How many it names; 0 where there is nothing to wait for.
+        work: Result of `work_name`; empty if the message has no recording.
+        subscription: See `Message`.
+        message_id: See `Message`.
+        ack_id: See `Message`.
+        item: Index of the recording in the message.
+        items: Number of recordings in the message; 0 if there is nothing to wait for.
     """
 
     work: str
@@ -48,18 +50,18 @@ for _row_class in (Message, Waiting, _Item):
 
 
 def work_name(recording_id: str, content_identity: str) -> str:
-    """Names what is done about a recording as long as its bytes stay the same."""
+    """Returns the key of the work on one version of a recording."""
     return f"{recording_id} {content_identity}"
 
 
 def version_of(found: Recording | RecordingRow | DeadLetter) -> tuple[str, str]:
-    """Id and content identity of a recording, or of the one that a result or a dead letter is about."""
+    """Returns id and content identity of a recording, also from its row or dead letter."""
     version = recording_of(found.input) if isinstance(found, DeadLetter) else found
     return found.recording_id, version.content_identity
 
 
 def work_of(found: Recording | DeadLetter) -> str:
-    """`work_name` of a recording, or of the one that a dead letter is about."""
+    """Returns the `work_name` of a recording, also from its dead letter."""
     return work_name(*version_of(found))
 
 
@@ -89,7 +91,7 @@ def _waiting(waiting: Waiting) -> Iterator[Any]:
 
 
 class _StatItemDoFn(StatDoFn):
-    """Asks the store for the object as it is now: the message tells how it was once."""
+    """Looks up the current version of the object in the store, as the message may be outdated."""
 
     def submit(self, item: Any) -> "Future[Recording | DeadLetter]":
         return super().submit(item.recording)
@@ -100,7 +102,7 @@ class _StatItemDoFn(StatDoFn):
 
 
 class Notified(NamedTuple):
-    """What messages named: as an `Outcome`, and which delivery `Waiting` for which work, to be acknowledged."""
+    """Has the recordings and dead letters of messages (as `Outcome`), and the `Waiting` deliveries to acknowledge."""
 
     good: Any
     dead_letters: Any
@@ -108,24 +110,25 @@ class Notified(NamedTuple):
 
 
 class ParseNotification(beam.PTransform):
-    """Reads what messages name. Gives an `Outcome` of `Recording`, with size and etag or time as they are now.
+    """Parses messages into recordings, with the object's current size and etag or modification time.
 
-    Takes a PCollection of messages: bytes, `PubsubMessage`, or (key, value) pairs as ReadFromKafka gives them. A
-    message may be a notification of Google Cloud Storage, Amazon S3 (plain, or through SNS or EventBridge) or MinIO;
-    URIs, one a line; or JSON objects with a manifest's columns, one, a list, or one a line. Attributes ride along.
+    The input is a PCollection of messages: bytes, `PubsubMessage`, or (key, value) pairs from ReadFromKafka; the
+    output is an `Outcome` of `Recording`. A message is a notification of Google Cloud Storage, Amazon S3 (plain, or
+    through SNS or EventBridge) or MinIO; URIs, one per line; or JSON objects with a manifest's columns: one, a list,
+    or one per line. Message attributes become metadata.
 
-    What is no news of audio (a deletion, a test event, an object with another extension) is counted as
-    `notifications_ignored`. What cannot be read is a dead letter whose `input` holds it.
+    Messages about no new audio (a deletion, a test event, an object with another extension) are counted as
+    `notifications_ignored`. An invalid message becomes a dead letter whose `input` contains it.
 
     Args:
-        allow_prefixes: URLs below which messages may name audio, and folders of this machine: nothing else is read,
-            since whoever may publish could have any file read that the workers may read.
-        channel: What is heard of each recording; a message's `channel` goes before it. So does `stream`.
-        stream: As of `ReadRecordings`.
-        storage_options: As of `ReadRecordings`.
+        allow_prefixes: URLs, or folders of this machine, below which messages may reference audio. Nothing else is
+            read, since anyone who may publish could otherwise read any file that the workers can.
+        channel: See `ReadRecordings`; a message's `channel` takes precedence.
+        stream: See `ReadRecordings`; a message's `stream` takes precedence.
+        storage_options: See `ReadRecordings`.
 
     Raises:
-        ValueError: No prefix, or no such channel or stream.
+        ValueError: There is no prefix, or no such channel or stream.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class ParseNotification(beam.PTransform):
         return Outcome(notified.good, notified.dead_letters)
 
     def notified(self, messages: Any) -> Notified:
-        """The same with what waits to be acknowledged, where messages were pulled."""
+        """Parses pulled messages, like `expand`, but also returns the deliveries to acknowledge."""
         tags = {DEAD_LETTERS: DeadLetter, WAITING: Waiting}
         parsed = messages | "Parse" >> beam.ParDo(self._parse).with_output_types(_Item, **tags).with_outputs(
             *tags, main="items"

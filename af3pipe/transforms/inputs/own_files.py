@@ -1,4 +1,4 @@
-"""Recognises the files of an af3pipe output, so that no run takes them for its input."""
+"""Recognizes files of an af3pipe output, so that no run uses them as input."""
 
 import functools
 import logging
@@ -12,7 +12,7 @@ from af3pipe.tables.layout import FORMAT_KEY, TABLE_SCHEMAS
 from af3pipe.transforms import metrics
 
 _RECORD_FOLDERS = ("_runs", "_compactions")
-# Of files without the key: older ones, and those that something else wrote again. No manifest has all of one row.
+# Columns of files without the key: older ones, and rewritten ones. No manifest has all columns of one of these sets.
 _TABLES = (
     frozenset({"recording_id", "answer_key", "task", "run_id"}),
     frozenset({"recording_id", "terminal_state", "run_id"}),
@@ -22,23 +22,23 @@ _log = logging.getLogger(__name__)
 
 
 def is_own_table(schema: Any) -> bool:
-    """Returns whether an Arrow schema is that of a table of an output: by the footer's key, else by its columns."""
+    """Returns whether an Arrow schema is that of an output table: by its format key, else by its columns."""
     return FORMAT_KEY in (schema.metadata or {}) or any(table.issubset(schema.names) for table in _TABLES)
 
 
 def is_own_record(uri: str) -> bool:
-    """Returns whether a name is that of a run's or a compaction's record: what is in their folders, but audio."""
+    """Returns whether a file is a run record or compaction record: any file in their folders, except audio."""
     is_audio = storage.name(uri).rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
     return storage.name(storage.parent(uri)) in _RECORD_FOLDERS and not is_audio
 
 
 def excluded(name: str, outputs: Sequence[str]) -> list[str]:
-    """Returns the folders of which nothing is an input.
+    """Returns the folders to exclude when an input is listed.
 
     Args:
         name: An input: a file, a folder or a glob.
-        outputs: Folders of outputs. One below the input is left out as a whole; of one that the input is in, or is,
-            only what af3pipe writes.
+        outputs: Output folders. An output below the input is excluded as a whole; if the input is the output or is
+            inside it, only the folders that af3pipe writes are excluded.
     """
     begins = storage.canonical(re.split(r"[*?\[]", name, maxsplit=1)[0]).rstrip("/")
     folders = []
@@ -51,16 +51,16 @@ def excluded(name: str, outputs: Sequence[str]) -> list[str]:
 
 
 def own_file(uri: str) -> Rejected:
-    """Returns the error for an output that was named as an input."""
+    """Returns the error for a file of an output that was given as an input."""
     detail = (
         f"{uri} belongs to an output of af3pipe and is no input. To process its failures again, run "
-        "`af3pipe redrive`; to ask more about its recordings, write their URIs into a manifest of your own"
+        "`af3pipe redrive`; to ask more about its recordings, write their URIs to a new manifest"
     )
     return Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, detail)
 
 
 def skip_own_file(uri: str) -> Iterator[Any]:
-    """Yields nothing, for an output that a folder or a glob matched: counts it, and logs the first of each folder."""
+    """Yields nothing for an output file in a folder or glob: counts it, and logs the first one of each folder."""
     metrics.count("own_files_skipped")
     _warn(storage.parent(uri))
     yield from ()
@@ -68,7 +68,7 @@ def skip_own_file(uri: str) -> Iterator[Any]:
 
 @functools.lru_cache(1024)
 def _warn(folder: str) -> None:
-    _log.warning("skipped what is in %s: the output of af3pipe is no input", folder)
+    _log.warning("skipped the files in %s: the output of af3pipe is no input", folder)
 
 
 def refuse_own_file(uri: str) -> Iterator[Any]:

@@ -1,8 +1,8 @@
-"""Google Pub/Sub as an input whose messages are acknowledged when their answers are on disk, and not before.
+"""Reads Google Pub/Sub; messages are acknowledged only after the rows of their recordings are written.
 
-Beam's own ReadFromPubSub runs on Dataflow alone, and acknowledges as soon as the runner holds the message. Here
-messages are pulled at the ticks of a clock, which runs wherever Beam does, and each is leased until all that it names
-is durable. What is not acknowledged is delivered again, so that a job that dies loses nothing.
+Beam's own ReadFromPubSub runs only on Dataflow, and acknowledges as soon as the runner has the message. Here,
+messages are pulled at regular ticks, which work on every runner, and stay leased until the rows are written. Pub/Sub
+delivers unacknowledged messages again, so a killed job loses nothing.
 """
 
 import functools
@@ -20,19 +20,19 @@ from apache_beam.utils.timestamp import Timestamp
 from af3pipe import storage
 from af3pipe.schemas import MIX
 from af3pipe.transforms.inputs.clock import Ticks
-from af3pipe.transforms.inputs.dedup import REMEMBER_S, Once
+from af3pipe.transforms.inputs.dedup import REMEMBER_S, Deduplicate
 from af3pipe.transforms.inputs.messages import Message
 from af3pipe.transforms.inputs.notifications import Notified, ParseNotification
 from af3pipe.transforms.outcome import Outcome
 
 ACK_DEADLINE_S = 600
-"""What Pub/Sub allows at most."""
+"""Longest lease that Pub/Sub allows."""
 _MOST_AT_ONCE = 1000
 _WAIT_S = 2.0
 _EVERY_S = 1.0
 _REACH_S = 5.0
-_TELL_S = 10.0
-_PULLS_A_TICK = 10  # then what was pulled goes on
+_CALL_TIMEOUT_S = 10.0
+_PULLS_A_TICK = 10  # then the pulled messages are emitted
 _SCHEME = "pubsub://"
 _SUBSCRIPTION = re.compile(r"projects/[^/]+/subscriptions/[^/]+")
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def subscriber() -> Any:
-    """One client a process. It finds the emulator by PUBSUB_EMULATOR_HOST, and credentials as all of Google's do."""
+    """Returns the process's Pub/Sub client, which uses PUBSUB_EMULATOR_HOST and Google's default credentials."""
     try:
         from google.cloud import pubsub_v1
     except ImportError as error:
@@ -49,20 +49,20 @@ def subscriber() -> Any:
 
 
 def is_subscription(name: str) -> bool:
-    """Whether an input is a subscription, as `pubsub://projects/PROJECT/subscriptions/NAME`."""
+    """Returns whether an input is a subscription, as `pubsub://projects/PROJECT/subscriptions/NAME`."""
     return name.startswith(_SCHEME)
 
 
 def subscription_of(name: str) -> str:
-    """The subscription that an input names; else raises ValueError."""
+    """Returns the subscription of an input. Raises ValueError if it is invalid."""
     return check_subscription(name.removeprefix(_SCHEME))
 
 
 def reach(subscription: str) -> None:
-    """Looks whether a subscription is there, a few seconds long.
+    """Checks that a subscription exists, with a timeout of a few seconds.
 
     Raises:
-        ValueError: It is not, there are no credentials, or Pub/Sub does not answer; says what to do.
+        ValueError: It does not exist, there are no credentials, or Pub/Sub does not answer; says what to do.
     """
     try:
         client = subscriber()
@@ -77,7 +77,7 @@ def reach(subscription: str) -> None:
     try:
         client.get_subscription(subscription=subscription, timeout=_REACH_S, retry=None)
     except exceptions.PermissionDenied:
-        return  # who may pull need not be allowed to look
+        return  # the permission to pull does not include that to get the subscription
     except exceptions.NotFound as error:
         raise ValueError("there is no such subscription") from error
     except exceptions.GoogleAPICallError as error:
@@ -85,23 +85,23 @@ def reach(subscription: str) -> None:
 
 
 def check_subscription(subscription: str) -> str:
-    """The name, where it is one; else raises ValueError."""
+    """Returns the name of a subscription. Raises ValueError if it is invalid."""
     if not _SUBSCRIPTION.fullmatch(subscription):
         raise ValueError(f"subscription is {subscription!r}; write projects/PROJECT/subscriptions/NAME")
     return subscription
 
 
 def pull(subscription: str, max_messages: int, ack_deadline_s: int) -> list[Message]:
-    """Messages that wait, leased for `ack_deadline_s`; none after two seconds without one.
+    """Pulls waiting messages, leased for `ack_deadline_s`; returns none if there is none for two seconds.
 
     Raises:
-        google.api_core.exceptions.GoogleAPICallError: There is no such subscription, or it may not be read.
+        google.api_core.exceptions.GoogleAPICallError: The subscription does not exist or may not be read.
     """
     from google.api_core import exceptions
 
     client = subscriber()
     try:
-        told = client.pull(subscription=subscription, max_messages=max_messages, timeout=_WAIT_S, retry=None)
+        response = client.pull(subscription=subscription, max_messages=max_messages, timeout=_WAIT_S, retry=None)
     except exceptions.DeadlineExceeded:  # there is none
         return []
     except (exceptions.NotFound, exceptions.PermissionDenied, exceptions.InvalidArgument):
@@ -109,7 +109,7 @@ def pull(subscription: str, max_messages: int, ack_deadline_s: int) -> list[Mess
     except exceptions.GoogleAPICallError as error:  # the next tick pulls again
         _log.warning("subscription %s cannot be pulled now: %s", subscription, error)
         return []
-    found = [_message(received, subscription) for received in told.received_messages]
+    found = [_message(received, subscription) for received in response.received_messages]
     if found:
         modify_deadline(subscription, [message.ack_id for message in found], ack_deadline_s)
     return found
@@ -128,37 +128,39 @@ def _message(received: Any, subscription: str) -> Message:
 
 
 def acknowledge(subscription: str, ack_ids: Sequence[str]) -> int:
-    """Acknowledges deliveries; gives how many were. One whose lease is over counts as none: it comes again."""
-    return _tell(subscriber().acknowledge, subscription, ack_ids)
+    """Acknowledges deliveries; returns how many. Deliveries with expired leases do not count: they come again."""
+    return _call(subscriber().acknowledge, subscription, ack_ids)
 
 
 def modify_deadline(subscription: str, ack_ids: Sequence[str], ack_deadline_s: int) -> int:
-    """Leases deliveries for this long from now; gives how many were. One whose lease is over comes again."""
+    """Leases deliveries for this long from now; returns how many. Deliveries with expired leases come again."""
     lease = functools.partial(subscriber().modify_ack_deadline, ack_deadline_seconds=ack_deadline_s)
-    return _tell(lease, subscription, ack_ids)
+    return _call(lease, subscription, ack_ids)
 
 
-def _tell(call: Any, subscription: str, ack_ids: Sequence[str]) -> int:
+def _call(call: Any, subscription: str, ack_ids: Sequence[str]) -> int:
     from google.api_core import exceptions
 
-    told = 0
+    succeeded = 0
     for start in range(0, len(ack_ids), _MOST_AT_ONCE):
         some = list(ack_ids[start : start + _MOST_AT_ONCE])
         try:
-            call(subscription=subscription, ack_ids=some, timeout=_TELL_S, retry=None)  # a bundle waits for it
-            told += len(some)
+            call(
+                subscription=subscription, ack_ids=some, timeout=_CALL_TIMEOUT_S, retry=None
+            )  # a bundle waits for it
+            succeeded += len(some)
         except (exceptions.InvalidArgument, exceptions.FailedPrecondition) as error:
-            if len(some) > 1:  # one that is over must not hold up the others
-                told += sum(_tell(call, subscription, [one]) for one in some)
+            if len(some) > 1:  # an expired one must not block the others
+                succeeded += sum(_call(call, subscription, [one]) for one in some)
             else:
-                _log.info("a delivery of %s is over, and will come again: %s", subscription, error)
-        except exceptions.GoogleAPIError as error:  # they come again, and are told of then
-            _log.warning("subscription %s cannot be told of %d deliveries now: %s", subscription, len(some), error)
-    return told
+                _log.info("a lease of %s has expired; its message will be delivered again: %s", subscription, error)
+        except exceptions.GoogleAPIError as error:  # they are delivered again
+            _log.warning("%s: %d messages cannot be acknowledged or leased now: %s", subscription, len(some), error)
+    return succeeded
 
 
 class _PullDoFn(beam.DoFn):
-    """At each tick, all that waits; a bundle pulls once more only where there was as much as it may take."""
+    """Pulls the waiting messages at each tick; pulls again if a pull returned its maximum."""
 
     def __init__(self, subscription: str, max_messages: int, ack_deadline_s: int) -> None:
         self._subscription = subscription
@@ -168,7 +170,7 @@ class _PullDoFn(beam.DoFn):
     def process(self, tick: float) -> Iterator[Any]:
         for _ in range(_PULLS_A_TICK):
             found = pull(self._subscription, self._max_messages, self._ack_deadline_s)
-            # The time of arrival: that of publishing may be behind the watermark, and such elements may be dropped.
+            # Timestamps are times of arrival: times of publishing may be behind the watermark and be dropped as late.
             now = Timestamp.now()
             for message in found:
                 yield TimestampedValue(message, now)
@@ -177,21 +179,21 @@ class _PullDoFn(beam.DoFn):
 
 
 class PullMessages(beam.PTransform):
-    """Pulls messages, and acknowledges none. Starts a pipeline; gives an unbounded PCollection of `Message`.
+    """Pulls messages without acknowledging them; starts a pipeline and outputs an unbounded PCollection of `Message`.
 
-    Runs where `Ticks` does: on Prism, Flink, Dataflow.
+    It runs on Prism, Flink and Dataflow, like `Ticks`.
 
     Args:
         subscription: `projects/PROJECT/subscriptions/NAME`.
-        max_messages: Most that are pulled at a time.
-        ack_deadline_s: How long a message is leased at first, 10 to 600 s; `AcknowledgeMessages` extends it. Where a
-            job dies, its messages come again when this is over.
-        stop_uri: As of `Ticks`, with the next two: when it pulls no more.
-        stop_after_s: After so many seconds.
-        storage_options: Of the store where `stop_uri` is.
+        max_messages: Maximum number of messages of a pull.
+        ack_deadline_s: First lease of a message, 10 to 600 s; `AcknowledgeMessages` extends it. If the job is killed,
+            its messages are delivered again after this time.
+        stop_uri: See `Ticks`.
+        stop_after_s: See `Ticks`.
+        storage_options: Options for the store of `stop_uri`.
 
     Raises:
-        ValueError: No such name or number.
+        ValueError: The name is invalid, or a number is out of range.
     """
 
     def __init__(
@@ -221,32 +223,32 @@ class PullMessages(beam.PTransform):
 
 
 def check_deadline(ack_deadline_s: int) -> int:
-    """The number of seconds, where Pub/Sub takes it; else raises ValueError."""
+    """Returns the number of seconds. Raises ValueError if Pub/Sub does not allow it."""
     if not 10 <= ack_deadline_s <= ACK_DEADLINE_S:
         raise ValueError(f"ack_deadline_s is {ack_deadline_s}; Pub/Sub takes 10 to {ACK_DEADLINE_S} seconds")
     return ack_deadline_s
 
 
 class ReadNotifications(beam.PTransform):
-    """Recordings that messages of a Pub/Sub subscription name. Starts a pipeline; gives `Notified`.
+    """Reads recordings that messages of a Pub/Sub subscription reference; starts a pipeline and outputs `Notified`.
 
-    `good` has each recording once as long as its bytes stay the same, however often it is told of; and `dead_letters`
-    so, too. Nothing is acknowledged before `AcknowledgeMessages` was given `waiting` and what became durable.
+    Its `good` and `dead_letters` are deduplicated: repeated notifications of a recording that has not changed are
+    dropped. Messages are acknowledged only by `AcknowledgeMessages`, which takes its `waiting`.
 
     Args:
-        subscription: As of `PullMessages`, with the next four.
-        max_messages: Most that are pulled at a time.
-        ack_deadline_s: First lease of a message.
-        stop_uri: When it pulls no more.
-        stop_after_s: After so many seconds.
-        allow_prefixes: As of `ParseNotification`, with the rest.
-        channel: What is heard of each recording.
-        stream: Index among the audio streams.
-        storage_options: URL prefix to fsspec's options.
-        remember_s: How long a recording that was told of is remembered.
+        subscription: See `PullMessages`.
+        max_messages: See `PullMessages`.
+        ack_deadline_s: See `PullMessages`.
+        stop_uri: See `PullMessages`.
+        stop_after_s: See `PullMessages`.
+        allow_prefixes: See `ParseNotification`.
+        channel: See `ParseNotification`.
+        stream: See `ParseNotification`.
+        storage_options: See `ParseNotification`.
+        remember_s: See `Deduplicate`.
 
     Raises:
-        ValueError: As `PullMessages` and `ParseNotification`.
+        ValueError: An argument is invalid, see `PullMessages` and `ParseNotification`.
     """
 
     def __init__(
@@ -279,5 +281,5 @@ class ReadNotifications(beam.PTransform):
 
     def expand(self, pipeline: Any) -> Any:
         notified = self._parse.notified(pipeline | "PullMessages" >> self._pull)
-        once = Outcome(notified.good, notified.dead_letters) | "Once" >> Once(self._remember_s)
-        return Notified(once.good, once.dead_letters, notified.waiting)
+        found = Outcome(notified.good, notified.dead_letters) | "Deduplicate" >> Deduplicate(self._remember_s)
+        return Notified(found.good, found.dead_letters, notified.waiting)

@@ -1,4 +1,4 @@
-"""Names of files, folders, globs and manifests to recordings: listed, each once, spread over the workers."""
+"""Reads inputs (files, folders, globs, manifests, containers): lists their recordings on the workers."""
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,23 +41,23 @@ def list_recordings(
     allow_prefixes: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Iterator[Recording | DeadLetter]:
-    """What an input names: what ReadRecordings does for one of its inputs, without Beam.
+    """Lists the recordings of one input, as ReadRecordings does, but without Beam.
 
-    A file, folder or glob of audio; a manifest; a container (a tar shard, Parquet with audio in it, the `.arrow`
-    files of a Hugging Face data set, or the folder of one). A glob may name several of any one kind.
+    An input is a file, folder or glob of audio; a manifest; a container (a tar shard, Parquet with audio in it, the
+    `.arrow` files of a Hugging Face data set, or the folder of one). A glob may match several of any one kind.
 
     Raises:
-        ValueError: As ReadRecordings.
+        ValueError: There is no such channel or stream.
     """
     chosen: _Chosen = {"channel": channel_text(channel), "stream": stream_index(stream)}
-    # Only what says that the input is bad: a listing that ends in surprise would lose all that it has not told.
+    # Only Rejected becomes a dead letter: an unexpected error in a listing would lose all that is not listed yet.
     yield from outcomes(
         _listed(name, chosen, allow_prefixes, exclude), functools.partial(_rejected, name), catch=Rejected
     )
 
 
 def _rejected(name: str, error: Exception) -> DeadLetter:
-    """Of an input itself: whatever it was that could not be read, it was to be listed."""
+    """Makes the dead letter of an input itself, always with the stage `list`."""
     if isinstance(error, Rejected):
         error = Rejected(Stage.LIST, error.reason, error.detail)
     return to_dead_letter(error, Recording(source_key(name), name), stage=Stage.LIST)
@@ -68,7 +68,7 @@ def _listed(
 ) -> Iterator[Recording | DeadLetter]:
     def contained(uri: str, rows: Iterator[Row]) -> Iterator[Recording | DeadLetter]:
         read = (read_row(row, uri, allow_prefixes=allow_prefixes, **chosen) for row in rows)
-        # Of several, a damaged one costs no other.
+        # A damaged one does not affect the others.
         return outcomes(read, functools.partial(_rejected, uri), catch=Rejected)
 
     if not _is_file(name) and (files := dataset_files(name)) is not None:
@@ -87,7 +87,7 @@ def _listed(
 
 
 def _is_file(name: str) -> bool:
-    """Whether a name cannot be that of a data set's folder, so that nobody has to ask."""
+    """Returns whether a name cannot be that of a data set's folder, so that the store need not be queried."""
     is_audio = name.rpartition(".")[2].lower() in storage.AUDIO_EXTENSIONS
     return is_audio or is_manifest(name) or container_rows(name) is not None or any(c in name for c in "*?[")
 
@@ -99,14 +99,14 @@ def _recording(found: storage.ObjectInfo, chosen: _Chosen) -> Recording | DeadLe
 
 
 def _misnamed(recording: Recording) -> DeadLetter:
-    """A name in another encoding cannot be written to Parquet; its bytes are shown escaped."""
+    """Makes the dead letter of a file whose name is not UTF-8, with escaped bytes, as Parquet cannot store it."""
     shown = recording.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
     rejected = Rejected(Stage.LIST, Reason.UNSUPPORTED_FORMAT, f"the name {shown} is not UTF-8; rename the file")
     return to_dead_letter(rejected, recording._replace(uri=shown), stage=Stage.LIST)
 
 
 def stat_recording(recording: Recording) -> Recording | DeadLetter:
-    """The recording with its size, etag and modification time, which a manifest does not tell."""
+    """Adds size, etag and modification time to a recording that lacks them; returns a dead letter on failure."""
     if recording.size_bytes is not None:
         return recording
     try:
@@ -117,7 +117,7 @@ def stat_recording(recording: Recording) -> Recording | DeadLetter:
 
 
 class StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
-    """What a store takes to answer is waited for by many threads at once."""
+    """Adds size, etag and modification time to recordings, with many concurrent requests to the store."""
 
     def __init__(self, storage_options: storage.StorageOptions) -> None:
         super().__init__(max_pending=2 * STAT_THREADS)
@@ -147,7 +147,7 @@ class StatDoFn(OverlapDoFn[Recording, Recording | DeadLetter]):
 
 
 def tagged(items: Iterable[Recording | DeadLetter]) -> Iterator[Any]:
-    """Yields what was found, dead letters by their tag."""
+    """Yields recordings, and dead letters as tagged outputs."""
     for found in items:
         yield beam.pvalue.TaggedOutput(DEAD_LETTERS, found) if isinstance(found, DeadLetter) else found
 
@@ -176,14 +176,14 @@ class _ListDoFn(beam.DoFn):
 
 
 class ListRecordings(beam.PTransform):
-    """Lists what inputs name, as often as they name it. Takes a PCollection of inputs; gives an `Outcome`.
+    """Lists the recordings of inputs, with repetitions; maps a PCollection of inputs to an `Outcome`.
 
     Args:
-        channel: As of `ReadRecordings`. So are the others.
-        stream: See `channel`.
-        allow_prefixes: See `channel`.
-        exclude: See `channel`.
-        storage_options: See `channel`.
+        channel: See `ReadRecordings`.
+        stream: See `ReadRecordings`.
+        allow_prefixes: See `ReadRecordings`.
+        exclude: See `ReadRecordings`.
+        storage_options: See `ReadRecordings`.
     """
 
     def __init__(
@@ -207,27 +207,28 @@ class ListRecordings(beam.PTransform):
 
 
 class ReadRecordings(beam.PTransform):
-    """Lists recordings. Gives `AudioObject`, each once, in no order: an object with the recordings wanted of it.
+    """Lists recordings: outputs one `AudioObject` for each audio object, with the recordings in it, in no order.
 
-    Starts a pipeline (`p | ReadRecordings("s3://archive/**/*.flac")`), or takes a PCollection of such names. The
-    audio itself is not read here: what is shuffled to the workers is its URI, size, etag and modification time. What
-    cannot be listed is in an `AudioObject`, too, as a dead letter.
+    It starts a pipeline (`p | ReadRecordings("s3://archive/**/*.flac")`), or takes a PCollection of inputs. Audio is
+    not read here: URI, size, etag and modification time are shuffled to the workers. What cannot be listed is a dead
+    letter in an `AudioObject`.
 
     Args:
         inputs: Files, folders (audio in them, recursively), globs, manifests (`.jsonl`, `.csv`, `.tsv`,
             `.parquet`), tar shards, Parquet files with audio in it, or Hugging Face data sets on disk, local or on
             any fsspec URL.
-        channel: What is heard of each recording: `mix`, the mean over its channels; `left`, `right`, or an index
-            from 0. A manifest's `channel` column takes precedence. So does `stream`.
-        stream: Index among the audio streams of a container; None takes its main one.
-        allow_prefixes: URLs below which a manifest that is not local may name audio, beside its own bucket (on an
-            object store) or folder. Local files it may never name.
-        exclude: Folders of outputs, of which nothing is an input: see `own_files.excluded`.
-        storage_options: URL prefix to fsspec's options for it, as `storage.set_options` takes them; of all transforms
-            in a process the last ones apply.
+        channel: Audio channel: `mix` (the mean over all channels), `left`, `right`, or an index from 0. A manifest's
+            `channel` column takes precedence.
+        stream: Index among the audio streams of a container file; None takes its main one. A manifest's `stream`
+            column takes precedence.
+        allow_prefixes: URLs below which a remote manifest may reference audio, beside its own bucket (on an object
+            store) or folder. It may never reference local files.
+        exclude: Output folders whose files are never inputs, see `own_files.excluded`.
+        storage_options: URL prefix to fsspec's options, see `storage.set_options`; if transforms in one process
+            differ, the last ones apply.
 
     Raises:
-        ValueError: No input, or no such channel or stream.
+        ValueError: There is no input, or no such channel or stream.
     """
 
     def __init__(
@@ -255,8 +256,8 @@ class ReadRecordings(beam.PTransform):
         names = pipeline_or_names
         if not isinstance(names, beam.PCollection):
             if not self._inputs:
-                raise ValueError("inputs is empty; name at least one file, folder, glob or manifest")
-            # Create itself spreads several and not one: the graph would be another one for another number of inputs.
+                raise ValueError("inputs is empty; give at least one file, folder, glob or manifest")
+            # Create reshuffles several elements but not one, so the graph would depend on the number of inputs.
             created = pipeline_or_names | "Inputs" >> beam.Create(self._inputs, reshuffle=False)
             names = created | "SpreadInputs" >> beam.Reshuffle()
         listed = names | "ListRecordings" >> self._list

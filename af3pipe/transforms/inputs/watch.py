@@ -1,4 +1,4 @@
-"""Folders and globs to recordings, for as long as there is somebody to ask: what is new or has changed, once."""
+"""Watches folders and globs: emits each new or changed recording once, until the stream is stopped."""
 
 import functools
 import logging
@@ -23,31 +23,31 @@ from af3pipe.transforms.inputs.read import list_recordings, tagged
 from af3pipe.transforms.outcome import DEAD_LETTERS, Outcome
 from af3pipe.transforms.stores import count_retries, set_storage
 
-_TOLD_AT_FIRST = 3  # a file without an etag has to be seen twice
-_REMINDED_EVERY = 20
+_EMITTED_AT_FIRST = 3  # a file without an etag must be seen twice
+_REPEATED_EVERY = 20
 _log = logging.getLogger(__name__)
 
 
 def check_watched(name: str) -> None:
-    """Whether an input can be watched.
+    """Checks that an input can be watched.
 
     Raises:
-        ValueError: It is a manifest or a container, which would be read again and again from its beginning.
+        ValueError: It is a manifest or a container, of which every listing would read all rows.
     """
     if is_subscription(name):
         raise ValueError(f"input {name} is a subscription, and no folder; ReadNotifications reads it")
     if is_manifest(name) or container_rows(name) is not None:
         raise ValueError(
-            f"input {name} is a manifest or a container; watched are folders and globs of audio. Ask about it with "
-            "`af3pipe run`, as often as it changes: what is answered is not asked again"
+            f"input {name} is a manifest or a container; only folders and globs of audio can be watched. Process it "
+            "with `af3pipe run`, again whenever it changes: recordings that are done are skipped"
         )
 
 
-class _Told:
-    """What listings of one input have told, in this process.
+class _ListingFilter:
+    """Filters the listings of one input in this process, so that few known recordings reach the stateful step.
 
-    Most of what a listing finds was there before, and to look each up in state costs more than to list it. So what
-    was told a few times is left out, but for a reminder now and then: what a failed bundle has lost is told again.
+    Most recordings of a listing are known, and a state lookup costs more than listing them. So a recording is emitted
+    in its first few listings, then only in every 20th: what a failed bundle has lost is emitted again.
     """
 
     def __init__(self) -> None:
@@ -55,36 +55,36 @@ class _Told:
         self._times: dict[int, int] = {}
         self._fault = ""
 
-    def once(self, log: logging.Logger, sentence: str) -> None:
-        """Warns of what keeps an input from being listed, until that changes."""
+    def warn_once(self, log: logging.Logger, sentence: str) -> None:
+        """Logs a warning unless it is the same as the last one."""
         if sentence != self._fault:
             log.warning("%s", sentence)
         self._fault = sentence
 
-    def leave_out(self, listed: Iterable[Recording | DeadLetter]) -> Iterator[Recording | DeadLetter]:
-        """What of a whole listing is to be told."""
+    def to_emit(self, listed: Iterable[Recording | DeadLetter]) -> Iterator[Recording | DeadLetter]:
+        """Yields the items of a complete listing that are to be emitted."""
         self._listings += 1
         before, self._times = self._times, {}
         for found in listed:
             name = hash((found.recording_id, _version(found)))
             times = before.get(name, 0)
-            self._times[name] = min(times + 1, _TOLD_AT_FIRST)
-            if times < _TOLD_AT_FIRST or (self._listings + name) % _REMINDED_EVERY == 0:
+            self._times[name] = min(times + 1, _EMITTED_AT_FIRST)
+            if times < _EMITTED_AT_FIRST or (self._listings + name) % _REPEATED_EVERY == 0:
                 yield found
 
 
-_told: dict[tuple[str, str], _Told] = {}
+_filters: dict[tuple[str, str], _ListingFilter] = {}
 
 
 class _ListDoFn(beam.DoFn):
-    """(tick, name) to (recording_id, (what was found, when))."""
+    """Lists an input: maps (tick, name) to (recording_id, (recording or dead letter, time))."""
 
     def __init__(
         self, channel: str, stream: int | None, exclude: Sequence[str], storage_options: storage.StorageOptions
     ) -> None:
         self._list = functools.partial(list_recordings, channel=channel, stream=stream, exclude=tuple(exclude))
         self._storage_options = storage_options
-        self._watch_id = uuid.uuid4().hex  # one of several that watch the same in this process
+        self._watch_id = uuid.uuid4().hex  # several in this process may watch the same input
 
     def setup(self) -> None:
         set_storage(self._storage_options)
@@ -92,39 +92,39 @@ class _ListDoFn(beam.DoFn):
     def finish_bundle(self) -> None:
         count_retries()
 
-    def process(self, looked: tuple[float, str]) -> Iterator[tuple[str, tuple[Recording | DeadLetter, float]]]:
-        name = looked[1]
-        told = _told.setdefault((self._watch_id, name), _Told())
+    def process(self, listing: tuple[float, str]) -> Iterator[tuple[str, tuple[Recording | DeadLetter, float]]]:
+        name = listing[1]
+        listing_filter = _filters.setdefault((self._watch_id, name), _ListingFilter())
         listed_at = time.time()
         try:
-            for found in told.leave_out(self._list(name)):
+            for found in listing_filter.to_emit(self._list(name)):
                 if isinstance(found, DeadLetter) and found.uri == name:
                     metrics.count("listings_failed")
-                    told.once(_log, f"input {name} cannot be listed, and is looked for again: {found.detail}")
+                    listing_filter.warn_once(_log, f"input {name} cannot be listed, will retry: {found.detail}")
                 else:
                     yield found.recording_id, (found, listed_at)
-        except storage.StorageError as error:  # a store may be down for longer than it is tried
+        except storage.StorageError as error:  # a store may be down for longer than the retries last
             metrics.count("listings_failed")
-            told.once(_log, f"input {name} cannot be listed, and is looked for again: {error}")
+            listing_filter.warn_once(_log, f"input {name} cannot be listed, will retry: {error}")
 
 
 def _version(found: Recording | DeadLetter) -> str:
-    """Of a dead letter, why it is one: a file whose name cannot be written stays that, whatever becomes of it."""
+    """Returns the content identity of a recording; for a dead letter its reason, since its file may lack one."""
     return found.reason.value if isinstance(found, DeadLetter) else found.content_identity
 
 
 class _NewDoFn(beam.DoFn):
-    """Lets each version of a recording pass once.
+    """Emits each version of a recording once.
 
-    Object stores show an object when it is whole. A file without an etag may still be written: it passes when two
-    listings, this far apart, found it the same.
+    Object stores list only complete objects. A file without an etag may still be being written: it is emitted when it
+    is unchanged in two listings that are at least `unchanged_s` apart.
     """
 
     _PASSED = ReadModifyWriteStateSpec("passed", StrUtf8Coder())
     _SEEN = ReadModifyWriteStateSpec("seen", StrUtf8Coder())
 
-    def __init__(self, settle_s: float) -> None:
-        self._settle_s = settle_s
+    def __init__(self, unchanged_s: float) -> None:
+        self._unchanged_s = unchanged_s
 
     def process(
         self,
@@ -135,14 +135,14 @@ class _NewDoFn(beam.DoFn):
         item, listed_at = found[1]
         version = _version(item)
         passed_at, _, passed_version = (passed.read() or "0 ").partition(" ")
-        if passed_version == version or listed_at < float(passed_at):  # listings may overtake one another
+        if passed_version == version or listed_at < float(passed_at):  # listings may arrive out of order
             return
         if isinstance(item, Recording) and not item.etag:
             first_at, _, seen_version = (seen.read() or "0 ").partition(" ")
             if seen_version != version:
                 seen.write(f"{listed_at!r} {version}")
                 return
-            if listed_at - float(first_at) < self._settle_s:
+            if listed_at - float(first_at) < self._unchanged_s:
                 return
             seen.clear()
         passed.write(f"{listed_at!r} {version}")
@@ -150,45 +150,46 @@ class _NewDoFn(beam.DoFn):
 
 
 class NewRecordings(beam.PTransform):
-    """Lets each version (etag, or size and modification time) of a recording pass once.
+    """Emits each version (etag, or size and modification time) of a recording once.
 
-    Takes an unbounded PCollection of (recording_id, (`Recording` or `DeadLetter`, seconds since 1970 when it was
-    listed)); gives an `Outcome` of `Recording`. What has passed is kept in state, by recording.
+    The input is an unbounded PCollection of (recording_id, (`Recording` or `DeadLetter`, seconds since 1970 when it
+    was listed)); the output is an `Outcome` of `Recording`. The last emitted version of each recording is kept in
+    state.
 
     Args:
-        settle_s: How long a file without an etag must stay the same before it passes.
+        unchanged_s: How long a file without an etag must be unchanged before it is emitted.
     """
 
-    def __init__(self, settle_s: float) -> None:
+    def __init__(self, unchanged_s: float) -> None:
         super().__init__()
-        self._settle_s = settle_s
+        self._unchanged_s = unchanged_s
 
     def expand(self, listed: Any) -> Any:
-        new = listed | "New" >> beam.ParDo(_NewDoFn(self._settle_s)).with_output_types(
+        new = listed | "New" >> beam.ParDo(_NewDoFn(self._unchanged_s)).with_output_types(
             Recording, **{DEAD_LETTERS: DeadLetter}
         ).with_outputs(DEAD_LETTERS, main="recordings")
         return Outcome(new.recordings, new[DEAD_LETTERS])
 
 
 class WatchRecordings(beam.PTransform):
-    """Starts a stream of what is new in folders, or matches globs, and of what has changed. Gives an `Outcome`.
+    """Watches folders and globs: starts a stream of new and changed recordings, as an `Outcome`.
 
-    Each version of a file passes once: an object as soon as it is listed, a file without an etag when its size and
-    modification time were the same in two listings. A listing that fails is logged and counted as `listings_failed`;
-    the next one finds what it would have found.
+    Each version of a file is emitted once: an object as soon as it is listed, a file without an etag when its size
+    and modification time are the same in two listings. A failed listing is logged and counted as `listings_failed`;
+    the next listing finds what it missed.
 
     Args:
         inputs: Folders (audio in them, recursively), globs or files, local or on any fsspec URL.
         every_s: Seconds from one listing to the next.
-        channel: As of `ReadRecordings`.
-        stream: As of `ReadRecordings`.
-        exclude: As of `ReadRecordings`.
-        stop_uri: As of `Ticks`.
-        stop_after_s: As of `Ticks`.
-        storage_options: As of `ReadRecordings`.
+        channel: See `ReadRecordings`.
+        stream: See `ReadRecordings`.
+        exclude: See `ReadRecordings`.
+        stop_uri: See `Ticks`.
+        stop_after_s: See `Ticks`.
+        storage_options: See `ReadRecordings`.
 
     Raises:
-        ValueError: No input, or one that cannot be watched.
+        ValueError: There is no input, or one cannot be watched.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class WatchRecordings(beam.PTransform):
         super().__init__()
         self._inputs = [inputs] if isinstance(inputs, str) else list(dict.fromkeys(inputs))
         if not self._inputs:
-            raise ValueError("inputs is empty; name at least one folder or glob")
+            raise ValueError("inputs is empty; give at least one folder or glob")
         for name in self._inputs:
             check_watched(name)
         self._every_s = every_s

@@ -8,7 +8,7 @@ import pytest
 
 from af3pipe.transforms import AcknowledgeMessages
 from af3pipe.transforms.inputs import acknowledge, pubsub
-from af3pipe.transforms.inputs.acknowledge import _AcknowledgeDoFn, _AwaitDoFn, _came, _waits_for
+from af3pipe.transforms.inputs.acknowledge import _AcknowledgeDoFn, _arrived, _AwaitDoFn, _waits_for
 from af3pipe.transforms.inputs.notifications import Waiting, work_name
 from tests.collected import Collected
 
@@ -43,14 +43,14 @@ def run(events):
 def test_whatever_comes_first_a_delivery_is_acknowledged_once_and_not_leased_after_it(acknowledged, order):
     """One that is leased after that would be leased for ever, and a watch that is stopped would wait for it."""
     both = waiting("ack", "a", "b")
-    (came,) = [event for each in both for event in _came(each)]
+    (came,) = [event for each in both for event in _arrived(each)]
     events = [came, *((key, (item, items)) for each in both for _, (key, item, items) in _waits_for(each))]
     run([events[number] for number in order])
     assert acknowledged == ["ack"]
 
 
 def test_what_asks_for_nothing_is_acknowledged_at_once(acknowledged):
-    run([event for each in waiting("ack") for event in _came(each)])
+    run([event for each in waiting("ack") for event in _arrived(each)])
     assert acknowledged == ["ack"]
 
 

@@ -108,7 +108,7 @@ def test_a_store_that_is_down_does_not_end_it(error, monkeypatch, caplog):
 
     monkeypatch.setattr(storage, "stat", refused)  # the owner of all files is refused nothing here
     assert Ran(hours_ago(10.5), stop_uri="memory://stop").ticks
-    assert "whether to stop cannot be told now: " in caplog.text
+    assert "cannot check whether to stop: " in caplog.text
 
 
 def test_a_clock_that_never_ends_has_ticks_to_the_end_of_time():

@@ -140,7 +140,7 @@ def damaged(data, kind):
         ("in a member", "is cut off: it ends at byte 3972, but its member 2.wav goes on to byte 4284"),
         ("in a header", "3072"),
         ("between two", "is cut off at byte 3072"),
-        ("joined", "ends at byte 3072, but goes on behind that"),
+        ("joined", "ends at byte 3072, but more data follows"),
     ],
 )
 def test_of_a_damaged_shard_what_could_be_listed_is_kept(tmp_path, kind, says):
@@ -205,7 +205,7 @@ def check_audio(found, folder, column):
     assert json.loads(first.metadata) == {"text": "one", "id": 1, "turns": [{"n": 1}]}
     assert (named.uri, named.size_bytes) == (str(folder / "more/b.wav"), None)
     assert storage.read_bytes(third.uri) == b"c"
-    assert [row.detail for row in bad] == [f"row {n} of {column} holds no audio, and names none" for n in (3, 5)]
+    assert [row.detail for row in bad] == [f"row {n} of {column} has no audio and no path of one" for n in (3, 5)]
 
 
 @pytest.mark.parametrize("rows_per_group", [1, 2, 5])
@@ -267,7 +267,7 @@ def test_an_arrow_file_with_audio_in_it(tmp_path, rows_per_batch, file_format, l
 @pytest.mark.parametrize(
     ("cut", "kept", "says"),
     [
-        (-8, 5, "cut off behind row 5"),
+        (-8, 5, "cut off after row 5"),
         (-60, 4, "cannot be read beyond row 4"),
         (100, 0, "cannot be read beyond row 0"),
     ],
@@ -371,7 +371,7 @@ def test_a_file_of_a_data_set_that_is_missing_costs_no_other(tmp_path, dataset):
 def test_a_data_set_names_files_of_its_own_folder_only(tmp_path, name):
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     (bad,) = list_recordings(str(tmp_path))
-    assert "is nothing in its folder" in bad.detail
+    assert "is not a file in its folder" in bad.detail
 
 
 def test_a_folder_is_still_searched_for_audio_only(tmp_path):
@@ -440,7 +440,7 @@ def test_a_table_of_an_output_is_skipped_where_it_is_found_and_refused_where_it_
         assert list(container_rows(one.uri, named=False)(one)) == []
     assert metrics.tally()["own_files_skipped"] - before == 2
     assert [record.getMessage() for record in caplog.records] == [
-        f"skipped what is in {tmp_path / kind}: the output of af3pipe is no input"
+        f"skipped the files in {tmp_path / kind}: the output of af3pipe is no input"
     ]
 
 
@@ -489,6 +489,6 @@ def test_members_know_the_canonical_name_of_their_shard(tmp_path):
     for name in ("x.tar", "x.parquet"):
         found = storage.stat(str(tmp_path / "link" / name))
         (row,) = container_rows(found.uri)(found)
-        assert row.held.uri.startswith(str(tmp_path / "link" / name))
-        assert row.held.canonical == storage.canonical(row.held.uri) == storage.stat(row.held.uri).canonical
-        assert row.held.canonical == row.held.uri.replace("/link/", "/real/")
+        assert row.audio.uri.startswith(str(tmp_path / "link" / name))
+        assert row.audio.canonical == storage.canonical(row.audio.uri) == storage.stat(row.audio.uri).canonical
+        assert row.audio.canonical == row.audio.uri.replace("/link/", "/real/")

@@ -1,11 +1,11 @@
-"""What is told of several times, by messages or by several inputs."""
+"""Deduplicates recordings that arrive via several messages or inputs."""
 
 import apache_beam as beam
 import pytest
 
 from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Stage
 from af3pipe.transforms import Outcome
-from af3pipe.transforms.inputs.dedup import Once
+from af3pipe.transforms.inputs.dedup import Deduplicate
 from af3pipe.transforms.outcome import to_dead_letter
 from tests.collected import Collected
 
@@ -19,16 +19,16 @@ def letter(name, etag=None, uri=None):
     return to_dead_letter(error, stored(name, etag, uri), stage=Stage.LIST)
 
 
-def passed(told, **how):
+def passed(arrived, **how):
     """Recordings and dead letters in this order: what passes, by id; recordings in their order, then the others."""
     found = Collected()
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         # One collection, which keeps its order; what is of the other type is empty.
-        rows = pipeline | "Told" >> beam.Create(told, reshuffle=False)
+        rows = pipeline | "Arrived" >> beam.Create(arrived, reshuffle=False)
         none = pipeline | "None" >> beam.Create([], reshuffle=False)
-        once = Outcome(rows, none) | Once(**how)
-        _ = once.good | found.into("good")
-        _ = once.dead_letters | found.into("letters")
+        distinct = Outcome(rows, none) | Deduplicate(**how)
+        _ = distinct.good | found.into("good")
+        _ = distinct.dead_letters | found.into("letters")
     assert all(isinstance(one, Recording) for one in found["good"])
     by_id = {}
     for one in [*found["good"], *found["letters"]]:
@@ -64,8 +64,8 @@ def test_both_kinds_come_out_where_they_belong():
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         good = pipeline | "Good" >> beam.Create([stored("a", "1")]).with_output_types(Recording)
         letters = pipeline | "Letters" >> beam.Create([letter("b")]).with_output_types(DeadLetter)
-        once = Outcome(good, letters) | Once()
-        _ = once.good | found.into("good")
-        _ = once.dead_letters | found.into("letters")
+        distinct = Outcome(good, letters) | Deduplicate()
+        _ = distinct.good | found.into("good")
+        _ = distinct.dead_letters | found.into("letters")
     assert found["good"] == [stored("a", "1")]
     assert [one.recording_id for one in found["letters"]] == ["b"]

@@ -150,7 +150,7 @@ def test_a_ragged_row_of_a_csv_costs_no_other(tmp_path):
     found = read(tmp_path, "m.csv", data)
     assert [row.uri for row in found if isinstance(row, Recording)] == ["/a", "/c", "/f"]
     ragged, long, odd = (row.detail for row in found if isinstance(row, DeadLetter))
-    assert ragged == f"row 2 (line 3) of {tmp_path}/m.csv has 1 columns, and the first line names 2"
+    assert ragged == f"row 2 (line 3) of {tmp_path}/m.csv has 1 columns, and the first line has 2"
     assert long.startswith("row 4 (line 7) of ")
     assert odd.startswith("row 5 (line 8) of ")
     assert {row.uri for row in found if isinstance(row, DeadLetter)} == {
@@ -167,7 +167,7 @@ def test_a_quote_that_is_never_closed_says_from_where_to_where(tmp_path):
     ("name", "data", "says"),
     [
         ("m.csv", "name,text\na,b\n", "needs one of the columns uri, audio_filepath, path, and has name, text"),
-        ("m.csv", "uri,text,text\na,b,c\n", "names a column twice: text"),
+        ("m.csv", "uri,text,text\na,b,c\n", "has a column twice: text"),
         ("m.csv", "", "names no audio"),
         ("m.csv", b"\x00\x01\xff\xfe", "names no audio"),
         ("m.csv.gz", b"not gzip", "gzip"),

@@ -11,11 +11,11 @@ from af3pipe.schemas import DeadLetter, Reason, Recording, Rejected, Stage
 from af3pipe.storage import StorageError
 from af3pipe.transforms import Outcome, WatchRecordings
 from af3pipe.transforms.inputs.watch import (
-    _REMINDED_EVERY,
-    _TOLD_AT_FIRST,
+    _EMITTED_AT_FIRST,
+    _REPEATED_EVERY,
     NewRecordings,
     _ListDoFn,
-    _Told,
+    _ListingFilter,
     check_watched,
 )
 from af3pipe.transforms.outcome import to_dead_letter
@@ -131,37 +131,37 @@ def test_any_history_passes_as_it_should(histories):
     assert numbers == {name: expected(history) for name, history in enumerate(histories)}
 
 
-# --- _Told
+# --- _ListingFilter
 
 
-def told_by(told, *listed):
-    return list(told.leave_out(iter(listed)))
+def emitted(known, *listed):
+    return list(known.to_emit(iter(listed)))
 
 
 def test_what_is_new_is_told_in_the_first_listings_and_then_now_and_again():
-    told = _Told()
+    known = _ListingFilter()
     one = stored("a", "1")
-    listings = [told_by(told, one) == [one] for _ in range(_TOLD_AT_FIRST + 3 * _REMINDED_EVERY)]
-    assert all(listings[:_TOLD_AT_FIRST])
-    assert sum(listings[_TOLD_AT_FIRST:]) == 3
+    listings = [emitted(known, one) == [one] for _ in range(_EMITTED_AT_FIRST + 3 * _REPEATED_EVERY)]
+    assert all(listings[:_EMITTED_AT_FIRST])
+    assert sum(listings[_EMITTED_AT_FIRST:]) == 3
 
 
 def test_what_was_gone_or_has_changed_is_new():
-    told = _Told()
+    known = _ListingFilter()
     one, other = stored("a", "1"), stored("a", "2")
-    for _ in range(_TOLD_AT_FIRST):
-        told_by(told, one)
-    assert [] in (told_by(told, one), told_by(told, one))  # of two in a row, one is no reminder
-    assert [told_by(told, other) for _ in range(_TOLD_AT_FIRST)] == [[other]] * _TOLD_AT_FIRST
-    told_by(told)
-    assert [told_by(told, other) for _ in range(_TOLD_AT_FIRST)] == [[other]] * _TOLD_AT_FIRST
+    for _ in range(_EMITTED_AT_FIRST):
+        emitted(known, one)
+    assert [] in (emitted(known, one), emitted(known, one))  # of two in a row, one is no reminder
+    assert [emitted(known, other) for _ in range(_EMITTED_AT_FIRST)] == [[other]] * _EMITTED_AT_FIRST
+    emitted(known)
+    assert [emitted(known, other) for _ in range(_EMITTED_AT_FIRST)] == [[other]] * _EMITTED_AT_FIRST
 
 
 def test_dead_letters_are_told_as_recordings_are():
-    told = _Told()
-    found = [len(told_by(told, letter("a"))) for _ in range(_TOLD_AT_FIRST + _REMINDED_EVERY)]
-    assert found[:_TOLD_AT_FIRST] == [1] * _TOLD_AT_FIRST
-    assert sum(found) == _TOLD_AT_FIRST + 1
+    known = _ListingFilter()
+    found = [len(emitted(known, letter("a"))) for _ in range(_EMITTED_AT_FIRST + _REPEATED_EVERY)]
+    assert found[:_EMITTED_AT_FIRST] == [1] * _EMITTED_AT_FIRST
+    assert sum(found) == _EMITTED_AT_FIRST + 1
 
 
 VERSIONS = [(name, version) for name in range(6) for version in range(2)]
@@ -173,19 +173,19 @@ def test_whatever_comes_and_goes_nothing_is_left_out_for_long(changes):
     listings = [set(VERSIONS)]
     for changed in changes:
         listings.append(listings[-1] ^ changed)
-    told = _Told()
+    known = _ListingFilter()
     in_a_row, silent = {}, {}
     for listing in listings:
         given_ = [stored(f"{name}", f"{version}") for name, version in sorted(listing)]
-        found = told_by(told, *given_)
+        found = emitted(known, *given_)
         assert set(found) <= set(given_)
         assert len(found) == len(set(found))
         in_a_row = {one: in_a_row.get(one, 0) + 1 for one in given_}
         silent = {one: 0 if one in found else silent.get(one, 0) + 1 for one in given_}
         for one in given_:
-            assert one in found or in_a_row[one] > _TOLD_AT_FIRST
-            assert silent[one] < _REMINDED_EVERY
-    assert len(told._times) == len(listings[-1])  # it grows with what there is, and not with what there was
+            assert one in found or in_a_row[one] > _EMITTED_AT_FIRST
+            assert silent[one] < _REPEATED_EVERY
+    assert len(known._times) == len(listings[-1])  # it grows with what there is, and not with what there was
 
 
 # --- _ListDoFn and WatchRecordings
@@ -208,7 +208,7 @@ def test_folders_that_are_not_there_yet_are_looked_for_again(tmp_path, caplog):
     dofn = _ListDoFn("mix", None, (), {})
     assert listing(dofn, tmp_path / "soon") == []
     assert listing(dofn, tmp_path / "soon") == []
-    assert caplog.text.count(f"input {tmp_path / 'soon'} cannot be listed, and is looked for again: ") == 1
+    assert caplog.text.count(f"input {tmp_path / 'soon'} cannot be listed, will retry: ") == 1
     (tmp_path / "soon").mkdir()
     (tmp_path / "soon" / "a.wav").write_bytes(make.wav(make.sound(0.1, 8000), 8000))
     assert [name for _, name in listing(dofn, tmp_path / "soon")] == ["a.wav"]
@@ -223,12 +223,12 @@ def test_a_store_that_is_down_ends_a_listing_and_no_more(caplog):
 
     dofn._list = down
     assert [name for _, name in listing(dofn, "s3://archive/")] == ["a"]
-    assert "input s3://archive/ cannot be listed, and is looked for again: no route to the store" in caplog.text
+    assert "input s3://archive/ cannot be listed, will retry: no route to the store" in caplog.text
 
 
 def test_two_that_watch_the_same_do_not_take_from_each_other(archive):
     one, other = _ListDoFn("mix", None, (), {}), _ListDoFn("mix", None, (), {})
-    for _ in range(_TOLD_AT_FIRST + 2):
+    for _ in range(_EMITTED_AT_FIRST + 2):
         listing(one, archive)
     assert len(listing(other, archive)) == 2
 
@@ -252,7 +252,7 @@ def test_what_several_inputs_find_again_and_again_passes_once(archive):
     "name", ["a.csv", "s3://b/a.jsonl", "a.parquet", "x/*.tar", "data-00000.arrow", "list.tsv", "m/*.csv"]
 )
 def test_what_is_read_from_its_beginning_each_time_cannot_be_watched(name):
-    with pytest.raises(ValueError, match="is a manifest or a container; watched are folders and globs of audio"):
+    with pytest.raises(ValueError, match="a container; only folders and globs of audio can be watched"):
         check_watched(name)
     with pytest.raises(ValueError, match="af3pipe run"):
         WatchRecordings(["folder/", name])

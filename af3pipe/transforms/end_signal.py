@@ -1,4 +1,4 @@
-"""Word of the end of a stream, where its runner goes on when all is done."""
+"""Signals completion of a stream on runners that do not stop by themselves (Flink)."""
 
 from types import MappingProxyType
 from typing import Any
@@ -30,12 +30,12 @@ class _EndDoFn(beam.DoFn):
         storage.write_atomic(self._uri, b"")
 
 
-class TellEnd(beam.PTransform):
-    """Writes an empty file once the watermark of a PCollection has come to its end: nothing more will come.
+class SignalEnd(beam.PTransform):
+    """Writes an empty file when the watermark of a PCollection has reached its end, so that no more elements come.
 
     Args:
-        uri: Of the file.
-        storage_options: As of `ReadRecordings`.
+        uri: URI of the file.
+        storage_options: See `ReadRecordings`.
     """
 
     def __init__(self, uri: str, *, storage_options: storage.StorageOptions = MappingProxyType({})) -> None:
@@ -44,10 +44,10 @@ class TellEnd(beam.PTransform):
 
     def expand(self, last: Any) -> Any:
         pair: Any = tuple[str, str]
-        once = last.pipeline | "Once" >> beam.Create([("", "")], reshuffle=False).with_output_types(pair)
+        key = last.pipeline | "Key" >> beam.Create([("", "")], reshuffle=False).with_output_types(pair)
         none = last | "None" >> beam.FlatMap(lambda _: []).with_output_types(pair)
         return (
-            (once, none | "Ever" >> beam.WindowInto(GlobalWindows()))
-            | "OnceAndNone" >> beam.Flatten()
+            (key, none | "Ever" >> beam.WindowInto(GlobalWindows()))
+            | "KeyAndNone" >> beam.Flatten()
             | "End" >> beam.ParDo(self._dofn)
         )

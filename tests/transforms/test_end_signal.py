@@ -5,7 +5,7 @@ import time
 import apache_beam as beam
 import pytest
 
-from af3pipe.transforms.ended import TellEnd
+from af3pipe.transforms.end_signal import SignalEnd
 
 
 def slow(item, folder):
@@ -18,5 +18,5 @@ def slow(item, folder):
 def test_it_is_written_when_all_is_done(items, tmp_path):
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         last = pipeline | beam.Create(items, reshuffle=False).with_output_types(str) | beam.Map(slow, folder=tmp_path)
-        _ = last | TellEnd(str(tmp_path / "ended"))
+        _ = last | SignalEnd(str(tmp_path / "ended"))
     assert (tmp_path / "ended").read_bytes() == b""
