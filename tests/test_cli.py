@@ -228,7 +228,7 @@ def test_dead_letters_of_an_earlier_run_count_as_long_as_they_hold(archive, tmp_
     assert quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0").exit_code == 3
     again = quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0")
     assert again.exit_code == 3
-    assert "1 of earlier runs hold" in again.output
+    assert "1 of earlier runs are still current" in again.output
     (archive / "broken.wav").unlink()
     assert quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0").exit_code == 0
 
