@@ -21,7 +21,7 @@ SPANS = "AF3PIPE_SPANS"
 
 
 class TimedEngine(constant_engine.ConstantEngine):
-    """Tells when it worked."""
+    """Records when it worked."""
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         began = time.time()

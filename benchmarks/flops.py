@@ -1,7 +1,7 @@
 """Computes the least arithmetic and memory reads of a model for given audio and replies, without torch.
 
 A floating point operation is a multiplication or an addition, so a product of (m, k) and (k, n) matrices has 2 m k n
-of them. Only audio counts: windows as long as their audio, no padding, each position once. Biases, norms,
+of them. Padding does not count: windows are as long as their audio, and each position counts once. Biases, norms,
 activations, softmax and rotary angles do not count, since they are small compared with the matrix products.
 """
 
