@@ -1,1 +1,1 @@
-"""What is measured, one command each: `python -m benchmarks.NAME`."""
+"""Benchmarks, one command each: `python -m benchmarks.NAME`."""

@@ -1,6 +1,6 @@
-"""What this machine can do at best, measured where and when it is needed; and what the engine's steps lose to Python.
+"""Measures the machine's peak performance, and the time that the engine's decoding steps lose in Python.
 
-All with the threads that torch is set to, as everything else.
+All of it uses the number of threads that torch is set to, as the benchmarks do.
 """
 
 import statistics

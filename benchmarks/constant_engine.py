@@ -1,7 +1,7 @@
-"""An engine that takes a fixed time a window, as a GPU would, and leaves the CPU to those who feed it.
+"""Provides an engine that takes a fixed time per window, as a GPU would, and leaves the CPU to the pipeline.
 
-For measuring what feeds the engine; importable, so that a worker finds it by the name it is registered under. Its
-queue is the real one.
+It serves to measure how fast the pipeline feeds the engine. It is importable, so that workers find it by its
+registered name, and it has the real queue.
 """
 
 import threading

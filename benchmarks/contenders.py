@@ -1,8 +1,8 @@
-"""Three ways to answer the same requests, and the models they are measured on.
+"""Defines three ways to process the same requests, and the models that they are measured on.
 
-`alone` is the model card's loop and `batches` what most people make of it: stock processor, stock `generate`, nothing
-but what the card shows, told only to be greedy and how many tokens to give. `engine` is this package's, through its
-contract. Requests here have one task each.
+`alone` is the model card's loop and `batches` is its usual extension: unmodified processor and `generate` as in the
+card, set only to greedy decoding and a number of tokens. `engine` is this package's engine. Each request has one
+task.
 """
 
 import copy

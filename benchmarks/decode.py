@@ -1,13 +1,13 @@
-"""Decoding to 16 kHz mono, on one core: seconds of audio a second, ours beside others; and its memory.
+"""Measures decoding to 16 kHz mono on one core, beside other libraries: seconds of audio per second, and memory.
 
     python -m benchmarks.decode [--seconds 600] [--repeat 5] [--formats flac mp3 ...]
     python -m benchmarks.decode --memory [--hours 1 3]
     python -m benchmarks.decode --guard
 
-Every way gives all samples of a file, as one float32 array or as blocks of one. All are pinned to one core together
-with what they start, in turns; medians. `guarded`: in a decoder process, as the pipeline decodes. `librosa`:
-soundfile and soxr; blank where soundfile does not read the format. `pyav`: FFmpeg's decoder and its own resampler,
-the plain way. CPU seconds are those of all processes of a way.
+Each method returns all samples of a file, as one float32 array or as blocks of one. Methods run in turns, pinned to
+one core together with the processes they start; results are medians. `guarded`: in a decoder process, as the pipeline
+decodes. `librosa`: soundfile and soxr; blank if soundfile cannot read the format. `pyav`: FFmpeg's decoder and
+resampler, used plainly. CPU seconds are those of all processes of a method.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""What decoding in a process of its own costs; run by `python -m benchmarks.decode --guard`.
+"""Measures the cost of decoding in a separate process; run by `python -m benchmarks.decode --guard`.
 
-Recordings on a disk to segments, as the pipeline does it: in process and guarded, in turns, pinned to one core; CPU
-seconds of both processes. On more cores the guarded one also runs beside everything else of the worker.
+It decodes recordings on a disk to segments as the pipeline does, in process and guarded, in turns, pinned to one
+core, and measures CPU seconds of both processes. With more cores, the guarded process also runs in parallel to the
+worker.
 """
 
 import statistics

@@ -1,8 +1,8 @@
-"""Memory and time of cutting hours of audio into segments; run by `python -m benchmarks.decode --memory`.
+"""Measures memory and time of splitting hours of audio into segments; run by `python -m benchmarks.decode --memory`.
 
-Each file in a process of its own, `split` at the demo checkpoint's cap of 600 s, each segment dropped when the next
-one comes. It is decoded as in the pipeline, in a decoder process; peak: the most that was resident at once in both
-together; before: the same with everything imported and a second decoded.
+Each file is decoded in its own process, as in the pipeline with a decoder process, and split at the demo checkpoint's
+maximum of 600 s; each segment is dropped when the next one comes. peak: maximum resident memory of both processes
+together; before: the same after all imports and one second of decoding.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Word accuracy of the demo checkpoint on a human voice it never heard, through `af3pipe run` as a user runs it.
+"""Measures word accuracy of the demo checkpoint on a human voice outside its training data, with `af3pipe run`.
 
     python -m benchmarks.digits [--folder DIR] [--transcripts FILE]
 

@@ -1,19 +1,20 @@
-"""The engine beside stock Hugging Face code, and beside what the machine can do at best.
+"""Compares the engine with unmodified Hugging Face code, and with the machine's peak performance.
 
     python -m benchmarks.engine [--mixes short mixed long] [--requests 200] [--alone N] [--repeat 3] [--out FILE.md]
     python -m benchmarks.engine --shape af3-7b --requests 200 --alone 20 --repeat 1     # random weights; needs a GPU
     python -m benchmarks.engine --growth 10000
 
-Three contenders answer the same requests in turns, in one process, with the same model, dtype and threads:
+Three contenders process the same requests in turns, in one process, with the same model, dtype and threads:
 
 alone: the model card's loop, one recording at a time.
-batches: stock `generate` over static batches of 8 in the order of arrival.
-engine: this package's, all requests submitted from one thread; its queue and threads are part of what is measured.
+batches: unmodified `generate` over static batches of 8 in the order of arrival.
+engine: this package's engine, all requests submitted from one thread; its queue and threads are measured, too.
 
-All are greedy and give exactly the tokens that were asked for, so that all do the same work; the replies of `batches`
-and `engine` are held against those of `alone`, token for token. In float32 one that differs makes this exit with 1.
-Audio is in memory, models are loaded and warm, and each contender has the cores to itself (`contenders.apart`).
-`--alone N` asks `alone` only N of the requests, spread over the lengths of their replies, and scales its time to all.
+All decode greedily and generate exactly the requested number of tokens, so that all do the same work. The replies of
+`batches` and `engine` are compared with those of `alone`, token by token; in float32 a difference makes this exit
+with 1. Audio is in memory, models are loaded and warm, and each contender has the cores to itself
+(`contenders.apart`). With `--alone N`, `alone` processes only N of the requests, of all reply lengths, and its time
+is scaled to all.
 
 floor: see benchmarks/flops.py and docs/benchmarks.md; python: see benchmarks/ceilings.py.
 """

@@ -1,15 +1,15 @@
-"""On a true Flink cluster: what a second TaskManager brings, and whether memory stays as it is over many recordings.
+"""Measures, on a real Flink cluster, the speed-up by a second TaskManager, and memory over many recordings.
 
     python -m tests.integration.fetch_flink   # once
     python -m benchmarks.flink [--recordings 1000]
     python -m benchmarks.flink --listed 10000 100000
 
-All of the cluster is on this machine: JobManager, TaskManagers of one slot, a worker pool beside each, Beam's job
-server. The engine takes 40 ms a window and no CPU, as a GPU would, so that what is measured is whether both are fed.
+The whole cluster is on this machine: JobManager, TaskManagers of one slot, a worker pool for each, Beam's job server.
+The engine takes 40 ms per window and no CPU, as a GPU would, so this measures whether both engines are kept busy.
 
-asking: from the first request to the last reply. job: all of a run, in which Flink and Beam take their time to begin.
-With `--listed`, an engine that takes no time answers that many short recordings of an S3 server, by two TaskManagers;
-RSS is the most that a process had, of those that plan, ask and write (the pool's) and of TaskManagers.
+asking: from the first request to the last reply. job: the whole run, including the start of Flink and Beam.
+With `--listed`, an engine that takes no time processes that many short recordings of an S3 server, on two
+TaskManagers; RSS is the maximum of a process: of workers (which plan, run and write) and of TaskManagers.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Beam's worker pool that knows the constant engine, for benchmarks/flink.py: workers are threads of this process.
+"""Runs Beam's worker pool with the constant engine, for benchmarks/flink.py: workers are threads of this process.
 
     AF3PIPE_WINDOW_S=0.04 AF3PIPE_SPANS=FOLDER python -m benchmarks.flink_pool 127.0.0.2:50000
 
-A batch that is answered leaves its begin and end, in seconds since 1970, in FOLDER/<pid>.
+The begin and end of each processed batch, in seconds since 1970, are appended to FOLDER/<pid>.
 """
 
 import os
@@ -21,7 +21,7 @@ SPANS = "AF3PIPE_SPANS"
 
 
 class TimedEngine(constant_engine.ConstantEngine):
-    """Tells when it worked."""
+    """Records when it worked."""
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         began = time.time()

@@ -1,8 +1,8 @@
-"""What a model must at least compute and read for given audio and replies: pure arithmetic, no torch.
+"""Computes the least arithmetic and memory reads of a model for given audio and replies, without torch.
 
-A floating point operation is a multiplication or an addition, so that a product of (m, k) and (k, n) matrices is
-2 m k n of them. Only what is heard counts: windows as long as their audio, no padding, each position once. Left out,
-because none is a matrix product and all are small beside those: biases, norms, activations, softmax, rotary angles.
+A floating point operation is a multiplication or an addition, so a product of (m, k) and (k, n) matrices has 2 m k n
+of them. Padding does not count: windows are as long as their audio, and each position counts once. Biases, norms,
+activations, softmax and rotary angles do not count, since they are small compared with the matrix products.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
-"""Every broken file ends in one terminal state, and takes no worker with it.
+"""Checks that every corrupt file ends in one terminal state and crashes no worker.
 
     python -m benchmarks.fuzz [--files 10000] [--seed 0] [--keep DIR]
     python -m benchmarks.fuzz --only N [--seed 0]       # writes file N to this folder, to look at
 
-Files by real encoders in every format, changed in every way of `tests/mutations.py`; then the real batch pipeline
-over them, a constant engine in the model's place, a worker process for each 500 files, the over-length policies in
-turns.
+It corrupts files of real encoders in every format, by every mutation of `tests/mutations.py`, and runs the real batch
+pipeline over them, with a constant engine instead of the model, a worker process for each 500 files, and all
+over-length policies in turn.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The worker of `benchmarks.fuzz`: a batch run in a process that may crash, hang or leave others behind.
+"""Runs a batch for `benchmarks.fuzz` in a process that may crash, hang or leave child processes behind.
 
 python -m benchmarks.fuzz_worker run FOLDER OUTPUT MODEL OVER_LENGTH    # the pipeline over a folder
 python -m benchmarks.fuzz_worker look FOLDER MODEL [AFTER]              # file by file: which one is it?

@@ -1,4 +1,4 @@
-"""Whether the engine's memory grows with the requests it answers."""
+"""Measures whether the engine's memory grows with the number of requests."""
 
 import collections
 import statistics

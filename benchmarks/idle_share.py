@@ -1,13 +1,13 @@
-"""How long the engine waits for audio: its idle share over many recordings, beside the plain way to feed it.
+"""Measures how long the engine waits for audio, and compares it with a plain pipeline.
 
     python -m benchmarks.idle_share [--recordings 200] [--repeat 3] [--engine constant|transformers|both]
 
-Real files (stereo FLAC at 44.1 kHz, 2 to 20 s), real decoding, Beam's in-process runner. `overlap` is this
-package's AnswerRecordings; `plain` decodes in one DoFn and asks a batch at a time in the next,
-waiting for it there; `decode` asks nothing, and so tells what the machine can decode at best.
+It uses real files (stereo FLAC at 44.1 kHz, 2 to 20 s), real decoding and Beam's in-process runner. `overlap` is this
+package's AnswerRecordings; `plain` decodes in one DoFn and processes one batch at a time in the next, waiting for it;
+`decode` has no engine, and so shows the fastest possible decoding.
 
-idle: waiting for requests, by the engine's own clock, over the time from the first request to the last reply.
-not busy: all of that time but what the engine worked; beside idle, what its thread lost to the machine.
+idle: share of the time from the first request to the last reply in which the engine waited for requests.
+not busy: share of that time in which the engine did not work: idle, or its thread was not scheduled.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a figure was measured on, in one line; and what a process and its children have used."""
+"""Describes the machine of a measurement in one line, and measures the resources of a process and its children."""
 
 import contextlib
 import os

@@ -1,10 +1,10 @@
-"""Whether a run's memory grows with what it reads: peak memory of `af3pipe`'s batch pipeline by recordings.
+"""Measures whether the peak memory of the batch pipeline grows with the number of recordings.
 
     python -m benchmarks.memory [--recordings 200 1000] [--repeat 3]
 
-The whole pipeline, writing included, in one process, a new one each time; the constant engine, at 10 ms a window,
-is slower than decoding, so that what is decoded ahead would pile up here if anything did. Peak: the most that was
-resident at once, as Linux counts it; `before`: the same when the run begins, with everything imported.
+It runs the whole pipeline, writing included, in a new process each time. The constant engine, at 10 ms per window, is
+slower than decoding, so decoded audio would pile up if it were not bounded. Peak: maximum resident memory, as Linux
+counts it; `before`: the same at the start of the run, after all imports.
 """
 
 import argparse

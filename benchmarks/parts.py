@@ -2,12 +2,12 @@
 
     python -m benchmarks.parts [--hours 4] [--parts 1000] [--repeat 1] [--formats "flac 16 kHz mono" ...]
 
-As the pipeline decodes, in a decoder process, `split` at the demo checkpoint's cap, from the disk and from an S3
-server on this machine (`benchmarks.synthetic_s3`), whose GET requests are counted. `once`: the file as one recording.
-`parts`: as many parts, one behind the other, together the whole file. `overlapping`: as many, each twice as long, so
-that each second belongs to two. Each is measured in a process of its own, in turns; medians of CPU and wall seconds;
-a ratio is of CPU seconds, to `once` of the same row. Where the file is stored at another rate than the model's, each
-part has a resampler of its own, so `overlapping` resamples all of it twice.
+It decodes as the pipeline does, in a decoder process, split at the demo checkpoint's maximum, from the disk and from
+an S3 server on this machine (`benchmarks.synthetic_s3`), whose GET requests are counted. `once`: the file as one
+recording. `parts`: as many consecutive parts, together the whole file. `overlapping`: as many, each twice as long, so
+that each second belongs to two. Each is measured in its own process, in turns; results are medians of CPU and wall
+seconds; a ratio is of CPU seconds, to `once` of the same row. If the file's sampling rate is not the model's, each
+part has its own resampler, so `overlapping` resamples all of it twice.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A store on this machine that takes a while to answer each call: `slow://` and a local path."""
+"""Provides a local store that delays the answer to each call: `slow://` and a local path."""
 
 import time
 from typing import Any

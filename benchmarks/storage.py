@@ -1,4 +1,4 @@
-"""What storage and tables cost: listings, runs of many small files, reruns of them, and memory by their number.
+"""Measures the cost of storage and tables: listings, runs of many small files, their reruns, and memory by rows.
 
     python -m benchmarks.storage                      # all of it; takes hours on two cores with the real model
     python -m benchmarks.storage listing              # --keys 10000 100000 1000000 --folders 1000 0
@@ -9,12 +9,11 @@
     python -m benchmarks.storage nights               # --files 100000 --nights 30: reruns with nothing new
     python -m benchmarks.storage new                  # --rows 3000000 --files 1000: new files, a large output
 
-Each measurement is made in a process of its own. Objects in S3 are those of benchmarks/synthetic_s3.py, served by
-another process: no figure holds a network. Files on the local disk are 0.3 s of WAV each, hard links of a few, so
-that 100,000 take no room; each counts as a recording of its own. `constant`: the engine of
-benchmarks/constant_engine.py in the model's place, taking no time; `demo`: the demo checkpoint, by `af3pipe run`.
-Peak: the most that was resident at once, as Linux counts it; `before`: the same when the work begins, with everything
-imported.
+Each measurement runs in its own process. Objects in S3 are those of benchmarks/synthetic_s3.py, served by another
+process: no figure includes a network. Files on the local disk are 0.3 s of WAV each, hard links to a few, so that
+100,000 take no space; each counts as its own recording. `constant`: the engine of benchmarks/constant_engine.py
+instead of the model, taking no time; `demo`: the demo checkpoint, with `af3pipe run`. Peak: maximum resident memory,
+as Linux counts it; `before`: the same at the start of the work, after all imports.
 """
 
 import argparse

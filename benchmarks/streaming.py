@@ -1,11 +1,12 @@
-"""How a watched folder does: seconds from a file's landing to its rows, and an hour of it.
+"""Measures a watched folder: seconds from a file's arrival to its rows, and the behaviour over an hour.
 
     python -m benchmarks.streaming                      # latency, with the demo model
     python -m benchmarks.streaming --soak 3600          # 5 files a second, an engine of constant time
     python -m benchmarks.streaming --soak 3600 --flink  # on a cluster on this machine (benchmarks/flink.py)
 
-Files of 2 s land by a rename, as a careful writer's do; one in a hundred is corrupt. Rows are seen when a reader of
-`recordings/` sees them. The runner is Prism, with its worker in this process, or Flink: two TaskManagers of one slot.
+Files of 2 s appear by a rename, as an atomic writer creates them; one in a hundred is corrupt. Rows count as written
+when a reader of `recordings/` sees them. The runner is Prism, with its worker in this process, or Flink: two
+TaskManagers of one slot.
 """
 
 import argparse

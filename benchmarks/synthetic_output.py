@@ -1,4 +1,4 @@
-"""Writes outputs of millions of rows in seconds, by Arrow, for the benchmarks of audit, compact and export."""
+"""Writes outputs of millions of rows in seconds, with Arrow, for the benchmarks of audit, compact and export."""
 
 import json
 from pathlib import Path

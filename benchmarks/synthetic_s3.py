@@ -1,13 +1,13 @@
-"""An S3 server with as many objects as you like, which takes no disk: for listings and reads at scale.
+"""Serves an S3 API with any number of objects, without a disk, for listings and reads at scale.
 
     python -m benchmarks.synthetic_s3 --keys 1000000 --folders 1000 --port 9000 &
     AWS_ENDPOINT_URL=http://127.0.0.1:9000 AWS_ACCESS_KEY_ID=a AWS_SECRET_ACCESS_KEY=b AWS_DEFAULT_REGION=us-east-1 \
         af3pipe run s3://synthetic/ ...
 
-Bucket `synthetic` (any other name is the same one) holds `00000/0000000.wav` and so on, spread evenly over the
-folders, or all at the top where there are 0; all the same short WAV file. It answers ListObjectsV2 (prefix,
+Bucket `synthetic` (any other name is the same one) contains `00000/0000000.wav` and so on, spread evenly over the
+folders, or all at the top if there are 0 folders; all are the same short WAV file. It answers ListObjectsV2 (prefix,
 delimiter, continuation token, pages of 1000), HEAD and GET (with a range), and checks no signature. Keys are
-reckoned from their number, so a page takes half a millisecond, which is far less than a client takes to parse it.
+computed from their number, so a page takes half a millisecond, far less than a client takes to parse it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""An engine that gives one wrong reply: what verifying has to find. Registered in `ENGINES` by the test."""
+"""Provides an engine with one wrong reply, which verifying must detect. Registered in `ENGINES` by the test."""
 
 from concurrent.futures import Future
 

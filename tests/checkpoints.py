@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights, built offline: enough of a model that every request gets a reply of its own.
+"""Builds tiny checkpoints with random weights, offline; each request gets a different reply from them.
 
 The tokenizer is the demo checkpoint's, which has the special tokens of both families. The generation config samples,
 as the released ones do, so that a greedy reply proves that nothing is taken from it.

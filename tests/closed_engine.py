@@ -1,4 +1,4 @@
-"""An engine that fails when it is opened: where nothing is left to ask, nobody may try."""
+"""Provides an engine that fails to open, for runs that must not open one. Registered in `ENGINES` by the test."""
 
 
 class ClosedEngine:

@@ -1,4 +1,4 @@
-"""What a pipeline on Beam's in-process runner gives, as a list."""
+"""Runs a pipeline on Beam's in-process runner and returns its elements as a list."""
 
 import uuid
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""An echo engine that notes what it is asked. Registered in `ENGINES` by the test."""
+"""Provides an echo engine that records its requests. Registered in `ENGINES` by the test."""
 
 from typing import ClassVar
 

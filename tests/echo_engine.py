@@ -1,4 +1,4 @@
-"""An engine whose replies tell what was heard, so that no two are the same. Registered in `ENGINES` by the test."""
+"""Provides an engine whose replies describe the audio, so that all differ. Registered in `ENGINES` by the test."""
 
 from af3pipe.schemas import Reason, Rejected, Reply, Stage
 from benchmarks.constant_engine import SAMPLE_RATE, ConstantEngine

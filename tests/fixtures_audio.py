@@ -1,4 +1,4 @@
-"""Audio files made at test time by real encoders: libsndfile, FFmpeg through PyAV, and the `ffmpeg` program.
+"""Creates audio files with real encoders: libsndfile, FFmpeg through PyAV, and the `ffmpeg` program.
 
 Every function returns the file's bytes. `samples` are float32 in [-1, 1], shape (n, channels).
 """

@@ -1,4 +1,4 @@
-"""One object behind S3's, Google's and plain HTTP, on a server that does to each answer what a test tells it to."""
+"""Serves one object over S3's, Google's and plain HTTP, with the faults in its responses that a test sets."""
 
 import json
 import threading

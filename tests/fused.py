@@ -1,4 +1,4 @@
-"""A pipeline as its runner sees it: fused into stages, between which data is shuffled, stored or sent over a network.
+"""Shows a pipeline as its runner sees it: fused into stages, with data shuffled, stored or sent between them.
 
 The fusion is Beam's own, for its portable runners; Dataflow and Flink fuse by the same rules, and no stage spans two
 environments or a shuffle on any of them.

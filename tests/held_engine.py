@@ -1,4 +1,4 @@
-"""An engine that replies when the test has it reply. Registered in `ENGINES` by the test."""
+"""Provides an engine that replies only when the test lets it. Registered in `ENGINES` by the test."""
 
 from concurrent.futures import Future
 from typing import Any, ClassVar, NamedTuple

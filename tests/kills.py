@@ -1,4 +1,4 @@
-"""Processes of our own that are killed with SIGKILL after their n-th write or delete, as a power cut would."""
+"""Runs processes that kill themselves with SIGKILL after their n-th write or delete, as a power cut would."""
 
 import multiprocessing
 import os

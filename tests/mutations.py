@@ -1,4 +1,4 @@
-"""Broken audio files, each known by a seed and a number: whole files, and what may happen to them.
+"""Creates corrupt audio files, each identified by a seed and a number: valid files, and mutations of them.
 
 A file is the same on every run, and on every machine that has the same encoders.
 """

@@ -1,4 +1,4 @@
-"""Whole audio files in every format that is promised, short ones and a long one, the same bytes every time."""
+"""Creates audio files in every supported format, short ones and a long one, with the same bytes every time."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Outputs of runs, made row by row: as large as wanted, and with whatever is wrong with them."""
+"""Builds outputs of runs row by row, of any size and with any faults."""
 
 import hashlib
 import json

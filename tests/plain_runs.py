@@ -1,4 +1,4 @@
-"""Runs into one output, one after the other, without a runner: planned, answered and written as a pipeline does."""
+"""Runs several runs into one output without a Beam runner: plans, answers and writes as a pipeline does."""
 
 from collections import defaultdict
 

@@ -1,4 +1,4 @@
-"""Reads what runs have written, as the package does: without Arrow's threads (af3pipe/storage/parquet.py)."""
+"""Reads written tables as the package does: without Arrow's threads (af3pipe/storage/parquet.py)."""
 
 import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for every row type, built from the annotations, so that a new field is covered at once."""
+"""Hypothesis strategies for every row type, derived from the annotations, so that new fields are covered at once."""
 
 from datetime import timezone
 from enum import Enum

@@ -1,4 +1,4 @@
-"""Fails a test that takes more than 3 s and is not marked, so that README's test command stays quick.
+"""Fails tests that take more than 3 s and are not marked, so that README's test command stays quick.
 
 A test of more than 3 s is marked `slow`: .ci/run runs it, README's command does not. Where nothing quicker shows a
 kind of behaviour, one test of that kind is marked `representative` instead, and run by both.

@@ -191,7 +191,7 @@ def test_the_two_sides_of_a_call_are_two_recordings(tmp_path):
         "right": "open door",
     }
     (letter,) = rows(tmp_path / "out", "dead_letters")
-    assert "Channel 2 was asked for, but the audio has 2 channels" in letter["detail"]
+    assert "Channel 2 was requested, but the audio has 2 channels" in letter["detail"]
     states = {row["channel"]: row["terminal_state"] for row in rows(tmp_path / "out", "recordings")}
     assert states == {"left": "ok", "right": "ok", "2": "dead_letter"}
     one = quick(tmp_path / "call.wav", tmp_path / "one", "--task", "transcript", "--channel", "right")
@@ -228,7 +228,7 @@ def test_dead_letters_of_an_earlier_run_count_as_long_as_they_hold(archive, tmp_
     assert quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0").exit_code == 3
     again = quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0")
     assert again.exit_code == 3
-    assert "1 of earlier runs hold" in again.output
+    assert "1 of earlier runs are still current" in again.output
     (archive / "broken.wav").unlink()
     assert quick(archive, tmp_path / "out", "--fail-on-dead-letters", "0").exit_code == 0
 

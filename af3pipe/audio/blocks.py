@@ -74,7 +74,7 @@ def _pyav_frames(
             raise StreamChanged(f"the sampling rate changes from {rate} Hz to {frame.sample_rate} Hz")
         if channel is not None and frame.layout.nb_channels != source.info.channels:
             change = f"from {source.info.channels} to {frame.layout.nb_channels}"
-            raise StreamChanged(f"the number of channels changes {change}, and channel {channel} was asked for")
+            raise StreamChanged(f"the number of channels changes {change}, and channel {channel} was requested")
         yield frame
 
 

@@ -277,7 +277,7 @@ class _SourceDecoding(Decoding):
     def _explain(self, error: Exception) -> Rejected | None:
         """Returns the rejection for a decoder's error; None for junk after a complete recording."""
         if isinstance(self.source.handle, soundfile.SoundFile):
-            # The block that failed holds good frames, too; libsndfile knows how many.
+            # The block that failed contains good frames, too; libsndfile knows how many.
             self.frames_read = max(self.frames_read, int(self.source.handle.tell()))
         if self.stated_frames is not None and not self._is_short():
             return None

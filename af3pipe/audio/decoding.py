@@ -166,6 +166,6 @@ def channel_index(channel: str | int, info: AudioInfo) -> int | None:
     index = {"left": 0, "right": 1}.get(wanted)
     if (info.channels < 2) if index is not None else (int(wanted) >= info.channels):
         has = "1 channel, number 0" if info.channels == 1 else f"{info.channels} channels, 0 to {info.channels - 1}"
-        detail = f"Channel {wanted} was asked for, but the audio has {has}; choose --channel mix or one of these."
+        detail = f"Channel {wanted} was requested, but the audio has {has}; choose --channel mix or one of these."
         raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder=info.decoder)
     return int(wanted) if index is None else index

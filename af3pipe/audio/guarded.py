@@ -1,6 +1,6 @@
 """Runs inside a decoder process: serves one parent and decodes one file at a time. See `guard`.
 
-The parent leads; every command has one reply, and before it the process may ask for bytes of the file:
+The parent leads; every command has one reply, and before it the process may request bytes of the file:
 
     parent                          process
     open {size_bytes, asked}  ->                              with a descriptor, for a file on a disk
@@ -49,7 +49,7 @@ MEMORY_BYTES = INPUT_BYTES + 4 * OUTPUT_FRAMES
 
 # Read ahead from where a decoder seeks to, doubled while it reads on: headers cost little, bodies few messages.
 _FIRST_READ_BYTES = 1 << 16
-# A read from a disk that took longer is told, so that it does not count as decoding.
+# A read from a disk that took longer is reported, so that it does not count as decoding.
 _SLOW_READ_S = 0.05
 # What the parent takes to notice that the time is over; the alarm is for a process whose parent is dead.
 _GRACE_S = 5

@@ -37,7 +37,7 @@ def _check(wanted: int, whole_s: float, limits: AudioLimits, decoder: str) -> No
     wanted_s = wanted / limits.sample_rate
     lasts = f"The recording lasts {whole_s:.1f} s by its header"
     if whole_s - wanted_s > 0.5 / limits.sample_rate:
-        lasts = f"{wanted_s:.1f} s are asked for of a recording that lasts {whole_s:.1f} s"
+        lasts = f"{wanted_s:.1f} s are requested of a recording that lasts {whole_s:.1f} s"
     advice = f"the model takes {limits.max_s:g} s; choose --over-length truncate or split."
     raise Rejected(Stage.PROBE, Reason.TOO_LONG, f"{lasts}; {advice}", decoder=decoder)
 

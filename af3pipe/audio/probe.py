@@ -163,7 +163,7 @@ def _open_headerless(reader: Reader, head: bytes, stored: Headerless, extension:
 
 def _only_stream(stream: int | None, container: str, decoder: str) -> None:
     if stream:
-        detail = f"Audio stream {stream} was asked for, but {container} holds one, number 0; leave --stream out."
+        detail = f"Audio stream {stream} was requested, but {container} has one, number 0; leave --stream out."
         raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder=decoder)
 
 
@@ -221,7 +221,7 @@ def _open_pyav(reader: Reader, stream: int | None, format: str | None = None) ->
         raise
     codec = chosen.codec_context
     if codec is None:
-        detail = f"The {handle.format.name} container holds audio of a codec that FFmpeg does not know."
+        detail = f"The {handle.format.name} container has audio of a codec that FFmpeg does not know."
         handle.close()
         raise Rejected(Stage.PROBE, Reason.UNSUPPORTED_FORMAT, detail, decoder="pyav")
     stated = _stated_by_ffmpeg(handle, chosen, reader)
@@ -236,10 +236,10 @@ def _chosen_stream(handle: av.container.InputContainer, stream: int | None) -> a
     if isinstance(best, av.AudioStream) and (stream is None or stream < len(found)):
         return best if stream is None else found[stream]
     kinds = ", ".join(sorted({other.type for other in handle.streams})) or "no"
-    detail = f"The {handle.format.name} container holds {kinds} streams, and no audio."
+    detail = f"The {handle.format.name} container has {kinds} streams, and no audio."
     if found:
         has = "one, number 0" if len(found) == 1 else f"{len(found)}, 0 to {len(found) - 1}"
-        detail = f"Audio stream {stream} was asked for, but the file has {has}; choose --stream among these."
+        detail = f"Audio stream {stream} was requested, but the file has {has}; choose --stream among these."
     raise Rejected(Stage.PROBE, Reason.NO_AUDIO_STREAM, detail, decoder="pyav")
 
 

@@ -23,11 +23,11 @@ ERR = Console(stderr=True)
 
 
 def say(line: str, style: str | None = None) -> None:
-    """Prints a line as it is: not wrapped, not coloured, no markup read from it."""
+    """Prints a line verbatim: not wrapped, not coloured, without markup."""
     OUT.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def stop(message: str, code: int) -> NoReturn:
-    """Ends the program, saying why."""
+    """Ends the program with a message and an exit code."""
     ERR.print(f"af3pipe: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(code)

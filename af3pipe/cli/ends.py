@@ -1,4 +1,4 @@
-"""Ends the program when a signal asks for it: SIGTERM as Ctrl-C, with everything temporary removed."""
+"""Ends the program on SIGTERM as on Ctrl-C, and removes everything temporary."""
 
 import atexit
 import logging
@@ -19,11 +19,11 @@ BY_SIGNAL = (EXIT_INTERRUPTED, EXIT_TERMINATED)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where Ctrl-C would be, so that both end a command in the same way."""
+    """Raised on SIGTERM where Ctrl-C would raise KeyboardInterrupt, so that both end a command in the same way."""
 
 
 class EndedBySignals(TyperGroup):
-    """The commands, each of which Ctrl-C ends with exit code 130 and SIGTERM with 143."""
+    """Group of commands, each of which Ctrl-C ends with exit code 130, and SIGTERM with 143."""
 
     def invoke(self, ctx: Any) -> Any:
         with _sigterm_raises():

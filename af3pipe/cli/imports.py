@@ -1,4 +1,4 @@
-"""Speeds up the import of Beam and of what else a command needs."""
+"""Speeds up the import of Beam and of other large packages."""
 
 import gc
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Collects no garbage in the block.
+    """Turns off garbage collection in the block.
 
-    Imports leave none, but make so many objects that Python would look through all of them several times, which is a
-    quarter of the time that importing Beam takes. They stay, so later collections need not look at them either.
+    Imports leave no garbage, but create so many objects that Python would scan all of them several times, a quarter
+    of the time of importing Beam. They stay alive, so later collections need not scan them either.
     """
     gc.disable()
     try:

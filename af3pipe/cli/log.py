@@ -1,4 +1,4 @@
-"""Sets up the log of the program: one line for each message, tracebacks only with `--verbose`."""
+"""Sets up the program's log: one line for each message, tracebacks only with `--verbose`."""
 
 import logging
 
@@ -8,7 +8,7 @@ _ERRORS_ONLY = ("apache_beam.utils.subprocess_server", "apache_beam.transforms.c
 
 
 class _OneLine(logging.Formatter):
-    """Leaves out the tracebacks of messages, which Beam logs for every failure of a worker."""
+    """Omits the tracebacks of messages, which Beam logs for every failure of a worker."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -22,7 +22,7 @@ class _OneLine(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Logs warnings of all, and what af3pipe itself does, to standard error."""
+    """Logs warnings of all modules, and what af3pipe itself does, to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(

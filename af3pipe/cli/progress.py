@@ -16,7 +16,7 @@ _log = logging.getLogger("af3pipe")
 
 @contextmanager
 def progress_line() -> Iterator[Callable[[Progress], None]]:
-    """Draws one line over and over on a terminal; logs a line every ten seconds otherwise."""
+    """Updates one line on a terminal; otherwise logs a line every ten seconds."""
     if not sys.stderr.isatty():
         yield _LogEvery(10.0)
         return
@@ -28,13 +28,13 @@ def progress_line() -> Iterator[Callable[[Progress], None]]:
 
 @contextmanager
 def no_progress() -> Iterator[Callable[[Progress], None]]:
-    """Shows nothing: workers outside this process count for themselves, and the runner shows their progress."""
+    """Shows nothing: remote workers count for themselves, and the runner shows their progress."""
     _log.info("running on workers outside this process; counts follow at the end")
     yield lambda progress: None
 
 
 class _LogEvery:
-    """Logs progress when enough time has gone by and there is some."""
+    """Logs the progress if enough time has passed and there is some."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

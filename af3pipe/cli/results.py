@@ -17,7 +17,7 @@ from af3pipe.transforms.verify import Verified
 
 
 def show_answers(job: JobConfig, report: RunReport) -> None:
-    """Prints a table of the answers, a row per recording."""
+    """Prints a table of the answers, one row per recording."""
     by_uri: dict[str, dict[str, str]] = {}
     for row in _rows(job, report, ANSWER_TABLES):
         cells = by_uri.setdefault(row["uri"], {"seconds": f"{row['duration_s'] or row['end_s']:.1f}"})
@@ -41,7 +41,7 @@ def show_dead_letters(job: JobConfig, report: RunReport) -> None:
 
 
 def show_counts(job: JobConfig, report: RunReport) -> None:
-    """Prints what was found, answered and rejected, and where the rows are."""
+    """Prints the counts of recordings, answers and dead letters, and where the rows are."""
     counts = report.counts
     states = ", ".join(f"{number} {state}" for state, number in sorted(counts.states.items())) or "none"
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dead_letters.items()))
@@ -52,7 +52,7 @@ def show_counts(job: JobConfig, report: RunReport) -> None:
     for line in (
         f"Recordings: {counts.found} found = {states} ({balance})",
         f"Answers: {answers}",
-        f"Dead letters: {reasons or 'none'}" + (f"; {counts.kept_dead_letters} of earlier runs hold" if kept else ""),
+        f"Dead letters: {reasons or 'none'}" + (f"; {kept} of earlier runs are still current" if kept else ""),
         f"Audio: {counts.audio_s:.1f} s in {report.wall_s:.1f} s, {speed:.1f} seconds of audio per second",
         *([_verified(report.verified)] if report.verified else []),
         f"Written to {job.output}; the run's record is {storage.join(job.output, '_runs', report.run_id)}.json",
@@ -70,7 +70,7 @@ def _verified(verified: Verified) -> str:
         line += f" ({share:.1%}; rounding in {', '.join(verified.dtypes)} makes some differ)"
     if verified.not_asked:
         missed, first = verified.sampled - verified.requests, verified.not_asked[0]
-        line += f"; {missed} could not be asked again, for example {first.uri}: {first.detail}"
+        line += f"; {missed} could not be run again, for example {first.uri}: {first.detail}"
     return line
 
 
@@ -94,7 +94,7 @@ def exit_by(job: JobConfig, report: RunReport) -> None:
 
 
 def _has_answers_or_nothing_to_do(states: Mapping[str, int]) -> bool:
-    """Whether some recording has an answer of this run, or all were processed by earlier runs."""
+    """Returns whether a recording has an answer of this run, or all were processed by earlier runs."""
     processed = {state: number for state, number in states.items() if number and state != TerminalState.SKIPPED_DONE}
     return not processed or not processed.keys().isdisjoint({TerminalState.OK, TerminalState.OK_PARTIAL})
 

@@ -1,4 +1,4 @@
-"""Runs the commands that `jobs` declares: makes the job, runs it, prints its counts."""
+"""Runs the commands that `jobs` declares: creates the job, runs it, prints its counts."""
 
 import logging
 import signal
@@ -155,7 +155,7 @@ def _checked(make: Callable[[], Any]) -> Any:
 
 
 def run_job(job: JobConfig, beam_flags: list[str]) -> RunReport:
-    """Runs a batch job to its end, showing how far it is."""
+    """Runs a batch job to its end, and shows its progress."""
     with _errors_end():
         live = runner_of(beam_options(job, beam_flags)).is_in_process
         with progress_line() if live else no_progress() as show:
@@ -166,7 +166,7 @@ def watch_job(job: JobConfig, beam_flags: list[str]) -> RunReport | None:
     """Runs a watch until a signal stops it; a second signal cancels it, and ends the program.
 
     Returns:
-        What it did; None where it was cancelled at its runner.
+        The report of the watch; None if it was cancelled at its runner.
     """
     with _errors_end(), _signals_are(signal.SIG_IGN):  # Prism would get Ctrl-C too, and end before its time
         watching = streaming.Watch(job, beam_flags)
@@ -192,7 +192,7 @@ class _Signal(NamedTuple):
 def _until_stopped(
     watching: streaming.Watch, show: Callable[[batch.Progress], None], received: list[_Signal]
 ) -> None:
-    """Waits until the watch has ended; acts upon the signals, which a handler only collects."""
+    """Waits until the watch has ended; handles the signals, which a handler only collects."""
     is_stopping = False
     while not watching.wait(0.5):
         show(watching.progress())
@@ -220,7 +220,7 @@ def _signals_are(handler: Any) -> Iterator[None]:
 
 @contextmanager
 def _errors_end() -> Iterator[None]:
-    """Ends the program with a message and an exit code where its block raises an error that a person can mend."""
+    """Ends the program with a message and an exit code if its block raises an error that the user can fix."""
     try:
         yield
     except (JobError, ModelError) as error:

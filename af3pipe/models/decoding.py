@@ -163,7 +163,7 @@ class Chooser:
             picked = self._pick(logits[index].float(), [choices[row] for row in special]).tolist()
             for row, token in zip(special, picked, strict=True):
                 tokens[row] = token
-        # Whatever may raise comes before the first change: who is not to blame is asked again, from where it was.
+        # Everything that may raise comes before the first change, so that the other prompts can be retried unchanged.
         stopped = self._stopped(choices, tokens) if special else ()
         ends = self._ends
         for choice, token in zip(choices, tokens, strict=True):
@@ -224,7 +224,7 @@ class Chooser:
             if stop:
                 criteria = self._stop_criteria(stop)
                 width = criteria.maximum_token_len
-                # As stock does: at the end of prompt and reply, whatever is short of it.
+                # As `generate` does: at the end of prompt and reply together.
                 ends = [(choices[row]._tail + choices[row].tokens[-width:] + [tokens[row]])[-width:] for row in rows]
                 ids = torch.tensor([[_NO_TOKEN] * (width - len(end)) + end for end in ends])
                 stopped += [row for row, at_end in zip(rows, criteria(ids, None).tolist(), strict=True) if at_end]
@@ -269,17 +269,17 @@ class Chooser:
             raise ModelError("one_of and json_schema are two constraints on one reply; give one of them")
         try:
             if json_schema is not None:
-                asked = f"json_schema {json_schema[:200]!r}"
+                constraint = f"json_schema {json_schema[:200]!r}"
                 grammar = llguidance.LLMatcher.grammar_from_json_schema(json_schema, defaults=_JSON_STYLE)
             else:
-                asked = f"one_of {list(one_of)!r:.200}"
+                constraint = f"one_of {list(one_of)!r:.200}"
                 # One terminal, so that of two strings the longer one may follow on the shorter one.
                 grammar = f"start: REPLY\nREPLY: {' | '.join(map(json.dumps, one_of))}"
             matcher = llguidance.LLMatcher(self._guide(), grammar, log_level=0)
         except ValueError as error:
-            raise ModelError(f"{asked} cannot be used as a constraint: {error}") from error
+            raise ModelError(f"{constraint} cannot be used as a constraint: {error}") from error
         if matcher.is_error():
-            raise ModelError(f"{asked} cannot be used as a constraint: {_first_line(matcher.get_error())}")
+            raise ModelError(f"{constraint} cannot be used as a constraint: {_first_line(matcher.get_error())}")
         return matcher
 
 

@@ -230,9 +230,9 @@ def _named(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not count:
-            raise ModelError(f"device {name!r} was asked for, but torch sees no CUDA device on this machine")
+            raise ModelError(f"device {name!r} was requested, but torch sees no CUDA device on this machine")
         if device.index is not None and device.index >= count:
-            raise ModelError(f"device {name!r} was asked for, but torch sees only cuda:0 to cuda:{count - 1} here")
+            raise ModelError(f"device {name!r} was requested, but torch sees only cuda:0 to cuda:{count - 1} here")
         if device.index is None:
             return torch.device("cuda", torch.cuda.current_device())  # torch takes none without a number for a thread
     return device

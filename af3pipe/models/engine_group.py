@@ -170,8 +170,8 @@ class EngineGroup:
         with self._changed:
             self._failure = self._failure or EngineFailed(how)
             self._changed.notify_all()
-            left, member.asked = member.asked, {}
-        for asked in left.values():
+            unanswered, member.asked = member.asked, {}
+        for asked in unanswered.values():
             asked.finish(Failed(self._failure, None))
 
 

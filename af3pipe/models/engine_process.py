@@ -141,7 +141,7 @@ class _Server:
             future.cancel()
 
     def _send(self) -> None:
-        with suppress(OSError):  # the parent is gone: the main thread hears of it, too
+        with suppress(OSError):  # the parent has ended: the main thread notices it, too
             while (message := self._outbox.get()) is not None:
                 message = self._done(*message) if type(message) is tuple else message
                 self._link.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))

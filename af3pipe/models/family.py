@@ -174,7 +174,7 @@ def _read_hub(model: str, revision: str | None) -> _Files:
             # Once config.json has named the commit, the others are taken from the same one.
             path = Path(hf_hub_download(model, name, revision=commit or revision))
         except (EntryNotFoundError, LocalEntryNotFoundError) as error:
-            # Only config.json must be there. A cache filled by from_pretrained holds no README, for example.
+            # Only config.json must be there. A cache filled by from_pretrained has no README, for example.
             if name == _CONFIG:
                 raise _unreachable(model, revision, error) from error
             texts[name] = None

@@ -155,7 +155,7 @@ class Inputs:
         ]
         places = np.flatnonzero(ids == self.audio_token_id)
         if len(places) < len(spans):
-            # Chat templates write one placeholder for a turn, whatever it holds: then its audios follow each other.
+            # Chat templates write one placeholder per turn, however many audios it has: its audios follow each other.
             turned = [index for index, audios in enumerate(heard) for _ in audios]
             spans = [
                 np.concatenate([span for span, turn in zip(spans, turned, strict=True) if turn == index])
@@ -163,7 +163,7 @@ class Inputs:
                 if audios
             ]
         if len(places) != len(spans):
-            detail = f"the chat template writes {len(places)} audio placeholders for {len(spans)} that are heard"
+            detail = f"the chat template writes {len(places)} audio placeholders for {len(spans)} audios"
             raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
         between = np.split(np.delete(ids, places), places - np.arange(len(places)))
         parts = [part for pair in zip(between, [*spans, ids[:0]], strict=True) for part in pair]
@@ -187,7 +187,7 @@ class Inputs:
         processor = self.processor
         for prompt, _ in turns:
             if processor.audio_token in prompt:
-                detail = f"the prompt holds the model's audio placeholder {processor.audio_token!r}: {prompt[:200]!r}"
+                detail = f"the prompt has the model's audio placeholder {processor.audio_token!r}: {prompt[:200]!r}"
                 raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
         messages = conversation([(prompt, [None] * audios) for prompt, audios in turns], replies)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -247,7 +247,7 @@ def heard_in(turns: Sequence[Turn], audios: int) -> list[tuple[int, ...]]:
     heard = [turn.audios if turn.audios is not None else () if place else every for place, turn in enumerate(turns)]
     for turn, places in zip(turns, heard, strict=True):
         if wrong := set(places) - set(every):
-            detail = f"the turn {turn.prompt[:200]!r} hears audio {min(wrong)}, but the request has {audios}"
+            detail = f"the turn {turn.prompt[:200]!r} refers to audio {min(wrong)}, but the request has {audios}"
             raise Rejected(Stage.GENERATE, Reason.ENGINE_ERROR, detail)
     return heard
 

@@ -98,7 +98,7 @@ class Oracle:
             before = [task.turns[:count] for count in range(1, len(task.turns))]
             if missing := [turns for turns in before if turns not in replies]:
                 raise ValueError(
-                    f"task {task.name!r} follows {missing[0][-1].prompt!r}, which no task before it asks"
+                    f"task {task.name!r} follows {missing[0][-1].prompt!r}, which is not an earlier task"
                 )
             said = [self._inputs.said(replies[turns]) for turns in before]
             reply = self._generate(self.inputs(request.audios, task.turns, said), task, request.seed)

@@ -81,7 +81,7 @@ class Job:
             asked = next((other for other in range(place) if tasks[other].turns == turns), None)
             if asked is None:
                 raise ValueError(
-                    f"task {tasks[place].name!r} follows the turn {turns[-1].prompt!r}, which no task before it asks"
+                    f"task {tasks[place].name!r} follows the turn {turns[-1].prompt!r}, which is not an earlier task"
                 )
             before.append(asked)
         if not all(asked in self._replies for asked in before):
@@ -243,7 +243,7 @@ def isolate(
         if len(items) == 1:
             fail(items[0], error)
             return
-    # Outside of the except block: the exception, and the tensors its frames hold, are gone by now.
+    # Outside of the except block: the exception, and the tensors that its frames reference, are freed by now.
     middle = len(items) // 2
     isolate(items[:middle], work, fail, after_failure)
     isolate(items[middle:], work, fail, after_failure)

@@ -199,7 +199,7 @@ class Slots:
         filled = int(positions[positions < self.capacity - 1].max(initial=0))
         length = min(self.capacity, -(-(filled + 1) // self._rounding) * self._rounding)
         if self._graphs and first == 0:
-            # Slots beyond those asked for take part; they write to the position that no prompt uses.
+            # The graph also steps slots beyond `count`; those write to the position that no prompt uses.
             rounded = min(self.count, 1 << (count - 1).bit_length())
             self._positions[count:rounded] = self.capacity - 1
             return self._graphs.step(self, rounded, length)[:count]

@@ -37,7 +37,7 @@ _PROMPTS = {
     },
 }
 
-# The model card of nvidia/audio-flamingo-3-hf: what its think adapter was trained to be asked with.
+# From the model card of nvidia/audio-flamingo-3-hf: the prompt that its think adapter was trained with.
 THINK = "\nPlease think and reason about the input audio before you respond."
 
 DEFAULT_QUESTION_TOKENS = 256
@@ -302,7 +302,7 @@ def stitch(answers: Sequence[Answer]) -> Answer:
         raise ValueError("nothing to stitch: no answers")
     asked = {(part.recording_id, part.task, part.prompt, part.question_id) for part in answers}
     if len(asked) > 1:
-        raise ValueError(f"answers to different things cannot be stitched: {sorted(map(str, asked))}")
+        raise ValueError(f"answers to different tasks or recordings cannot be merged: {sorted(map(str, asked))}")
     parts = sorted(answers, key=lambda part: part.segment_index)
     first, last = parts[0], parts[-1]
     keys = [part.answer_key for part in parts]

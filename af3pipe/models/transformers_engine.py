@@ -147,7 +147,7 @@ class TransformersEngine:
         self._queue.raise_if_closed()
         try:
             job.capacity = capacity_class(self._longest(job))
-        except Exception as error:  # noqa: BLE001 (a request that cannot be asked fails alone)
+        except Exception as error:  # noqa: BLE001 (a request that cannot be processed fails alone)
             job.fail(error)
             return job.future
         self._queue.put(job)
@@ -172,7 +172,7 @@ class TransformersEngine:
             self._inputs.check(audio)
         job.audio_tokens = [self._inputs.checkpoint.audio_tokens(len(audio)) for audio in job.request.audios]
         if not tasks:
-            raise ValueError("a request without tasks asks nothing; give it at least one")
+            raise ValueError("a request has no tasks; give it at least one")
         positions = 1
         for place, task in enumerate(tasks):
             if task.prompt is None:
@@ -254,7 +254,7 @@ class TransformersEngine:
             raise error
         if is_device_lost(error):
             raise EngineFailed(f"device {self._device} is lost: {first_line(error)}") from error
-        # The frames hold the batch's tensors; a future, or the next attempt, must not keep them alive.
+        # The frames reference the batch's tensors; a future, or the next attempt, must not keep them alive.
         for each in (error, error.__cause__, error.__context__):
             traceback.clear_frames(each.__traceback__ if each else None)
         if self._device.type == "cuda":
@@ -373,7 +373,7 @@ class TransformersEngine:
             for job in some:
                 pieces = [next(embedded) for _ in features[job]]
                 audio[job] = torch.cat(pieces) if pieces else torch.empty(0)
-                job.request = job.request._replace(samples=())  # heard; no need to keep it until the last reply
+                job.request = job.request._replace(samples=())  # encoded; no need to keep it until the last reply
             self._count(windows=len(windows), audio_tokens=sum(window.tokens for window in windows))
 
         self._each_alone(jobs, extract, _itself)
@@ -396,7 +396,7 @@ class TransformersEngine:
             positions = len(prompt.tokens) + prompt.task.decoding.max_new_tokens + 1
             waiting = self._pools[max(job.capacity, capacity_class(positions))].waiting
             if again:
-                waiting.appendleft(prompt)  # before the slot that holds the conversation is given away
+                waiting.appendleft(prompt)  # before the slot with the conversation is reassigned
             else:
                 waiting.append(prompt)
 

@@ -25,7 +25,7 @@ _RUNNERS: dict[str, type[Runner]] = {  # in the order in which a message propose
 
 
 def runner_of(options: PipelineOptions) -> Runner:
-    """Returns the runner that a job's options name; a plain `Runner` for one that this package does not know."""
+    """Returns the runner that a job's options select; a plain `Runner` for one that this package does not know."""
     return _RUNNERS.get(options.view_as(StandardOptions).runner, Runner)(options)
 
 
@@ -33,8 +33,8 @@ def check_runner(options: PipelineOptions) -> None:
     """Checks that a job's runner can be reached and has what it needs; in-process runners need nothing.
 
     Raises:
-        RunnerError: The cluster or the job server does not answer, or something that the runner needs is missing:
-            says which address, and what to start or to set.
+        RunnerError: The cluster or the job server does not respond, or something that the runner needs is missing:
+            the message says which address, and what to start or to set.
     """
     runner_of(options).check()
 

@@ -118,7 +118,7 @@ class Flink(JobServerRunner):
         cloud.job_name = f"{cloud.job_name or 'af3pipe'}-{run_id.lower()}"
 
     def cancel_job(self) -> None:
-        """Cancels the job by Flink's REST API: a job server that is asked to cancel leaves it running there."""
+        """Cancels the job by Flink's REST API: cancelling at the job server leaves it running there."""
         name = self.options.view_as(GoogleCloudOptions).job_name
         url = self._rest_url
         if self._cluster_is_own:

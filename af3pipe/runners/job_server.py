@@ -22,7 +22,7 @@ _A_YEAR_S = 365 * 24 * 3600
 
 
 class JobServerRunner(Runner):
-    """A runner with a job server: the one at `--job-endpoint`, else one that Beam starts."""
+    """Uses a job server: the one at `--job-endpoint`, else one that Beam starts."""
 
     flags: ClassVar = option_names(PortableOptions, JobServerOptions) | {
         "sdk_container_image",

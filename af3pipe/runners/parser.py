@@ -13,7 +13,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def beam_parser(classes: Iterable[type[PipelineOptions]] | None = None) -> argparse.ArgumentParser:
-    """Makes a parser of the options that some classes declare, or all that are imported.
+    """Creates a parser for the options that some classes declare, or all imported classes.
 
     Its `error`, which argparse calls, raises a ValueError of one sentence and does not end the program.
     """

@@ -1,4 +1,4 @@
-"""Makes Beam pipelines that leave no temporary folder behind."""
+"""Creates Beam pipelines that leave no temporary folder behind."""
 
 import shutil
 import weakref
@@ -8,7 +8,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 
 def new_pipeline(options: PipelineOptions) -> beam.Pipeline:
-    """Makes a pipeline whose temporary folder is removed with it, or when the process ends.
+    """Creates a pipeline whose temporary folder is removed with it, or when the process ends.
 
     Beam removes that folder only when the pipeline has run to its end.
     """

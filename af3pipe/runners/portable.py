@@ -5,7 +5,7 @@ from af3pipe.runners.runner import RunnerError
 
 
 class Portable(Flink):
-    """Submits to a job server that may be Flink's, which Beam cannot tell: it is treated as if it were."""
+    """Submits to a job server that may be Flink's. Beam cannot find out, so it is treated as Flink's."""
 
     def check_own_server(self) -> None:
         raise RunnerError(

@@ -53,7 +53,7 @@ class Runner:
         """Checks that the runner can be reached and has what it needs, before anything is started or written.
 
         Raises:
-            RunnerError: Names the address or the option, and what to start or to set.
+            RunnerError: The message says which address or option is wrong, and what to start or to set.
         """
 
     def name_job(self, run_id: str) -> None:

@@ -52,7 +52,7 @@ class Reason(str, Enum):
 
 _RETRYABLE = frozenset(
     {
-        # What the world did: somebody may grant access, restore or upload the object, or the network may recover.
+        # Failures of the environment: access may be granted, the object restored or uploaded, or the network recover.
         Reason.NOT_FOUND,
         Reason.PERMISSION_DENIED,
         Reason.ARCHIVED,

@@ -22,10 +22,10 @@ class TerminalState(str, Enum):
 
 
 ROUNDING_S = 0.02005
-"""A remainder too short for one audio token (20 ms) is not asked about; less than this is no gap."""
+"""A remainder too short for one audio token (20 ms) is not processed; a gap shorter than this does not count."""
 
 MIX = "mix"
-"""The mean over all channels: how a recording is heard unless one channel is asked for."""
+"""The mean over all channels: the default unless one channel is requested."""
 
 
 def channel_text(value: Any) -> str:
@@ -41,7 +41,7 @@ def channel_text(value: Any) -> str:
     if index is None:
         raise ValueError(
             f"channel is {value!r}; it must be mix, left, right, or a number from 0 (a manifest's column of this "
-            "name says which channel is heard: rename one that means something else)"
+            "name selects the channel: rename one that means something else)"
         )
     return str(index)
 
@@ -56,7 +56,7 @@ def stream_index(value: Any) -> int | None:
     if index is None and value is not None:
         raise ValueError(
             f"stream is {value!r}; it must be a number from 0, which counts the audio streams (a manifest's column "
-            "of this name says which one is heard: rename one that means something else)"
+            "of this name selects the stream: rename one that means something else)"
         )
     return index
 

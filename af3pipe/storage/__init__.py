@@ -183,7 +183,7 @@ def read_bytes(uri: str) -> bytes:
         with open_input(uri) as file:
             return file.read()
     fs, path = _locate(uri)
-    if is_bucket(fs):  # by ranges, each tried again by itself
+    if is_bucket(fs):  # by ranges, each retried separately
         with open_input(uri) as file:
             return file.read()
     return bytes(retried(lambda: fs.cat_file(path), uri, Stage.READ))

@@ -54,8 +54,8 @@ def _s3_page(fs: Any, bucket: str, stem: str, delimiter: str, token: str | None)
 
 
 def _gcs_page(fs: Any, bucket: str, stem: str, delimiter: str, token: str | None) -> _Answer:
-    asked = {"prefix": stem, "delimiter": delimiter, "pageToken": token, "maxResults": _PAGE}
-    answer = fs.call("GET", "b/{}/o", bucket, json_out=True, **{key: value for key, value in asked.items() if value})
+    query = {"prefix": stem, "delimiter": delimiter, "pageToken": token, "maxResults": _PAGE}
+    answer = fs.call("GET", "b/{}/o", bucket, json_out=True, **{key: value for key, value in query.items() if value})
     return _Answer(answer.get("items", []), answer.get("prefixes", []), answer.get("nextPageToken"))
 
 

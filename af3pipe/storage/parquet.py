@@ -1,8 +1,8 @@
 """Reads Parquet files without Arrow's threads, which may abort the interpreter as it ends.
 
-A thread of Arrow's that still holds a buffer of a Python file while the interpreter shuts down ends the process with
-"terminate called without an active exception" and exit code 134, after all work was done (Arrow's issues 33975, 34314
-and 49942). Every file that fsspec opens is a Python file. ruff refuses `pyarrow.parquet.read_table` and
+A thread of Arrow's that still references a buffer of a Python file while the interpreter shuts down ends the process
+with "terminate called without an active exception" and exit code 134, after all work was done (Arrow's issues 33975,
+34314 and 49942). Every file that fsspec opens is a Python file. ruff refuses `pyarrow.parquet.read_table` and
 `pyarrow.parquet.ParquetFile` everywhere else, and tests/test_exit.py watches which threads Arrow uses.
 """
 

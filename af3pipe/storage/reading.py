@@ -180,7 +180,7 @@ class RetriedReads(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_CUR:  # the handle stands elsewhere: it has read ahead
+        if whence == io.SEEK_CUR:  # the handle is at another position: it has read ahead
             offset, whence = self._position + offset, io.SEEK_SET
         self._position = int(self._handle.seek(offset, whence))
         return self._position
@@ -206,8 +206,8 @@ class RetriedReads(io.RawIOBase):
         if self._handle.tell() != self._position:
             self._handle.seek(self._position)
         data = bytes(self._handle.read(size))
-        # A server that closes early must not pass for the end of the file. Less than was asked for is no harm: what
-        # is missing is asked for next.
+        # A connection that closes early must not look like the end of the file. A short read is harmless: the rest is
+        # requested next.
         if not data and size and self._size is not None and self._position < self._size:
             raise _cut_off(self._position, self._size)
         return data

@@ -15,13 +15,13 @@ _SECRET_NAME = re.compile(
     r"signature|authorization|^key$|^auth$|^sas",
     re.IGNORECASE,
 )
-# fsspec's `token` of a public bucket is a way to sign in, and tells nothing.
+# fsspec's `token` of a public bucket names a way to sign in, and is no secret.
 _NO_SECRETS = frozenset({"anon", "google_default", "cloud", "cache", "browser"})
 _SECRET_ENV = re.compile(r"(?:SECRET|TOKEN|PASSWORD|_KEY|CONNECTION_STRING)(?:_|$)(?!.*(?:FILE|PATH|URL|URI|ID)$)")
 # As short as this, a value would be found in words that have nothing to do with it.
 _SHORTEST_IN_ENV, _SHORTEST_GIVEN = 8, 6
 
-# To the last @ before the path: a password may hold an @ itself.
+# To the last @ before the path: a password may contain an @.
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s\"'<>?#]+@")
 _PARAMETER = re.compile(
     r"(?<=[?&;#])(?P<name>[\w.-]*(?:sig|signature|token|key|credential|secret|passw|accessid|expires_auth)[\w.-]*)="
@@ -75,7 +75,7 @@ def _known() -> set[str]:
     values = {value for value in named if len(value) >= _SHORTEST_IN_ENV}
     values.update(value for value in _secrets_of(all_options()) if len(value) >= _SHORTEST_GIVEN)
     plain = values - _NO_SECRETS
-    # As they are, as they stand in a URL, and in the repr of what holds them.
+    # Verbatim, URL-encoded, and as in the repr of their containers.
     return plain.union(*((quote(value, safe=""), quote_plus(value), repr(value)[1:-1]) for value in plain))
 
 

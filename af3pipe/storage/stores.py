@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 _CONNECT_S = 10
 _READ_S = 30
-"""Longest that a store may say nothing while it is read; what it had to say is asked for again then."""
+"""Longest time without data in a read from a store; then the request is repeated."""
 
 # Clients that drop what they do not know in silence.
 _SILENT = frozenset({"gs", "hf", "az", "abfs", "memory", "file"})
@@ -56,7 +56,7 @@ def _open_store(uri: str) -> tuple[Any, str]:
         _one_try(fs)
         _check_names(fs, chosen)
         if "s3" in protocols(fs) and getattr(fs, "_s3", None) is None:
-            fs.connect()  # asks nothing of the store: here it is said that a profile or an option is not known
+            fs.connect()  # sends no request: this reports an unknown profile or option
     except ImportError:
         raise
     except Exception as error:
@@ -132,7 +132,7 @@ def _client_defaults(protocol: str, chosen: Chosen | None) -> dict[str, Any]:
 def _aiohttp_timeout() -> Any:
     try:
         import aiohttp
-    except ImportError:  # whoever needs it says so
+    except ImportError:  # reported when it is needed
         return None
     return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)
 

@@ -103,7 +103,7 @@ def _local_check(fs: Any, path: str, expected: ObjectInfo, descriptor: int) -> C
 def _reads_generations(fs: Any, path: str, version: str | None) -> bool:
     if not is_bucket(fs) or is_s3(fs) or not is_generation(version):
         return False
-    # Of Rapid buckets, which it reads by another protocol, gcsfs takes the newest one whatever it is asked for.
+    # Of Rapid buckets, which it reads by another protocol, gcsfs takes the newest version, whichever is requested.
     is_zonal = getattr(fs, "_is_zonal_bucket", None)
     return is_zonal is None or not sync(fs.loop, is_zonal, path.partition("/")[0])
 

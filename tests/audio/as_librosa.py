@@ -1,4 +1,4 @@
-"""What `librosa.load` makes of a file, without importing librosa: that takes seconds, and compiles code at first.
+"""Decodes a file as `librosa.load` does, without importing librosa: that takes seconds, and compiles code at first.
 
 The calls are librosa's own. `test_decode.py::test_equals_librosa_load` shows that both give the same samples, bit for
 bit.

@@ -1,4 +1,4 @@
-"""Every format that is promised, with the encoder that makes its fixture: the rows of docs/formats.md."""
+"""Lists every supported format, with the encoder of its fixture: the rows of docs/formats.md."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Decoders as an attacker would wish them, for `guard.DecoderPool(decoder="tests.audio.hostile:...")`.
+"""Malicious decoders, for `guard.DecoderPool(decoder="tests.audio.hostile:...")`.
 
 Each does what the first bytes of the file say, and decodes anything else as `decode.open_decoding` does.
 """

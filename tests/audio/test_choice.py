@@ -60,14 +60,14 @@ def test_a_channel_that_is_not_there_is_rejected_with_those_that_are(name):
     detail = rejection(stereo(name), channel=2)
     assert (
         detail
-        == "Channel 2 was asked for, but the audio has 2 channels, 0 to 1; choose --channel mix or one of these."
+        == "Channel 2 was requested, but the audio has 2 channels, 0 to 1; choose --channel mix or one of these."
     )
 
 
 @pytest.mark.parametrize("channel", ["left", "right", 1])
 def test_one_channel_is_neither_left_nor_right(channel):
     data = make.wav(make.sound(1, RATE), RATE)
-    assert f"Channel {channel} was asked for, but the audio has 1 channel, number 0" in rejection(
+    assert f"Channel {channel} was requested, but the audio has 1 channel, number 0" in rejection(
         data, channel=channel
     )
     assert len(decoded(data, channel=0)) == RATE
@@ -91,9 +91,9 @@ def test_a_stream_is_counted_among_the_audio_streams():
 
 
 def test_a_stream_that_is_not_there_is_rejected_with_those_that_are():
-    assert "stream 2 was asked for, but the file has 2, 0 to 1" in rejection(two_streams(), stream=2)
-    assert "stream 1 was asked for, but WAV holds one, number 0" in rejection(stereo("wav"), stream=1)
-    assert "stream 1 was asked for, but the file has one, number 0" in rejection(stereo("alac"), stream=1)
+    assert "stream 2 was requested, but the file has 2, 0 to 1" in rejection(two_streams(), stream=2)
+    assert "stream 1 was requested, but WAV has one, number 0" in rejection(stereo("wav"), stream=1)
+    assert "stream 1 was requested, but the file has one, number 0" in rejection(stereo("alac"), stream=1)
     assert len(decoded(stereo("wav"), stream=0)) == 2 * RATE
 
 

@@ -121,7 +121,7 @@ def test_only_the_range_asked_for_counts(policy):
 
 def test_a_range_longer_than_the_cap_is_over_length():
     rejected = rejection(LONG, offset_s=2.0, duration_s=5.0)
-    assert "5.0 s are asked for of a recording that lasts 10.5 s" in rejected.detail
+    assert "5.0 s are requested of a recording that lasts 10.5 s" in rejected.detail
     assert bounds(segments(LONG, "truncate", offset_s=2.0, duration_s=5.0)) == [(0, 2.0, 6.0, True)]
     split = segments(LONG, "split", offset_s=2.0, duration_s=5.0)
     assert bounds(split) == [(0, 2.0, 6.0, False), (1, 6.0, 7.0, True)]

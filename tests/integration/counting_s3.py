@@ -1,4 +1,4 @@
-"""moto's S3 server on a port, as `moto.server` runs it, which also tells how much of each object it has sent.
+"""Runs moto's S3 server on a port, as `moto.server` does, and reports how much of each object it has sent.
 
 `GET /_sent` answers with JSON: path to bytes of bodies, over all GET requests so far.
 """

@@ -1,4 +1,4 @@
-"""An HTTP/1.1 proxy in front of a test server that spoils a share of its calls, as networks and stores do.
+"""An HTTP/1.1 proxy for a test server that injects faults into a share of its calls, as networks and stores do.
 
     python -m tests.integration.fault_proxy LISTEN_PORT UPSTREAM_PORT --share 0.1 --seed 1
 

@@ -1,4 +1,4 @@
-"""Fetches what tests/integration/flink.py starts: Flink and Beam's Flink job server, as jars.
+"""Downloads the jars for tests/integration/flink.py: Flink and Beam's Flink job server.
 
     python -m tests.integration.fetch_flink
 

@@ -1,4 +1,4 @@
-"""A true Flink session cluster on this machine, and Beam's way into it: each a process that can be killed.
+"""Runs a real Flink session cluster on this machine, and Beam's job server for it, as processes that can be killed.
 
 A JobManager, TaskManagers, a pool of external Beam workers beside each TaskManager, and Beam's job server. In a
 deployment the pool is a sidecar, and `localhost:50000` is another one in every TaskManager's pod. Here all share a

@@ -1,4 +1,4 @@
-"""Runs a job again and again in processes that are killed (-9) at a step of their writing, or after a time.
+"""Runs a job repeatedly in processes that are killed (-9) at a step of writing, or after a time.
 
     python -m tests.integration.killed_run JOB.json KILLS.json
 

@@ -1,4 +1,4 @@
-"""Builds the library that makes Arrow's threads late, from late_arrow.c."""
+"""Builds the library that delays Arrow's threads, from late_arrow.c."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""A run in a process of its own that waits for a line before it begins, so that another can begin beside it.
+"""Runs a job in a process that waits for a line before it starts, so that two runs can be started in parallel.
 
     python -m tests.integration.one_of_two_runs BASE FIRST LAST
 

@@ -1,4 +1,4 @@
-"""Google's own Pub/Sub emulator, and Beam's Prism, as processes of their own."""
+"""Runs Google's Pub/Sub emulator and Beam's Prism as separate processes."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Real runners on this machine: Beam's job service and worker pool, as processes of their own."""
+"""Runs real runners on this machine: Beam's job service and worker pool, as separate processes."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Real servers on this machine: each a process (group) of its own on a port of loopback, ended with the test.
+"""Runs real servers on this machine, each as a process (group) on a loopback port that ends with the test.
 
 Nothing inside this process is patched. A store's options reach fsspec as they would a user's: from the environment,
 as `FSSPEC_S3` and `FSSPEC_GCS`, so that worker processes have them too.

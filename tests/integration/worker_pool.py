@@ -1,4 +1,4 @@
-"""Beam's pool of external workers on one address: its own program listens on all of them, so two would share a port.
+"""Runs Beam's pool of external workers on one address: Beam's program listens on all, so two would share a port.
 
     python -m tests.integration.worker_pool 127.0.0.2:50000
 

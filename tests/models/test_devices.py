@@ -146,7 +146,7 @@ def test_names_without_a_gpu():
     assert (open_device("auto").torch.type, open_device("auto").claim) == ("cpu", None)
     assert [str(device.torch) for device in open_devices("all")] == ["cpu"]
     assert [str(device.torch) for device in open_devices("cpu, cpu")] == ["cpu", "cpu"]
-    with pytest.raises(ModelError, match="'cuda:1' was asked for, but torch sees no CUDA device"):
+    with pytest.raises(ModelError, match="'cuda:1' was requested, but torch sees no CUDA device"):
         open_devices("cpu,cuda:1")
 
 

@@ -105,7 +105,7 @@ def test_several_audios_stand_where_their_turns_hear_them(oracle):
     assert heard(Turn("This?", (0,)), Turn("Or this?", (1,))) == [0, 1, 2, 3, 4]
     assert heard(Turn("This?", (1,)), Turn("Again?")) == [3, 4]
     assert heard(Turn("This?", (1,)), Turn("And?", (0, 1))) == [3, 4, 0, 1, 2, 3, 4]
-    with pytest.raises(Rejected, match=r"'This\?' hears audio 2, but the request has 2"):
+    with pytest.raises(Rejected, match=r"'This\?' refers to audio 2, but the request has 2"):
         heard(Turn("This?", (2,)))
 
 

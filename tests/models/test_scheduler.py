@@ -180,7 +180,7 @@ def test_a_turn_is_ready_when_the_replies_before_it_are_there():
 
 def test_a_turn_that_nobody_asks_is_an_error():
     follows = caption(prompt="b")._replace(history=(Turn("a"),))
-    with pytest.raises(ValueError, match="follows the turn 'a', which no task before it asks"):
+    with pytest.raises(ValueError, match="follows the turn 'a', which is not an earlier task"):
         Job(Request(np.zeros(1, np.float32), (follows, caption(prompt="a"))), 1).begin_ready()
 
 

@@ -345,5 +345,5 @@ def test_one_segment_keeps_its_key():
 def test_what_cannot_be_stitched():
     with pytest.raises(ValueError, match="no answers"):
         stitch([])
-    with pytest.raises(ValueError, match="different things"):
+    with pytest.raises(ValueError, match="different tasks or recordings"):
         stitch([part(0, "a"), part(1, "b")._replace(recording_id="another")])
