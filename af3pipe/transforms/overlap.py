@@ -18,8 +18,6 @@ from af3pipe.transforms.launcher import SentByLauncher
 
 Element = TypeVar("Element")
 Result = TypeVar("Result")
-DONE = "done"
-"""Tag of an element that follows its own outputs, from a DoFn that `emits_done`."""
 
 
 class _Pending(NamedTuple):
@@ -37,13 +35,7 @@ class OverlapDoFn(SentByLauncher, beam.DoFn, Generic[Element, Result]):
         max_pending: Largest number of pending elements.
         max_pending_weight: Largest total weight of pending elements, in the unit of `weigh`; a single heavier element
             is still processed.
-
-    Attributes:
-        emits_done: Whether each element is emitted to the tag `DONE` after all its outputs, which are not interleaved
-            with those of another element.
     """
-
-    emits_done = False
 
     def __init__(self, max_pending: int, max_pending_weight: float = float("inf")) -> None:
         if max_pending < 1:
@@ -101,8 +93,6 @@ class OverlapDoFn(SentByLauncher, beam.DoFn, Generic[Element, Result]):
         for pending in done:
             for output in self.emit(pending.element, pending.future):
                 yield _windowed(output, pending)
-            if self.emits_done:
-                yield _windowed(TaggedOutput(DONE, pending.element), pending)
 
     def _abandon(self) -> None:
         for pending in self._pending:

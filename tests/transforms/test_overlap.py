@@ -4,10 +4,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
-from apache_beam.transforms.window import FixedWindows, GlobalWindow, TimestampedValue
+from apache_beam.transforms.window import FixedWindows, TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
-from af3pipe.transforms.overlap import DONE, OverlapDoFn
+from af3pipe.transforms.overlap import OverlapDoFn
 
 
 class Doubling(OverlapDoFn):
@@ -83,23 +83,6 @@ def test_a_failed_bundle_leaves_nothing_for_the_next_one():
     dofn.start_bundle()
     assert stuck.cancelled()
     assert list(dofn.finish_bundle()) == []
-
-
-def test_behind_the_outputs_of_an_element_it_says_that_they_are_all():
-    dofn = Doubling(max_pending=5)
-    dofn.setup()
-    dofn.emits_done = True
-    dofn.start_bundle()
-    outputs = [one for n in range(30) for one in dofn.process(n, Timestamp(n), GlobalWindow())]
-    outputs += dofn.finish_bundle()
-    told = [
-        (one.tag, one.value.value) if isinstance(one, beam.pvalue.TaggedOutput) else ("", one.value)
-        for one in outputs
-    ]
-    done = [value for tag, value in told if tag == DONE]
-    assert sorted(done) == list(range(30))
-    together = [[("", 2 * n), *([("odd", n)] if n % 2 else []), (DONE, n)] for n in done]
-    assert told == [one for each in together for one in each]
 
 
 def test_at_least_one_element_must_be_allowed():
