@@ -57,7 +57,7 @@ class Plan:
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE own (number INTEGER, id TEXT, uri TEXT, item BLOB);
-            CREATE TABLE mention (number INTEGER, uri TEXT, item BLOB);
+            CREATE TABLE mention (number INTEGER, uri TEXT, id TEXT, item BLOB);
             CREATE TABLE existing (uri TEXT, id TEXT, row BLOB);
             CREATE TABLE work (number INTEGER PRIMARY KEY, recordings INTEGER, item BLOB);
             """
@@ -93,7 +93,8 @@ class Plan:
 
     def _mention(self, number: int, item: Recording | DeadLetter) -> None:
         uri = public_uri(item) if isinstance(item, Recording) else item.uri
-        self._db.execute("INSERT INTO mention VALUES (?, ?, ?)", (number, uri, pickle.dumps(item)))
+        row = number, uri, item.recording_id, pickle.dumps(item)
+        self._db.execute("INSERT INTO mention VALUES (?, ?, ?, ?)", row)
 
     def add_existing(self, output: str) -> None:
         """Adds the rows that earlier runs wrote about the found objects and ids.
@@ -163,12 +164,22 @@ class Plan:
     def _check_ids(self) -> None:
         """Checks ids that manifests gave; recordings whose id belongs to another recording become dead letters."""
         rows = self._db.execute("SELECT id, number, item FROM own ORDER BY id, number")
+        # Only an id that looks like a source_key can be that of audio without an id.
+        like_source_key = "SELECT id FROM own WHERE length(id) = 20 AND id NOT GLOB '*[^0-9a-f]*'"
+        unnamed: dict[str, Recording] = {}
+        if self._db.execute(f"{like_source_key} LIMIT 1").fetchone():
+            for own_id, item in self._db.execute(f"SELECT id, item FROM mention WHERE id IN ({like_source_key})"):
+                found = pickle.loads(item)
+                if isinstance(found, Recording):
+                    unnamed[own_id] = found
         with self._transaction():
             for own_id, group in itertools.groupby(rows, key=lambda row: row[0]):
                 mentions = [(number, pickle.loads(item)) for _, number, item in group]
                 existing = [row for row in self._existing("id", own_id) if isinstance(row, ExistingRecording)]
-                for item in check_id([item for _, item in mentions], existing):
-                    self._mention(mentions[0][0], item)
+                others = [unnamed[own_id]] if own_id in unnamed else []
+                for item in check_id([*(item for _, item in mentions), *others], existing):
+                    if item not in others:
+                        self._mention(mentions[0][0], item)
 
     def chunks(self, size: int) -> Iterator[list[AudioObject]]:
         """Yields the objects to process in chunks, in the order in which they were found.

@@ -24,7 +24,7 @@ from af3pipe.transforms import metrics
 from af3pipe.transforms.ask import Asker
 from af3pipe.transforms.coders import RowTupleCoder
 from af3pipe.transforms.decode import Decoder
-from af3pipe.transforms.inputs.identity import check_id, has_own_id, name_recordings
+from af3pipe.transforms.inputs.identity import check_id, name_recordings
 from af3pipe.transforms.outcome import DEAD_LETTERS, public_uri, recording_of, to_dead_letter
 from af3pipe.transforms.overlap import OverlapDoFn
 from af3pipe.transforms.result import repeated_result
@@ -268,10 +268,8 @@ class PlanObjects(beam.PTransform):
         self._dofn = PlanDoFn(decoder, asker, storage_options)
 
     def expand(self, listed: Any) -> Any:
-        own = listed.good | "OwnIds" >> beam.Filter(has_own_id)
-        unnamed = listed.good | "NoOwnIds" >> beam.Filter(lambda found: not has_own_id(found))
         by_id: dict[str, Any] = {
-            "mentions": own
+            "mentions": listed.good
             | "ById" >> beam.Map(lambda found: (found.recording_id, found)).with_output_types(tuple[str, Recording])
         }
         by_uri: dict[str, Any] = {}
@@ -292,11 +290,8 @@ class PlanObjects(beam.PTransform):
             .with_output_types(tuple[str, Recording], **{DEAD_LETTERS: DeadLetter})
             .with_outputs(DEAD_LETTERS, main="recordings")
         )
-        keyed = unnamed | "ByUri" >> beam.Map(lambda found: (public_uri(found), found)).with_output_types(
-            tuple[str, Recording]
-        )
         letters = (listed.dead_letters, checked[DEAD_LETTERS]) | "AllRejected" >> beam.Flatten()
-        by_uri["mentions"] = (keyed, checked.recordings) | "AllMentions" >> beam.Flatten()
+        by_uri["mentions"] = checked.recordings
         by_uri["letters"] = letters | "LettersByUri" >> beam.Map(
             lambda letter: (letter.uri, letter)
         ).with_output_types(tuple[str, DeadLetter])

@@ -18,7 +18,7 @@ from af3pipe.models import ENGINES
 from af3pipe.pipelines import batch
 from af3pipe.pipelines.audit import audit
 from af3pipe.pipelines.job import JobError, make_job
-from af3pipe.schemas import Reason, Rejected, Stage
+from af3pipe.schemas import Reason, Rejected, Stage, source_key
 from benchmarks import constant_engine
 from tests import fixtures_audio as make
 from tests.integration.runners import ANSWER_TABLES, rows
@@ -494,6 +494,14 @@ def test_an_id_names_one_audio_in_all_runs(other, archive, finish, tmp_path):
     assert "a.wav" in letter["detail"]
     assert other["uri"] in letter["detail"]
     assert audit(str(tmp_path / "out")).right
+
+
+def test_an_id_may_not_be_that_of_other_audio_without_one(archive, finish, tmp_path):
+    other = source_key(str(archive / "a.wav"))
+    report, _ = finish([manifest(archive, {"uri": "a.wav"}, {"uri": "b.wav", "id": other})])
+    assert report.counts.states == {"ok": 1, "dead_letter": 1}
+    assert report.counts.reconciled, report.counts.problems
+    assert newest(tmp_path / "out")[other]["uri"].endswith("a.wav")
 
 
 def test_a_clash_of_ids_that_is_mended_is_told_no_more(archive, finish, tmp_path):

@@ -31,10 +31,16 @@ def check_id(
     both recordings.
 
     Args:
-        mentions: All mentions with this id.
+        mentions: All mentions with this id; those whose `source_key` it is keep it.
         existing: Rows of earlier runs with this id.
     """
     mentions = sorted(mentions, key=lambda found: (found.uri, found.size_bytes is None, repr(found)))
+    unnamed = [found for found in mentions if not has_own_id(found)]
+    if unnamed:  # by chance, or copied from an output, the id is that of audio without an id of its own
+        yield from unnamed
+        for found in filter(has_own_id, mentions):
+            yield _clash(found, f"it is the source_key of {unnamed[0].uri}{_span(unnamed[0])}")
+        return
     earlier = max(existing, key=lambda row: row.created_at, default=None)
     if earlier is not None and all(is_other_source(earlier, found) for found in mentions):
         where = f"{earlier.uri} from {earlier.offset_s:g} s on" if earlier.offset_s else earlier.uri

@@ -74,6 +74,16 @@ def of_two_kinds(items):
 # --- ids that a manifest gave
 
 
+def test_an_id_that_is_the_source_key_of_other_audio_is_a_clash():
+    """Copied from an output's recording_id to the wrong row, for example."""
+    listed, named_so = unnamed(A, speaker="Ada"), named(source_key(A), B)
+    for mentions in ([listed, named_so], [named_so, listed]):
+        good, bad = of_two_kinds(check_id(mentions))
+        assert good == [listed]
+        assert A in bad[0].detail
+        assert B in bad[0].detail
+
+
 def test_an_id_for_two_sources_is_the_firsts_and_a_dead_letter_that_names_both():
     for order in ([named("7", A), named("7", B)], [named("7", B), named("7", A)]):
         (kept,), (letter,) = of_two_kinds(check_id(order))
