@@ -1,5 +1,7 @@
 import gc
 import os
+import signal
+import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach a hub
 # Before torch and numpy are: tests run side by side, a process for each core, and more threads than cores are in
@@ -38,6 +40,10 @@ LONGEST = ("test_flink", "test_parity", "test_flink_watch", "test_watch", "test_
 
 def pytest_configure(config):
     config.pluginmanager.register(slow_guard)
+    # A shell's job in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+    is_ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
+    if is_ignored and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -408,6 +408,7 @@ def test_a_folder_and_links_to_it_are_listed_once(finish, tmp_path):
     assert asked == asked_of(ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repair", ["made readable", "put back"])
 def test_what_the_world_did_is_tried_again_by_every_run(repair, finish, tmp_path, monkeypatch):
     archive = fill(tmp_path / "archive")
@@ -454,6 +455,7 @@ def test_an_output_below_its_input_does_not_grow(finish, tmp_path):
     assert Path(listed).exists()
 
 
+@pytest.mark.slow
 def test_free_text_as_partitions(finish, tmp_path, caplog):
     archive = fill(tmp_path / "archive")
     texts = ["あ" * 28, "あ" * 28 + "い", "x" * 300, "a/b", "7", ""]

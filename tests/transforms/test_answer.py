@@ -216,7 +216,7 @@ def test_a_question_about_one_recording_costs_no_other_of_the_audio_its_answers(
     assert (found["ada"].row.terminal_state, len(found["ada"].answers)) == (TerminalState.OK, 4)
     assert found["bob"].row.terminal_state is TerminalState.DEAD_LETTER
     (letter,) = found["bob"].dead_letters
-    assert "Is it loud?" not in letter.input
+    assert "Who speaks?" not in letter.input
 
 
 def test_the_same_audio_is_asked_once_for_all_recordings_of_it(recordings):
