@@ -265,6 +265,7 @@ def test_a_long_gap_is_skipped_and_what_follows_the_last_part_is_not_decoded():
     assert 0.3 < file.bytes_read / len(file.getvalue()) < 0.6
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_at_once_is_decoded_again(monkeypatch):
     monkeypatch.setattr(under_test, "BUFFERED_S", 120.0)
     data = make.encoded(make.wav, LENGTH_S, 8000, 1)
@@ -310,7 +311,7 @@ def test_memory_is_bounded_however_many_overlap():
     assert int(done.stdout) < 4 * RATE * 30 + 8_000_000
 
 
-@pytest.mark.parametrize("duration_s", [0.01, 0.1, 12])
+@pytest.mark.parametrize("duration_s", [0.01, 0.1, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_decoder_process_needs_little_memory_however_many_parts_there_are(duration_s):
     parts = [part(index / 50, duration_s) for index in range(1000)]
     with DecoderPool(DecoderLimits(memory_mib=64)) as pool:

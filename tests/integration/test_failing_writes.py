@@ -38,8 +38,7 @@ def silent(tmp_path):
     return ["run", path, "--model", "demo", "--device", "cpu", "--on-silent", "dead-letter", "--no-decode-guard"]
 
 
-@pytest.mark.parametrize("verbose", [False, True])
-@pytest.mark.representative
+@pytest.mark.parametrize("verbose", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_whose_table_cannot_be_written(silent, tmp_path, verbose):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "dead_letters").write_text("not a folder")
@@ -51,7 +50,7 @@ def test_a_run_whose_table_cannot_be_written(silent, tmp_path, verbose):
     assert ("Traceback" in printed) == verbose
 
 
-@pytest.mark.representative
+@pytest.mark.slow
 def test_an_output_that_is_a_file_stops_the_run_before_it_starts(silent, tmp_path):
     (tmp_path / "out").write_text("not a folder")
     code, printed = command(*silent, "--output", tmp_path / "out")
@@ -60,7 +59,7 @@ def test_an_output_that_is_a_file_stops_the_run_before_it_starts(silent, tmp_pat
     assert "Traceback" not in printed
 
 
-@pytest.mark.representative
+@pytest.mark.slow
 def test_a_full_folder_for_temporary_files(silent, tmp_path):
     code, printed = command(*silent, "--output", tmp_path / "out", limited=True)
     assert code == 1, printed
@@ -68,6 +67,7 @@ def test_a_full_folder_for_temporary_files(silent, tmp_path):
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compact", "export"])
 def test_a_full_disk_under_a_command_on_an_output(name, tmp_path):
     write_run(tmp_path / "out", FIRST, range(60))

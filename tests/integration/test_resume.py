@@ -377,6 +377,7 @@ def spellings(folder):
     }
 
 
+@pytest.mark.representative
 def test_the_same_file_by_another_name_is_not_asked_again(finish, tmp_path):
     fill(tmp_path / "archive")
     output = tmp_path / "out"
