@@ -1,5 +1,6 @@
 """Defines recordings, what audio headers state, and segments of PCM."""
 
+import functools
 import hashlib
 import json
 import math
@@ -211,6 +212,7 @@ class Recording(NamedTuple):
         return content_identity(self.etag, self.size_bytes, self.mtime)
 
 
+@functools.lru_cache(maxsize=4096)  # a recording's is needed in several steps
 def source_key(
     uri: str,
     offset_s: float = 0.0,
@@ -223,7 +225,7 @@ def source_key(
 
     It is the `recording_id` of manifest rows without an id.
     """
-    parts = [uri, repr(float(offset_s)), repr(None if duration_s is None else float(duration_s))]
+    parts = [uri, repr(float(offset_s) + 0.0), repr(None if duration_s is None else float(duration_s))]
     parts += taken_from(channel, stream)
     return hashlib.sha256("\x00".join(parts).encode(errors="surrogateescape")).hexdigest()[:20]
 

@@ -1,5 +1,6 @@
 """Counts events, both as Beam metrics and in a tally of this process for the progress display."""
 
+import functools
 import threading
 from collections import Counter
 
@@ -11,11 +12,15 @@ _tally: Counter[str] = Counter()
 _lock = threading.Lock()
 
 
+_counter = functools.cache(functools.partial(Metrics.counter, NAMESPACE))  # making one costs more than counting
+
+
 def count(name: str, amount: int = 1) -> None:
     """Adds to a counter. Call it on a bundle's own thread, because Beam drops counts of other threads."""
-    Metrics.counter(NAMESPACE, name).inc(amount)
-    with _lock:
-        _tally[name] += amount
+    if amount:
+        _counter(name).inc(amount)
+        with _lock:
+            _tally[name] += amount
 
 
 def count_seconds(name: str, seconds: float) -> None:
